@@ -1,0 +1,35 @@
+# Each target sets itself up: a virtual environment in .venv with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(abspath $(VENV))/bin
+# On PATH: ninja and accelerate, which are started by name.
+RUN := PATH="$(BIN):$$PATH"
+
+.PHONY: demo test lint cuts format clean
+
+demo: $(VENV)/.installed
+	$(RUN) python benchmarks/demo.py $(ARGS)
+
+test: lint
+	$(RUN) python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) mypy novoscale integrations
+
+cuts: $(VENV)/.installed
+	$(RUN) python benchmarks/cuts.py $(ARGS)
+
+format: $(VENV)/.installed
+	$(RUN) ruff check --fix .
+	$(RUN) ruff format .
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tests]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

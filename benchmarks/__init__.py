@@ -1,0 +1,1 @@
+"""Benchmarks: measured, with provenance; plots are drawn from the data."""

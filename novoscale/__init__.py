@@ -1,0 +1,6 @@
+"""NovoGrad for models that do not fit: the same training, however the model is cut."""
+
+from novoscale.novograd import NovoGrad
+
+__version__ = "0.1.0"
+__all__ = ["NovoGrad", "__version__"]

@@ -1,0 +1,478 @@
+"""NovoGrad: Algorithm 1 of arXiv 1905.11286, the same however the parameters are cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from novoscale import checkpoint, kernels, options
+from novoscale.layout import Layout, Placed, Plan, whole
+
+SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Group = dict[str, Any]
+
+
+class NovoGrad(Optimizer):
+    r"""Stochastic gradients normalised by one second moment per layer.
+
+    For each layer (by default one parameter tensor), with gradient g and weight w::
+
+        S = sum(g**2)
+        v = S if v == 0 else beta2*v + (1 - beta2)*S
+        m = beta1*m + (g / (sqrt(v) + eps) + weight_decay*w)
+        w = w - lr*m
+
+    A layer whose gradient has been zero since the start (v == 0 and S == 0) is left as it is. A step
+    in which any layer's gradient is not finite, on any rank, changes nothing on any rank: see
+    :attr:`skipped_steps`. Gradients are never written to, and a step does not wait for the device.
+
+    State, per parameter tensor: ``exp_avg`` (m; the parameter's shape; float32, or float64 for a
+    float64 parameter; absent if beta1 is 0) and ``exp_avg_sq`` (v; float32, one element per layer
+    that this rank holds): 4 bytes per element plus 4 per layer. With ``bias_correction`` also
+    ``step`` (float32, one element per layer). They keep their dtype through ``load_state_dict``.
+
+    Option names are those of ``apex.optimizers.FusedNovoGrad``; the defaults are the paper's. The
+    arguments that reproduce other implementations are in ``docs/coming-from.md``.
+
+    Args:
+        params: parameters, named parameters or param groups; float32, bfloat16, float16 or float64.
+        lr: learning rate; a number or a tensor of one element.
+        betas: decay of the first moment and of the second. With beta1 = 0 no first moment is kept.
+        eps: added to the square root of the second moment.
+        weight_decay: times the weight, added to the normalised gradient.
+        bias_correction: divide m by 1 - beta1**t and sqrt(v) by sqrt(1 - beta2**t), t counting the
+            layer's own steps (as Apex; the paper has none).
+        grad_averaging: weight the new term of the first moment with 1 - beta1.
+        norm_type: 2, or 0: v then averages the largest magnitude instead of the sum of squares.
+        init_zero: start v at 0 instead of at the first S.
+        reg_inside_moment: True (the paper): m accumulates the normalised gradient and the decay.
+            False (Apex's default): m accumulates the plain gradient; it is normalised, and the
+            decay added, when the weight is changed.
+        max_grad_norm: clip the gradient of all param groups together to this Euclidean norm, as
+            ``torch.nn.utils.clip_grad_norm_`` would, without a pass of its own and without writing
+            to the gradients. None or 0: no clipping.
+        maximize: ascend.
+
+    Raises:
+        ValueError: an option out of range, or a parameter that cannot be optimised.
+        TypeError: an option that NovoGrad does not have, or one of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.95, 0.98),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        bias_correction: bool = False,
+        grad_averaging: bool = False,
+        norm_type: int = 2,
+        init_zero: bool = False,
+        reg_inside_moment: bool = True,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        **unknown: Any,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "grad_averaging": grad_averaging,
+            "norm_type": norm_type,
+            "init_zero": init_zero,
+            "reg_inside_moment": reg_inside_moment,
+            "max_grad_norm": max_grad_norm,
+            "maximize": maximize,
+        }
+        options.refuse_unknown(unknown, defaults)
+        options.check(defaults, "NovoGrad")
+        self._forget()
+        super().__init__(params, defaults)
+
+    # ---- the step -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of Algorithm 1 on every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a sparse or complex gradient, or a tensor that is not one of those given to
+                this optimizer. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self._groups_with_gradients()
+        if groups:
+            shards, plan = self._shards(groups)
+            statistic = kernels.sum_of_squares(shards, plan.device, len(plan.names))
+            finite = plan.complete(statistic, self._veto)
+            coefficients = self._second_moment(groups, plan, statistic, finite)
+            kernels.update(shards, coefficients)
+        return loss
+
+    def _second_moment(
+        self, groups: Sequence[tuple[Group, list[Tensor]]], plan: Plan, statistic: Tensor, finite: Tensor
+    ) -> kernels.Coefficients:
+        """Update v of every layer; return what the update of m and w needs to know of it."""
+        clip = _clip_coefficient(statistic, _one_max_grad_norm(self.param_groups))
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        first = 0
+        for group, params in groups:
+            v = [self.state[p]["exp_avg_sq"] for p in params]
+            t = [self.state[p]["step"] for p in params] if group["bias_correction"] else []
+            layers = sum(x.numel() for x in v)
+            S = statistic[first : first + layers] * (clip if group["norm_type"] == 0 else clip.square())
+            first += layers
+            new_v = torch.where(finite, _averaged(_on(plan.device, v), S, group), _on(plan.device, v))
+            active = finite & (new_v > 0)
+            new_t = _on(plan.device, t) + active if t else None
+            parts.append((*_layer_coefficients(new_v, new_t, clip, group), active))
+            _write_back(v, new_v)
+            if new_t is not None:
+                _write_back(t, new_t)
+        plan.record(statistic, finite)
+        return kernels.Coefficients(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))
+
+    # ---- which tensors, which layers ------------------------------------------------------------
+
+    def _groups_with_gradients(self) -> list[tuple[Group, list[Tensor]]]:
+        """The tensors to step, by param group. Refuses what cannot be stepped, by name."""
+        found: list[tuple[Group, list[Tensor]]] = []
+        for index, group in enumerate(self.param_groups):
+            options.check(group, f"param group {index}")
+            params = []
+            for position, p in enumerate(group["params"]):
+                if p.grad is None:
+                    continue
+                if p.grad.layout != torch.strided or p.grad.is_complex():
+                    raise RuntimeError(_refuse_gradient(self._name(index, position), p.grad))
+                layout = self._layouts.get(id(p))
+                if layout is None or layout.numel != p.numel() or _is_fsdp1(p):
+                    raise RuntimeError(self._unknown_layers(self._name(index, position), p, layout))
+                params.append(p)
+            if params:
+                found.append((group, params))
+        return found
+
+    def _unknown_layers(self, name: str, tensor: Tensor, known: Layout | None) -> str:
+        if known is not None and known.numel != tensor.numel():
+            what = f"had {known.numel} elements when NovoGrad was given it and has {tensor.numel()} now"
+        else:
+            what = f"({tensor.numel()} elements) is not what NovoGrad was given"
+        return (
+            f"{name}: the tensor in param_groups {what}{f' by {self._wrapper}' if self._wrapper else ''}. "
+            "Which layers its elements belong to is not known, and a norm taken over it would be wrong. "
+            "If a framework flattened the parameters: under DeepSpeed, "
+            "`import novoscale.integrations.deepspeed` before deepspeed.initialize; FSDP1 is not "
+            "supported. If the model was changed, or the optimizer copied after it was wrapped: make a "
+            "new optimizer from the model's present parameters."
+        )
+
+    def _shards(self, groups: Sequence[tuple[Group, list[Tensor]]]) -> tuple[list[kernels.Shard], Plan]:
+        """Make the tensors of a step known to the kernels, and place their layers in one vector."""
+        shards: list[kernels.Shard] = []
+        placed: list[Placed] = []
+        first = 0
+        for group, params in groups:
+            beta1 = group["betas"][0]
+            op = dist.ReduceOp.SUM if group["norm_type"] == 2 else dist.ReduceOp.MAX
+            for p in params:
+                layout = self._layouts[id(p)]
+                self._init_state(p, layout, group)
+                shards.append(
+                    kernels.Shard(
+                        param=p,
+                        grad=p.grad,  # type: ignore[arg-type]
+                        exp_avg=self.state[p].get("exp_avg"),
+                        segments=layout.segments,
+                        first=first,
+                        norm_type=group["norm_type"],
+                        beta1=beta1,
+                        beta3=1 - beta1 if group["grad_averaging"] else 1.0,
+                        weight_decay=group["weight_decay"],
+                        reg_inside_moment=group["reg_inside_moment"],
+                    )
+                )
+                placed.append(Placed(layout, first, op))
+                first += len(layout.layers)
+        device = shards[0].param.device
+        key = (device, tuple((id(p.layout), p.op) for p in placed))
+        if key not in self._plans:
+            self._plans[key] = Plan(placed, device)
+        return shards, self._plans[key]
+
+    def _init_state(self, p: Tensor, layout: Layout, group: Group) -> None:
+        state = self.state[p]
+        layers = len(layout.layers)
+        if "exp_avg_sq" not in state:
+            state["exp_avg_sq"] = torch.zeros(layers, dtype=torch.float32, device=p.device)
+        if "exp_avg" not in state and group["betas"][0] != 0:
+            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+            state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+        if "step" not in state and group["bias_correction"]:
+            state["step"] = torch.zeros(layers, dtype=torch.float32, device=p.device)
+
+    def _name(self, group: int, position: int) -> str:
+        """The name of a parameter for an error message."""
+        names = self.param_groups[group].get("param_names")
+        if names is not None and position < len(names):
+            return str(names[position])
+        return f"parameter {position} of param group {group}"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.add_param_group``; refuses by name what cannot be optimised.
+
+        Raises:
+            ValueError: a parameter that is not a leaf or not of a floating-point dtype that NovoGrad
+                supports, or an option out of range.
+        """
+        index = len(self.param_groups)
+        if isinstance(param_group, dict):
+            params = param_group["params"]
+            if not isinstance(params, (Tensor, set)):
+                param_group["params"] = params = list(params)
+            for position, entry in enumerate([params] if isinstance(params, Tensor) else params):
+                name, p = entry if isinstance(entry, tuple) else (None, entry)
+                _refuse_parameter(name or f"parameter {position} of param group {index}", p)
+            for option, default in self.defaults.items():
+                param_group.setdefault(option, default)
+            options.check(param_group, f"param group {index}")
+            _one_max_grad_norm([*self.param_groups, param_group])
+        super().add_param_group(param_group)
+        self._know(index, self.param_groups[-1])
+
+    # ---- for wrappers that cut parameters -------------------------------------------------------
+
+    def bind(self, wrapper: str, layouts: Sequence[tuple[Tensor, Layout]]) -> None:
+        """Tell the optimizer that a wrapper has replaced the parameters by tensors cut otherwise.
+
+        From here on only these tensors are accepted; their state is allocated at once (a wrapper may
+        step them one by one and link their states after the first).
+
+        Args:
+            wrapper: the wrapper's name, for messages.
+            layouts: for every tensor that is now in ``param_groups``, its layout.
+
+        Raises:
+            ValueError: a layout of another size than its tensor, a tensor of ``param_groups``
+                without a layout, or ``max_grad_norm`` in use: a wrapper that steps its groups one by
+                one never shows the norm of the whole gradient.
+        """
+        given = {id(tensor): layout for tensor, layout in layouts}
+        for index, group in enumerate(self.param_groups):
+            if group["max_grad_norm"]:
+                raise ValueError(
+                    f"param group {index}: max_grad_norm={group['max_grad_norm']} cannot be used under {wrapper}, "
+                    "which clips by itself: set gradient_clipping in the DeepSpeed config and leave "
+                    "max_grad_norm out"
+                )
+            for position, p in enumerate(group["params"]):
+                if id(p) not in given or given[id(p)].numel != p.numel():
+                    raise ValueError(f"{wrapper}: no layout of {self._name(index, position)} ({p.numel()} elements)")
+        self._wrapper = wrapper
+        self._layouts = given
+        self._plans = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._init_state(p, given[id(p)], group)
+
+    def veto(self, skip: Tensor | None) -> None:
+        """Have the coming steps changed nothing, on any rank that shares a layer's process group.
+
+        For a wrapper that steps its groups one by one and knows that a later group's gradient is not
+        finite: no group may step then.
+
+        Args:
+            skip: 0-dim bool, read on the device at each step until it is replaced; None lifts it.
+        """
+        self._veto = skip
+
+    # ---- what a step has shown ------------------------------------------------------------------
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps changed nothing because a gradient was not finite. Waits for the device."""
+        return sum(int(plan.skipped) for plan in self._plans.values())
+
+    def skipped_layers(self) -> list[str]:
+        """Names of the layers, among those this rank holds, that had the last skipped step skipped.
+
+        Waits for the device.
+        """
+        return [
+            name
+            for plan in self._plans.values()
+            for name, bad in zip(plan.names, plan.bad.tolist(), strict=True)
+            if bad
+        ]
+
+    def layer_norms(self) -> dict[str, float]:
+        """The gradient norm of each layer that this rank holds, whole, before clipping, at its last step.
+
+        With ``norm_type=0`` the largest magnitude. Waits for the device.
+        """
+        return {name: norm for plan in self._plans.values() for name, norm in plan.norms().items()}
+
+    # ---- state in and out -----------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.load_state_dict``, but every state keeps the dtype it was saved in.
+
+        (torch casts state to the parameter's dtype: a float32 v of a bfloat16 parameter would lose
+        half its digits.) Load and save hooks run as usual.
+
+        Raises:
+            ValueError: a state that is not NovoGrad's, or that belongs to other shapes or layers.
+                Nothing has been changed then.
+        """
+        with checkpoint.recording(self) as record:
+            self._loading = record
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                self._loading = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_wrapper": self._wrapper}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if self.__dict__.get("_loading") is not None:  # from load_state_dict
+            checkpoint.keep_dtypes(state, self._loading, self._layouts)
+        for group in state["param_groups"]:
+            for option, default in state.get("defaults", self.__dict__.get("defaults", {})).items():
+                group.setdefault(option, default)
+        super().__setstate__(state)
+        if "_layouts" not in self.__dict__:  # from deepcopy or pickle: a new object
+            wrapper = self._wrapper
+            self._forget()
+            self._wrapper = wrapper
+            if wrapper is None:
+                for index, group in enumerate(self.param_groups):
+                    self._know(index, group)
+
+    def _forget(self) -> None:
+        """Start with empty caches. They hold integers only and are rebuilt from param_groups."""
+        self._layouts: dict[int, Layout] = {}  # by id(tensor)
+        self._plans: dict[Any, Plan] = {}
+        self._wrapper: str | None = None  # what replaced the parameters, if anything did
+        self._veto: Tensor | None = None  # see veto()
+        self._loading: dict[str, Any] | None = None
+
+    def _know(self, index: int, group: Group) -> None:
+        for position, p in enumerate(group["params"]):
+            self._layouts[id(p)] = whole(self._name(index, position), p.numel())
+        self._plans = {}
+
+
+# ---- one scalar per layer -------------------------------------------------------------------------
+
+
+def _averaged(v: Tensor, S: Tensor, group: Group) -> Tensor:
+    """The running average of S: float32, one element per layer."""
+    beta2 = group["betas"][1]
+    average = beta2 * v.double() + (1 - beta2) * S
+    # "First step" is v == 0, decided on the device: frameworks call step() with zero gradients
+    # before training, and a layer may get its first gradient late.
+    return (average if group["init_zero"] else torch.where(v == 0, S, average)).float()
+
+
+def _layer_coefficients(
+    v: Tensor, t: Tensor | None, clip: Tensor, group: Group
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_scale, step_size and decay of each layer (see ``kernels.Coefficients``), in float64."""
+    beta1, beta2 = group["betas"]
+    norm = v.double().sqrt() if group["norm_type"] == 2 else v.double()
+    correction1: Tensor | float = 1.0
+    if t is not None:
+        t = t.double().clamp(min=1)
+        correction1 = 1 - torch.pow(beta1, t)
+        norm = norm / (1 - torch.pow(beta2, t)).sqrt()
+    inverse = 1 / (norm + group["eps"])
+    scale = (-clip if group["maximize"] else clip).expand_as(norm)
+    lr = group["lr"]
+    lr = torch.as_tensor(lr, dtype=torch.float64).to(v.device, non_blocking=True).reshape(())
+    step_size = (lr / correction1).expand_as(norm)
+    decay = (lr * group["weight_decay"]).expand_as(norm)
+    if group["reg_inside_moment"]:
+        return scale * inverse, step_size, decay
+    return scale, step_size * inverse, decay
+
+
+def _clip_coefficient(statistic: Tensor, max_grad_norm: float | None) -> Tensor:
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies the gradients by; 1 without clipping."""
+    if not max_grad_norm:
+        return statistic.new_ones(())
+    return (max_grad_norm / (statistic.sum().sqrt() + 1e-6)).clamp(max=1)
+
+
+def _on(device: torch.device, tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([t.to(device) for t in tensors])
+
+
+def _write_back(tensors: Sequence[Tensor], values: Tensor) -> None:
+    for tensor, value in zip(tensors, values.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(value)
+
+
+# ---- what is refused ------------------------------------------------------------------------------
+
+
+def _one_max_grad_norm(groups: Sequence[Group]) -> float | None:
+    limits = [group["max_grad_norm"] or None for group in groups]
+    if any(limit != limits[0] for limit in limits):
+        raise ValueError(
+            "max_grad_norm clips the gradient of the whole model: it must be the same in every param "
+            f"group, got {limits}"
+        )
+    return limits[0] if limits else None
+
+
+def _refuse_parameter(name: str, p: Any) -> None:
+    if not isinstance(p, Tensor):
+        return  # torch says it
+    if isinstance(p, DTensor):
+        raise ValueError(f"{name} is a DTensor (FSDP2, tensor parallel): not supported yet, use DeepSpeed ZeRO")
+    if not (p.is_leaf or p.retains_grad):
+        raise ValueError(
+            f"{name}: can't optimize a non-leaf Tensor; give NovoGrad the parameter that it was computed from"
+        )
+    if p.dtype not in SUPPORTED_DTYPES:
+        raise ValueError(
+            f"{name} has dtype {p.dtype}; NovoGrad optimises "
+            f"{', '.join(str(d).removeprefix('torch.') for d in SUPPORTED_DTYPES)}. Set requires_grad=False on "
+            "it and leave it out"
+        )
+    if p.layout != torch.strided:
+        raise ValueError(f"{name} is not a dense tensor ({p.layout}); NovoGrad optimises dense parameters only")
+
+
+def _refuse_gradient(name: str, grad: Tensor) -> str:
+    if grad.is_complex():
+        return f"{name}: NovoGrad does not support complex gradients"
+    return (
+        f"{name}: NovoGrad does not support sparse gradients; use nn.Embedding(sparse=False), or give this "
+        "parameter to another optimizer"
+    )
+
+
+def _is_fsdp1(tensor: Tensor) -> bool:
+    return getattr(tensor, "_fsdp_flattened", False) or hasattr(tensor, "_fqns")

@@ -1,0 +1,86 @@
+"""The options of NovoGrad: names, ranges, and what to say when one is wrong."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Options that other NovoGrads have and this one has not, and what to do instead.
+_ELSEWHERE = {
+    "amsgrad": "this NovoGrad has no AMSGrad variant (Apex refuses it too): leave the option out",
+    "set_grad_none": "use optimizer.zero_grad(set_to_none=...)",
+    "luc": "NeMo's layer-wise update clipping is not implemented: leave the option out",
+    "clip_grad": "use max_grad_norm",
+    "momentum": "use betas=(momentum, ...)",
+}
+
+
+def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise TypeError for an option that NovoGrad does not have, with the nearest that it has."""
+    for name in unknown:
+        known = list(known)
+        near = difflib.get_close_matches(name, known, n=1)
+        advice = _ELSEWHERE.get(name) or (f"did you mean {near[0]!r}?" if near else "")
+        raise TypeError(
+            f"NovoGrad has no option {name!r}{': ' if advice else ''}{advice}; its options are {', '.join(known)}"
+        )
+
+
+def check(options: dict[str, Any], where: str) -> None:
+    """Check the options of a param group; make ``betas`` a tuple of two floats.
+
+    Args:
+        options: the group (or the defaults); other keys are left alone.
+        where: said in the error, such as "param group 0".
+
+    Raises:
+        ValueError: a value out of range.
+        TypeError: a value of the wrong kind.
+    """
+    _check_lr(options["lr"], where)
+    options["betas"] = _betas(options["betas"], where)
+    for name in ("eps", "weight_decay"):
+        _number(name, options[name], where)
+    for name in ("bias_correction", "grad_averaging", "init_zero", "reg_inside_moment", "maximize"):
+        if not isinstance(options[name], bool):
+            raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
+    if isinstance(options["norm_type"], bool) or options["norm_type"] not in (0, 2):
+        raise ValueError(
+            f"{where}: norm_type must be 2 (Euclidean norm) or 0 (largest magnitude), got {options['norm_type']!r}"
+        )
+    if options["max_grad_norm"] is not None:
+        _number("max_grad_norm", options["max_grad_norm"], where)
+        if options["max_grad_norm"] and options["norm_type"] == 0:
+            raise ValueError(
+                f"{where}: max_grad_norm needs norm_type=2: with the largest magnitudes of norm_type=0 the "
+                "norm of the whole gradient is not known. Set max_grad_norm=None"
+            )
+
+
+def _number(name: str, value: Any, where: str, below: float = float("inf")) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{where}: {name} must be a number, got {value!r} ({type(value).__name__})")
+    if not 0 <= value < below:
+        bound = "a finite number of at least 0" if below == float("inf") else f"at least 0 and below {below}"
+        raise ValueError(f"{where}: {name} must be {bound}, got {value}")
+
+
+def _check_lr(lr: Any, where: str) -> None:
+    if not isinstance(lr, Tensor):
+        _number("lr", lr, where)
+    elif lr.numel() != 1:
+        raise ValueError(f"{where}: Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
+    elif not lr.is_floating_point() and lr.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{where}: Tensor lr must hold a real number, got {lr.dtype}")
+
+
+def _betas(betas: Any, where: str) -> tuple[float, float]:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"{where}: betas must be two numbers (beta1, beta2), got {betas!r}")
+    for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
+        _number(name, beta, where, below=1)
+    return (float(betas[0]), float(betas[1]))

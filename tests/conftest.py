@@ -1,0 +1,10 @@
+import os
+from pathlib import Path
+
+# Before anything imports DeepSpeed, and for every rank that a test starts. Tests of distribution run on
+# the CPU with gloo also where there is a GPU.
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    [str(Path(__file__).parent), str(Path(__file__).parent / "integrations"), *filter(None, [os.environ.get("PYTHONPATH")])]
+)

@@ -1,0 +1,223 @@
+"""Any cut of any set of layers over any number of ranks gives the uncut sums and the uncut update."""
+
+import threading
+from unittest import mock
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+
+from novoscale import kernels, layout
+from novoscale.layout import Layer, LayoutError, Placed, Plan, Segment, partition, whole
+
+
+class ThreadGroup:
+    """Stands for a process group whose ranks are threads of this process."""
+
+    def __init__(self, size):
+        self.barrier = threading.Barrier(size, timeout=20)
+        self.parts = {}
+        self.calls = 0
+
+    def all_reduce(self, tensor, op):
+        self.parts[threading.get_ident()] = tensor.clone()
+        if self.barrier.wait() == 0:
+            stacked = torch.stack(list(self.parts.values()))
+            self.result = stacked.sum(0) if op == dist.ReduceOp.SUM else stacked.amax(0)
+            self.parts = {}
+            self.calls += 1
+        self.barrier.wait()
+        tensor.copy_(self.result)
+        self.barrier.wait()
+
+
+def on_ranks(size, function):
+    """function(rank, group) on as many threads; the results in the order of the ranks."""
+    group, results = ThreadGroup(size), [None] * size
+
+    def work(rank):
+        results[rank] = function(rank, group)
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
+    with mock.patch.object(layout.dist, "all_reduce", lambda t, op, group: group.all_reduce(t, op)):
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    return results, group
+
+
+@st.composite
+def cuts(draw):
+    """Layers, their order and gaps in a flat buffer, and the boundaries of the ranks in it."""
+    sizes = draw(st.lists(st.integers(1, 40), min_size=1, max_size=8))
+    gaps = draw(st.lists(st.integers(0, 3), min_size=len(sizes), max_size=len(sizes)))
+    order = draw(st.permutations(range(len(sizes))))
+    starts, end = {}, 0
+    for layer in order:
+        starts[layer] = end + gaps[layer]
+        end = starts[layer] + sizes[layer]
+    world = draw(st.integers(1, 5))
+    total = end + draw(st.integers(0, 60))  # tail padding: some ranks may hold nothing else
+    bounds = [0, *sorted(draw(st.lists(st.integers(0, total), min_size=world - 1, max_size=world - 1))), total]
+    return sizes, [starts[i] for i in range(len(sizes))], bounds, draw(st.integers(0, 2**31))
+
+
+def pieces_of(sizes, starts, bounds):
+    pieces = []
+    for low, high in zip(bounds, bounds[1:], strict=False):
+        held = [(max(s, low), min(s + n, high), i, s) for i, (s, n) in enumerate(zip(starts, sizes, strict=True))]
+        pieces.append([Segment(a - low, b - low, i, a - s) for a, b, i, s in held if a < b])
+    return pieces
+
+
+def step(param, grad, exp_avg, lay, norm_type=2):
+    """What NovoGrad.step does with one tensor, without its options."""
+    op = dist.ReduceOp.SUM if norm_type == 2 else dist.ReduceOp.MAX
+    plan = Plan([Placed(lay, 0, op)], torch.device("cpu"))
+    shard = kernels.Shard(param, grad, exp_avg, lay.segments, 0, norm_type, 0.9, 1.0, 0.1, True)
+    statistic = kernels.sum_of_squares([shard], plan.device, len(plan.names))
+    finite = plan.complete(statistic)
+    scale = 1 / (statistic.sqrt() + 1e-8)
+    active = finite & (statistic > 0)
+    kernels.update([shard], kernels.Coefficients(scale, torch.full_like(scale, 0.1), torch.zeros_like(scale), active))
+    return dict(zip(plan.names, statistic.tolist(), strict=True)), bool(finite)
+
+
+@settings(max_examples=150, deadline=None)
+@given(cuts(), st.sampled_from([torch.float32, torch.float64]), st.sampled_from([0, 2]))
+def test_any_cut_gives_the_uncut_sums_and_update(cut, dtype, norm_type):
+    sizes, starts, bounds, seed = cut
+    generator = torch.Generator().manual_seed(seed)
+    flat = lambda: torch.randn(bounds[-1], generator=generator).to(dtype)  # noqa: E731
+    # Gradients are multiples of 1/8: their squares add up without rounding, in any order.
+    params, moments, grads = flat(), flat(), (flat() * 8).round() / 8
+    layers = [Layer(f"l{i}", n) for i, n in enumerate(sizes)]
+    pieces = pieces_of(sizes, starts, bounds)
+
+    whole_p, whole_m = params.clone(), moments.clone()
+    everything = [Segment(s, s + n, i) for i, (s, n) in enumerate(zip(starts, sizes, strict=True))]
+    uncut = partition(layers, [everything], rank=0, numel=bounds[-1])
+    expected, _ = step(whole_p, grads, whole_m, uncut, norm_type)
+
+    def rank_step(rank, group):
+        low, high = bounds[rank : rank + 2]
+        p, m = params[low:high].clone(), moments[low:high].clone()
+        lay = partition(layers, pieces, rank=rank, numel=high - low, process_group=group)
+        sums, finite = step(p, grads[low:high].clone(), m, lay, norm_type)
+        return p, m, sums, finite
+
+    results, group = on_ranks(len(pieces), rank_step)
+    assert torch.equal(torch.cat([r[0] for r in results]), whole_p)
+    assert torch.equal(torch.cat([r[1] for r in results]), whole_m)
+    for (_, _, sums, finite), held in zip(results, pieces, strict=True):
+        assert finite
+        assert set(sums) == {f"l{s.layer}" for s in held}
+        assert all(sums[name] == expected[name] for name in sums)
+    assert group.calls == (1 if len(pieces) > 1 else 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(cuts(), st.data())
+def test_sums_of_any_gradients_differ_by_float64_rounding_only(cut, data):
+    sizes, starts, bounds, seed = cut
+    generator = torch.Generator().manual_seed(seed)
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    grads = torch.randn(bounds[-1], generator=generator).to(dtype)
+    layers = [Layer(f"l{i}", n) for i, n in enumerate(sizes)]
+    pieces = pieces_of(sizes, starts, bounds)
+
+    def sums(rank, group):
+        low, high = bounds[rank : rank + 2]
+        lay = partition(layers, pieces, rank=rank, numel=high - low, process_group=group)
+        zeros = torch.zeros(high - low)
+        return step(zeros, grads[low:high], zeros.clone(), lay)[0]
+
+    for held in on_ranks(len(pieces), sums)[0]:
+        for name, value in held.items():
+            i = int(name[1:])
+            exact = grads[starts[i] : starts[i] + sizes[i]].double().square().sum().item()
+            assert value == pytest.approx(exact, rel=40 * 2**-53)
+
+
+@settings(max_examples=40, deadline=None)
+@given(cuts(), st.data(), st.sampled_from([0, 2]), st.sampled_from([float("nan"), float("inf")]))
+def test_one_nonfinite_element_stops_every_rank(cut, data, norm_type, value):
+    sizes, starts, bounds, _ = cut
+    layer = data.draw(st.integers(0, len(sizes) - 1))
+    where = starts[layer] + data.draw(st.integers(0, sizes[layer] - 1))
+    grads = torch.ones(bounds[-1])
+    grads[where] = value
+    layers = [Layer(f"l{i}", n) for i, n in enumerate(sizes)]
+    pieces = pieces_of(sizes, starts, bounds)
+
+    def rank_step(rank, group):
+        low, high = bounds[rank : rank + 2]
+        lay = partition(layers, pieces, rank=rank, numel=high - low, process_group=group)
+        p, m = torch.ones(high - low), torch.ones(high - low)
+        finite = step(p, grads[low:high].clone(), m, lay, norm_type)[1]
+        return finite, p, m
+
+    for finite, p, m in on_ranks(len(pieces), rank_step)[0]:
+        assert not finite
+        assert torch.equal(p, torch.ones_like(p))
+        assert torch.equal(m, torch.ones_like(m))
+
+
+def test_only_cut_layers_take_part_in_the_collective():
+    layers = [Layer("a", 4), Layer("b", 6), Layer("c", 2)]
+    pieces = [[Segment(0, 4, 0), Segment(4, 6, 1)], [Segment(0, 4, 1, 2), Segment(4, 6, 2)]]
+    first, second = (partition(layers, pieces, rank=r, numel=6) for r in (0, 1))
+    assert [layer.name for layer in first.layers] == ["a", "b"]
+    assert [layer.name for layer in second.layers] == ["b", "c"]
+    assert first.completions[0].slots == (1,)
+    assert second.completions[0].slots == (0,)
+    assert second.segments == (Segment(0, 4, 0, 2), Segment(4, 6, 1, 0))
+
+
+def test_layouts_of_one_process_group_share_a_collective():
+    layers = [Layer("a", 2)]
+    pieces = [[Segment(0, 1, 0)], [Segment(0, 1, 0, 1)]]
+    group, other = object(), object()
+    shards = [partition(layers, pieces, rank=0, numel=1, process_group=g) for g in (group, group, other)]
+    assert Plan([Placed(s, i) for i, s in enumerate(shards)], torch.device("cpu")).reductions == 2
+    assert Plan([Placed(whole("p", 5), 0)], torch.device("cpu")).reductions == 0
+
+
+@pytest.mark.parametrize(
+    ("pieces", "says"),
+    [
+        ([[Segment(0, 3, 0)], []], "layer a: its 4 elements are not held exactly once"),
+        ([[Segment(0, 3, 0)], [Segment(0, 2, 0, 2)]], "layer a: its 4 elements are not held exactly once"),
+        ([[Segment(0, 2, 0), Segment(1, 3, 0, 2)], []], "overlap"),
+        ([[Segment(2, 6, 0)], []], "ends at element 6 of a tensor of 4"),
+        ([[Segment(0, 0, 0)], [Segment(0, 4, 0)]], "empty"),
+    ],
+)
+def test_pieces_that_do_not_make_up_the_layers_are_refused(pieces, says):
+    with pytest.raises(LayoutError, match=says):
+        partition([Layer("a", 4)], pieces, rank=0, numel=4)
+
+
+def test_one_parameter_may_be_several_layers():
+    from novoscale import NovoGrad
+
+    torch.manual_seed(0)
+    fused = torch.randn(6, 5)
+    parts = [p.clone().requires_grad_() for p in fused.chunk(3)]
+    fused.requires_grad_()
+    optimizer, separate = NovoGrad([("qkv", fused)], lr=0.1), NovoGrad(parts, lr=0.1)
+    optimizer.bind("test", [(fused, whole("qkv", 30, splits=3))])
+    for _ in range(3):
+        fused.grad = torch.randn(6, 5) * torch.tensor([1.0, 1, 10, 10, 0, 0])[:, None]
+        for p, g in zip(parts, fused.grad.chunk(3), strict=True):
+            p.grad = g.clone()
+        optimizer.step()
+        separate.step()
+    assert torch.equal(fused, torch.cat(parts))
+    assert optimizer.state[fused]["exp_avg_sq"].shape == (3,)
+    assert list(optimizer.layer_norms()) == ["qkv[0]", "qkv[1]", "qkv[2]"]
+    with pytest.raises(LayoutError, match="30 elements cannot be cut into 4 layers"):
+        whole("qkv", 30, splits=4)
