@@ -30,16 +30,21 @@ from benchmarks.provenance import provenance  # noqa: E402
 from benchmarks.train import build_model  # noqa: E402
 from novoscale import NovoGrad  # noqa: E402
 from novoscale.memory import optimizer_state_bytes  # noqa: E402
+from novoscale.ranks import remove_shared_memory  # noqa: E402
 
+PORT = 29577
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "novograd": NovoGrad}
 
 
 def main(
     text_path: Annotated[
-        Path | None, typer.Option("--text", help="File or folder of UTF-8 text; default: Python's own sources.")
+        Path | None,
+        typer.Option("--text", help="File or folder of UTF-8 text; default: Python's own sources."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each run.")] = 400,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Default: the number of GPUs, or 2 on a CPU.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Default: the number of GPUs, or 2 on a CPU.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for demo.json, demo.png and demo.svg.")] = Path("runs"),
     seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
 ) -> None:
@@ -56,7 +61,9 @@ def main(
         console.print(f"[red]--ranks {ranks}: NCCL needs a GPU for each rank, and there are {gpus}")
         raise typer.Exit(2)
     if not gpus and ranks > (os.cpu_count() or 1):
-        console.print(f"[yellow]{ranks} ranks on {os.cpu_count()} cores: the times will be those of a busy machine")
+        console.print(
+            f"[yellow]{ranks} ranks on {os.cpu_count()} cores: the times will be those of a busy machine"
+        )
     results = {name: launch(console, name, ranks, steps, seed, text_path) for name in OPTIMIZERS}
     for name, result in results.items():
         result["state_bytes_uncut"] = uncut_state_bytes(name, result["config"]["optimizer"]["params"])
@@ -76,7 +83,7 @@ def launch(
     with TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"
         command = ["accelerate", "launch", "--config_file", f"configs/accelerate_zero2_{name}.yaml"]
-        command += ["--num_processes", str(ranks), "benchmarks/train.py"]
+        command += ["--num_processes", str(ranks), "--main_process_port", str(PORT), "benchmarks/train.py"]
         command += ["--out", str(out), "--steps", str(steps), "--seed", str(seed)]
         if text_path is not None:
             command += ["--text", str(text_path.resolve())]
@@ -92,8 +99,11 @@ def launch(
         if not torch.cuda.is_available():
             environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // ranks, 1)))
         done = subprocess.run(command, cwd=ROOT, env=environment)
+        remove_shared_memory(PORT)
         if done.returncode:
-            console.print(f"[red]{name}: the training run ended with code {done.returncode}; its output is above")
+            console.print(
+                f"[red]{name}: the training run ended with code {done.returncode}; its output is above"
+            )
             raise typer.Exit(1)
         result: dict[str, Any] = json.loads(out.read_text())
         return result
@@ -116,8 +126,8 @@ def table(report: dict[str, Any]) -> Table:
     result = Table(
         title=f"{run['parameters'] / 1e6:.2f}M parameters, ZeRO-2 on {report['ranks']} {run['device']} ranks, "
         f"{run['steps']} steps",
-        caption="State: bytes of the storages that the optimizer holds. Under ZeRO each rank has flat pieces of "
-        "the model, on which Adafactor cannot factorise.",
+        caption="State: bytes of the storages that the optimizer holds, of all ranks. Under ZeRO each rank has "
+        "flat pieces of the model, on which Adafactor cannot factorise.",
     )
     result.add_column("optimizer")
     for column in ("lr", "state, B/param", "per rank, MiB", "not cut, B/param", "peak RSS, MiB"):

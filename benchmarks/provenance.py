@@ -55,7 +55,9 @@ def _commit() -> str:
         git = lambda *args: subprocess.run(  # noqa: E731
             ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
         ).stdout.strip()
-        return git("rev-parse", "--short=12", "HEAD") + (" (modified)" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            " (modified)" if git("status", "--porcelain", "-uno") else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

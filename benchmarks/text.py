@@ -31,7 +31,9 @@ def load(path: Path | None) -> tuple[Tensor, Tensor]:
         cut = len(joined) - len(joined) // 20
         train, validation = joined[:cut], joined[cut:]
     if len(validation) < 1000:
-        raise ValueError(f"{path}: only {len(train) + len(validation)} bytes of UTF-8 text in it, need 20,000 or more")
+        raise ValueError(
+            f"{path}: only {len(train) + len(validation)} bytes of UTF-8 text in it, need 20,000 or more"
+        )
     return tuple(torch.frombuffer(bytearray(t), dtype=torch.uint8) for t in (train, validation))  # type: ignore[return-value]
 
 

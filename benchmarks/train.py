@@ -26,9 +26,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import novoscale.integrations.deepspeed  # noqa: E402, F401  registers "NovoGrad"
-from benchmarks import text  # noqa: E402
-from novoscale.memory import optimizer_state_bytes  # noqa: E402
+import novoscale.integrations.deepspeed  # noqa: F401  registers "NovoGrad"
+
+from benchmarks import text
+from novoscale.memory import optimizer_state_bytes
 
 CONTEXT = 128
 VALIDATION_WINDOWS = 128
@@ -95,7 +96,9 @@ def main(
     shown = accelerator.is_main_process and sys.stderr.isatty()
     for step in track(range(steps), f"{engine.basic_optimizer.__class__.__name__:>10}", disable=not shown):
         start = time.perf_counter()
-        tokens = text.windows(train_text, batch, CONTEXT, seed=seed * 1_000_003 + step)[mine].to(accelerator.device)
+        tokens = text.windows(train_text, batch, CONTEXT, seed=seed * 1_000_003 + step)[mine].to(
+            accelerator.device
+        )
         loss = engine(input_ids=tokens, labels=tokens).loss
         accelerator.backward(loss)  # DeepSpeed steps in it
         scheduler.step()
@@ -146,7 +149,9 @@ def evaluate(accelerator: Accelerator, engine: Any, validation_text: Tensor) -> 
     tokens = text.windows(validation_text, VALIDATION_WINDOWS, CONTEXT, seed=1)
     mine = tokens[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
     losses = [engine(input_ids=part, labels=part).loss * len(part) for part in mine.split(16)]
-    total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(len(mine)), device=accelerator.device)])
+    total = torch.stack(
+        [torch.stack(losses).sum(), torch.tensor(float(len(mine)), device=accelerator.device)]
+    )
     total = accelerator.reduce(total, reduction="sum")
     engine.train()
     return float(total[0] / total[1])

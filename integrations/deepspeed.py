@@ -46,8 +46,8 @@ def register() -> None:
     present = getattr(torch.optim, NAME, NovoGrad)
     if present is not NovoGrad:
         raise RuntimeError(
-            f"torch.optim.{NAME} is already {present.__module__}.{present.__qualname__}: DeepSpeed would find that "
-            "one by name. Do not import both"
+            f"torch.optim.{NAME} is already {present.__module__}.{present.__qualname__}: DeepSpeed would find "
+            "that one by name. Do not import both"
         )
     # DeepSpeed looks a name up in torch.optim, after lower-casing those it lists: with both, any
     # capitalisation works, as it does for DeepSpeed's own optimizers.
@@ -67,9 +67,7 @@ def register() -> None:
         _extend(wrapper, functools.partial(_refuse, config=config), lambda _: None)
 
 
-def _extend(
-    wrapper: type, before: Callable[[dict[str, Any]], None], after: Callable[[Any], None]
-) -> None:
+def _extend(wrapper: type, before: Callable[[dict[str, Any]], None], after: Callable[[Any], None]) -> None:
     """Have a wrapper's constructor call ``before`` with its arguments, and ``after`` with the wrapper.
 
     Only where the optimizer that it wraps is a NovoGrad.
@@ -83,7 +81,9 @@ def _extend(
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
-        if isinstance(bound.arguments.get("init_optimizer"), NovoGrad):
+        optimizer = bound.arguments.get("init_optimizer")
+        if isinstance(optimizer, NovoGrad):
+            optimizer.refuse_clipping("DeepSpeed")
             before(bound.arguments)
             original(self, *args, **kwargs)
             after(self)
@@ -108,7 +108,8 @@ def _refuse_stage_1_and_2(arguments: dict[str, Any]) -> None:
     offload, mpu = get("offload_optimizer_config"), get("mpu")
     params = [p for group in arguments["init_optimizer"].param_groups for p in group["params"]]
     reasons = {
-        '"offload_optimizer"': offload is not None and str(getattr(offload.device, "value", offload.device)) != "none",
+        '"offload_optimizer"': offload is not None
+        and str(getattr(offload.device, "value", offload.device)) != "none",
         '"zenflow"': get("zenflow_config") is not None,
         '"elastic_checkpoint": true': get("elastic_checkpoint"),
         "mixture of experts (MoE layers)": get("has_moe_layers"),
@@ -125,8 +126,8 @@ def _refuse_stage_1_and_2(arguments: dict[str, Any]) -> None:
     for config, found in reasons.items():
         if found:
             raise UnsupportedConfigError(
-                f"NovoGrad under ZeRO stage 1 or 2 does not support this DeepSpeed configuration yet: {config}. "
-                "Remove it from the DeepSpeed config"
+                f"NovoGrad under ZeRO stage 1 or 2 does not support this DeepSpeed configuration yet: "
+                f"{config}. Remove it from the DeepSpeed config"
             )
 
 
@@ -164,8 +165,10 @@ def _layouts_stage_1_and_2(zero: DeepSpeedZeroOptimizer) -> Iterator[tuple[Tenso
         rank = dist.get_rank(group=process_group)
         flat = zero.single_partition_of_fp32_groups[i]
         _check_weights(flat, params, pieces[rank])
-        layers = [Layer(zero.param_names.get(p, f"parameter {n} of param group {i}"), p.numel())
-                  for n, p in enumerate(params)]
+        layers = [
+            Layer(zero.param_names.get(p, f"parameter {n} of param group {i}"), p.numel())
+            for n, p in enumerate(params)
+        ]
         yield flat, partition(layers, pieces, rank=rank, numel=flat.numel(), process_group=process_group)
 
 
@@ -183,7 +186,9 @@ def _check_weights(flat: Tensor, params: list[Tensor], segments: list[Segment]) 
 
 def _checks_all_gradients(zero: DeepSpeedZeroOptimizer) -> bool:
     """Whether DeepSpeed itself skips a step in which any group's gradient is not finite."""
-    return getattr(zero, "compute_grad_norm", False) and (zero.dtype != torch.bfloat16 or zero.check_grad_overflow)
+    return getattr(zero, "compute_grad_norm", False) and (
+        zero.dtype != torch.bfloat16 or zero.check_grad_overflow
+    )
 
 
 def _veto_step(zero: DeepSpeedZeroOptimizer) -> None:

@@ -47,8 +47,7 @@ def keep_dtypes(state: dict[str, Any], saved: Mapping[str, Any], layouts: Mappin
             continue
         layout = layouts.get(id(p))
         kept = {
-            name: _fitted(position, name, value, p, layout)
-            for name, value in saved["state"][key].items()
+            name: _fitted(position, name, value, p, layout) for name, value in saved["state"][key].items()
         }
         state["state"][p] = kept
 

@@ -15,6 +15,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,7 @@ class Segment:
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return self.stop - self.start
 
 
@@ -213,7 +215,6 @@ class Plan:
     Attributes:
         names: the name of each layer in the vector.
         device: where the vector of statistics lives.
-        reductions: the number of collectives of one step.
     """
 
     def __init__(self, placed: Sequence[Placed], device: torch.device) -> None:
@@ -229,18 +230,16 @@ class Plan:
                         reduction.slots.append(reduction.length + slot)
                         reduction.places.append(p.first + layer)
                 reduction.length += len(completion.slots)
-        self._reductions = [
-            (r, torch.tensor(r.slots, device=device), torch.tensor(r.places, device=device))
-            for r in merged.values()
-        ]
-        # What the last steps have shown: see NovoGrad.layer_norms, skipped_steps, skipped_layers.
+        index = partial(torch.tensor, dtype=torch.int64, device=device)
+        self._reductions = [(r, index(r.slots), index(r.places)) for r in merged.values()]
+        # What the last steps have shown: see NovoGrad.layer_norms and skipped_layers.
         self._squared = [p.op == dist.ReduceOp.SUM for p in placed for _ in p.layout.layers]
         self._statistic = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.bad = torch.zeros(len(self.names), dtype=torch.bool, device=device)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
 
     @property
     def reductions(self) -> int:
+        """The number of collectives of one step."""
         return len(self._reductions)
 
     def complete(self, statistic: Tensor, veto: Tensor | None = None) -> Tensor:
@@ -273,10 +272,9 @@ class Plan:
         return bad == 0
 
     def record(self, statistic: Tensor, finite: Tensor) -> None:
-        """Note the completed statistic of a step, and whether it was skipped."""
+        """Note the completed statistic of a step, and which layers had it skipped."""
         self._statistic = statistic
         self.bad = torch.where(finite, self.bad, ~_fits_float32(statistic))
-        self.skipped += ~finite
 
     def norms(self) -> dict[str, float]:
         """The norm of each layer's gradient at the last step. Waits for the device."""

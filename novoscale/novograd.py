@@ -16,6 +16,10 @@ from novoscale.layout import Layout, Placed, Plan, whole
 
 SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
+# Plans kept: one for each set of tensors that is stepped together. A wrapper that steps its param groups
+# one by one has one for each; a model of which other parts get gradients at each step has many.
+MAX_PLANS = 256
+
 Group = dict[str, Any]
 
 
@@ -65,6 +69,14 @@ class NovoGrad(Optimizer):
         TypeError: an option that NovoGrad does not have, or one of the wrong kind.
     """
 
+    # Caches: private, not copied, rebuilt from param_groups.
+    _layouts: dict[int, Layout]  # by id(tensor)
+    _plans: dict[Any, Plan]
+    _skipped: dict[int, Tensor]  # by id(layout) of a step's first tensor
+    _wrapper: str | None  # what replaced the parameters, if anything did; copied
+    _veto: Tensor | None  # see veto()
+    _loading: dict[str, Any] | None  # the state dict, while it is loaded
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -103,7 +115,7 @@ class NovoGrad(Optimizer):
     # ---- the step -----------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of Algorithm 1 on every parameter that has a gradient.
 
         Args:
@@ -150,6 +162,9 @@ class NovoGrad(Optimizer):
             if new_t is not None:
                 _write_back(t, new_t)
         plan.record(statistic, finite)
+        first_layout = id(self._layouts[id(groups[0][1][0])])
+        skipped = (~finite).long()
+        self._skipped[first_layout] = self._skipped.get(first_layout, torch.zeros_like(skipped)) + skipped
         return kernels.Coefficients(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))
 
     # ---- which tensors, which layers ------------------------------------------------------------
@@ -216,9 +231,11 @@ class NovoGrad(Optimizer):
                 first += len(layout.layers)
         device = shards[0].param.device
         key = (device, tuple((id(p.layout), p.op) for p in placed))
-        if key not in self._plans:
-            self._plans[key] = Plan(placed, device)
-        return shards, self._plans[key]
+        plan = self._plans.pop(key, None) or Plan(placed, device)
+        self._plans[key] = plan  # last used, last in order
+        if len(self._plans) > MAX_PLANS:
+            del self._plans[next(iter(self._plans))]
+        return shards, plan
 
     def _init_state(self, p: Tensor, layout: Layout, group: Group) -> None:
         state = self.state[p]
@@ -278,6 +295,20 @@ class NovoGrad(Optimizer):
                 one never shows the norm of the whole gradient.
         """
         given = {id(tensor): layout for tensor, layout in layouts}
+        self.refuse_clipping(wrapper)
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                if id(p) not in given or given[id(p)].numel != p.numel():
+                    raise ValueError(f"{wrapper}: no layout of {self._name(index, position)}")
+        self._wrapper = wrapper
+        self._layouts = given
+        self._plans = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                self._init_state(p, given[id(p)], group)
+
+    def refuse_clipping(self, wrapper: str) -> None:
+        """Raise ValueError if ``max_grad_norm`` is in use, for a wrapper under which it cannot be right."""
         for index, group in enumerate(self.param_groups):
             if group["max_grad_norm"]:
                 raise ValueError(
@@ -285,15 +316,6 @@ class NovoGrad(Optimizer):
                     "which clips by itself: set gradient_clipping in the DeepSpeed config and leave "
                     "max_grad_norm out"
                 )
-            for position, p in enumerate(group["params"]):
-                if id(p) not in given or given[id(p)].numel != p.numel():
-                    raise ValueError(f"{wrapper}: no layout of {self._name(index, position)} ({p.numel()} elements)")
-        self._wrapper = wrapper
-        self._layouts = given
-        self._plans = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._init_state(p, given[id(p)], group)
 
     def veto(self, skip: Tensor | None) -> None:
         """Have the coming steps changed nothing, on any rank that shares a layer's process group.
@@ -311,7 +333,9 @@ class NovoGrad(Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps changed nothing because a gradient was not finite. Waits for the device."""
-        return sum(int(plan.skipped) for plan in self._plans.values())
+        counts = [int(count) for count in self._skipped.values()]
+        # A wrapper's step is one of this optimizer for each param group, skipped together.
+        return max(counts, default=0) if self._wrapper else sum(counts)
 
     def skipped_layers(self) -> list[str]:
         """Names of the layers, among those this rank holds, that had the last skipped step skipped.
@@ -355,27 +379,23 @@ class NovoGrad(Optimizer):
         return {**super().__getstate__(), "_wrapper": self._wrapper}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        if self.__dict__.get("_loading") is not None:  # from load_state_dict
-            checkpoint.keep_dtypes(state, self._loading, self._layouts)
+        loading = self.__dict__.get("_loading")
+        if loading is not None:  # from load_state_dict
+            checkpoint.keep_dtypes(state, loading, self._layouts)
         for group in state["param_groups"]:
             for option, default in state.get("defaults", self.__dict__.get("defaults", {})).items():
                 group.setdefault(option, default)
         super().__setstate__(state)
         if "_layouts" not in self.__dict__:  # from deepcopy or pickle: a new object
-            wrapper = self._wrapper
             self._forget()
-            self._wrapper = wrapper
-            if wrapper is None:
-                for index, group in enumerate(self.param_groups):
-                    self._know(index, group)
+            self._wrapper = state.get("_wrapper")
+            for index, group in enumerate(self.param_groups if self._wrapper is None else ()):
+                self._know(index, group)
 
     def _forget(self) -> None:
-        """Start with empty caches. They hold integers only and are rebuilt from param_groups."""
-        self._layouts: dict[int, Layout] = {}  # by id(tensor)
-        self._plans: dict[Any, Plan] = {}
-        self._wrapper: str | None = None  # what replaced the parameters, if anything did
-        self._veto: Tensor | None = None  # see veto()
-        self._loading: dict[str, Any] | None = None
+        """Start with empty caches."""
+        self._layouts, self._plans, self._skipped = {}, {}, {}
+        self._wrapper = self._veto = self._loading = None
 
     def _know(self, index: int, group: Group) -> None:
         for position, p in enumerate(group["params"]):
@@ -429,7 +449,7 @@ def _on(device: torch.device, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _write_back(tensors: Sequence[Tensor], values: Tensor) -> None:
-    for tensor, value in zip(tensors, values.split([t.numel() for t in tensors]), strict=True):
+    for tensor, value in zip(tensors, torch.split(values, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(value)
 
 
@@ -450,7 +470,9 @@ def _refuse_parameter(name: str, p: Any) -> None:
     if not isinstance(p, Tensor):
         return  # torch says it
     if isinstance(p, DTensor):
-        raise ValueError(f"{name} is a DTensor (FSDP2, tensor parallel): not supported yet, use DeepSpeed ZeRO")
+        raise ValueError(
+            f"{name} is a DTensor (FSDP2, tensor parallel): not supported yet, use DeepSpeed ZeRO"
+        )
     if not (p.is_leaf or p.retains_grad):
         raise ValueError(
             f"{name}: can't optimize a non-leaf Tensor; give NovoGrad the parameter that it was computed from"
@@ -462,7 +484,7 @@ def _refuse_parameter(name: str, p: Any) -> None:
             "it and leave it out"
         )
     if p.layout != torch.strided:
-        raise ValueError(f"{name} is not a dense tensor ({p.layout}); NovoGrad optimises dense parameters only")
+        raise ValueError(f"{name} is not a dense tensor ({p.layout}); NovoGrad optimises dense ones only")
 
 
 def _refuse_gradient(name: str, grad: Tensor) -> str:

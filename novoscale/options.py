@@ -22,11 +22,12 @@ _ELSEWHERE = {
 def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise TypeError for an option that NovoGrad does not have, with the nearest that it has."""
     for name in unknown:
-        known = list(known)
-        near = difflib.get_close_matches(name, known, n=1)
+        names = list(known)
+        near = difflib.get_close_matches(name, names, n=1)
         advice = _ELSEWHERE.get(name) or (f"did you mean {near[0]!r}?" if near else "")
         raise TypeError(
-            f"NovoGrad has no option {name!r}{': ' if advice else ''}{advice}; its options are {', '.join(known)}"
+            f"NovoGrad has no option {name!r}{': ' if advice else ''}{advice}; "
+            f"its options are {', '.join(names)}"
         )
 
 
@@ -50,7 +51,8 @@ def check(options: dict[str, Any], where: str) -> None:
             raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
     if isinstance(options["norm_type"], bool) or options["norm_type"] not in (0, 2):
         raise ValueError(
-            f"{where}: norm_type must be 2 (Euclidean norm) or 0 (largest magnitude), got {options['norm_type']!r}"
+            f"{where}: norm_type must be 2 (Euclidean norm) or 0 (largest magnitude), "
+            f"got {options['norm_type']!r}"
         )
     if options["max_grad_norm"] is not None:
         _number("max_grad_norm", options["max_grad_norm"], where)

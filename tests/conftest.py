@@ -6,5 +6,10 @@ from pathlib import Path
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(Path(__file__).parent), str(Path(__file__).parent / "integrations"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    [
+        str(Path(__file__).parent),
+        str(Path(__file__).parent / "integrations"),
+        str(Path(__file__).parent.parent),
+        *filter(None, [os.environ.get("PYTHONPATH")]),
+    ]
 )

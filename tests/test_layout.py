@@ -1,5 +1,6 @@
 """Any cut of any set of layers over any number of ranks gives the uncut sums and the uncut update."""
 
+import itertools
 import threading
 from unittest import mock
 
@@ -35,10 +36,14 @@ class ThreadGroup:
 
 def on_ranks(size, function):
     """function(rank, group) on as many threads; the results in the order of the ranks."""
-    group, results = ThreadGroup(size), [None] * size
+    group, results, errors = ThreadGroup(size), [None] * size, []
 
     def work(rank):
-        results[rank] = function(rank, group)
+        try:
+            results[rank] = function(rank, group)
+        except BaseException as error:
+            errors.append(error)
+            group.barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     with mock.patch.object(layout.dist, "all_reduce", lambda t, op, group: group.all_reduce(t, op)):
@@ -46,6 +51,8 @@ def on_ranks(size, function):
             t.start()
         for t in threads:
             t.join()
+    if errors:
+        raise errors[0]
     return results, group
 
 
@@ -61,14 +68,20 @@ def cuts(draw):
         end = starts[layer] + sizes[layer]
     world = draw(st.integers(1, 5))
     total = end + draw(st.integers(0, 60))  # tail padding: some ranks may hold nothing else
-    bounds = [0, *sorted(draw(st.lists(st.integers(0, total), min_size=world - 1, max_size=world - 1))), total]
+    bounds = [
+        0,
+        *sorted(draw(st.lists(st.integers(0, total), min_size=world - 1, max_size=world - 1))),
+        total,
+    ]
     return sizes, [starts[i] for i in range(len(sizes))], bounds, draw(st.integers(0, 2**31))
 
 
 def pieces_of(sizes, starts, bounds):
     pieces = []
-    for low, high in zip(bounds, bounds[1:], strict=False):
-        held = [(max(s, low), min(s + n, high), i, s) for i, (s, n) in enumerate(zip(starts, sizes, strict=True))]
+    for low, high in itertools.pairwise(bounds):
+        held = [
+            (max(s, low), min(s + n, high), i, s) for i, (s, n) in enumerate(zip(starts, sizes, strict=True))
+        ]
         pieces.append([Segment(a - low, b - low, i, a - s) for a, b, i, s in held if a < b])
     return pieces
 
@@ -82,7 +95,9 @@ def step(param, grad, exp_avg, lay, norm_type=2):
     finite = plan.complete(statistic)
     scale = 1 / (statistic.sqrt() + 1e-8)
     active = finite & (statistic > 0)
-    kernels.update([shard], kernels.Coefficients(scale, torch.full_like(scale, 0.1), torch.zeros_like(scale), active))
+    kernels.update(
+        [shard], kernels.Coefficients(scale, torch.full_like(scale, 0.1), torch.zeros_like(scale), active)
+    )
     return dict(zip(plan.names, statistic.tolist(), strict=True)), bool(finite)
 
 

@@ -140,7 +140,9 @@ def test_groups_have_their_own_options():
 # ---- the rules that frameworks and real models need -------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"reg_inside_moment": False}, {"bias_correction": True}, {"init_zero": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reg_inside_moment": False}, {"bias_correction": True}, {"init_zero": True}], ids=str
+)
 def test_layer_without_gradient_from_the_start_is_bit_for_bit_unchanged(options):
     params = parameters()
     before = [p.detach().clone() for p in params]
@@ -156,7 +158,10 @@ def test_layer_without_gradient_from_the_start_is_bit_for_bit_unchanged(options)
 
 def test_late_layer_starts_as_if_it_were_the_first_step():
     late, fresh = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
-    optimizer, other = NovoGrad([late], lr=0.1, bias_correction=True), NovoGrad([fresh], lr=0.1, bias_correction=True)
+    optimizer, other = (
+        NovoGrad([late], lr=0.1, bias_correction=True),
+        NovoGrad([fresh], lr=0.1, bias_correction=True),
+    )
     for _ in range(5):
         late.grad = torch.zeros(4)
         optimizer.step()
@@ -492,7 +497,9 @@ def test_flat_tensor_of_unknown_origin_is_refused(numel):
     flat = torch.zeros(numel, requires_grad=True)
     flat.grad = torch.ones(numel)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(RuntimeError, match=r"weight: .* is not what NovoGrad was given.*novoscale.integrations.deepspeed"):
+    with pytest.raises(
+        RuntimeError, match=r"weight: .* is not what NovoGrad was given.*novoscale.integrations.deepspeed"
+    ):
         optimizer.step()
     assert not flat.any()
     assert not optimizer.state
@@ -503,7 +510,7 @@ def test_parameter_that_changed_its_size_is_refused():
     optimizer = NovoGrad([("p", p)], lr=0.1)
     p.data = torch.ones(6)
     p.grad = torch.ones(6)
-    with pytest.raises(RuntimeError, match="p: .*had 4 elements when NovoGrad was given it and has 6 now"):
+    with pytest.raises(RuntimeError, match=r"p: .*had 4 elements when NovoGrad was given it and has 6 now"):
         optimizer.step()
 
 
@@ -515,10 +522,12 @@ def test_state_of_another_optimizer_or_model_is_refused_and_nothing_changed():
     optimizer = NovoGrad([p], lr=0.1)
     optimizer.step()
     before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match="exp_avg_sq of parameter 0 has 4 elements .* one per layer"):
+    with pytest.raises(ValueError, match=r"exp_avg_sq of parameter 0 has 4 elements .* one per layer"):
         optimizer.load_state_dict({**before, "state": adam.state_dict()["state"]})
     with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(5,\), the parameter \(4,\)"):
-        optimizer.load_state_dict({**before, "state": {0: {"exp_avg": torch.ones(5), "exp_avg_sq": torch.ones(1)}}})
+        optimizer.load_state_dict(
+            {**before, "state": {0: {"exp_avg": torch.ones(5), "exp_avg_sq": torch.ones(1)}}}
+        )
     after = optimizer.state_dict()
     assert all(torch.equal(after["state"][0][k], before["state"][0][k]) for k in before["state"][0])
 

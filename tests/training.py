@@ -46,12 +46,18 @@ def two_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     return [{"params": matrices, "weight_decay": 0.05, **options}, {"params": others, "weight_decay": 0.0}]
 
 
-def reference(lr: float, clip: float = 0.0, groups: bool = False, weight_decay: float = 0.0) -> dict[str, Any]:
+def reference(
+    lr: float, clip: float = 0.0, groups: bool = False, weight_decay: float = 0.0
+) -> dict[str, Any]:
     """The weights after STEPS steps in one process: gradients in float64, the update by the oracle."""
     model = OddModel().double()
     named = dict(model.named_parameters())
     decayed = {n for n, p in named.items() if p.ndim > 1}
-    members = [sorted(decayed, key=list(named).index), [n for n in named if n not in decayed]] if groups else [list(named)]
+    members = (
+        [sorted(decayed, key=list(named).index), [n for n in named if n not in decayed]]
+        if groups
+        else [list(named)]
+    )
     decays = [0.05, 0.0] if groups else [weight_decay]
     oracles = [
         Oracle([named[n].detach().numpy() for n in names], lr=lr, weight_decay=decay)

@@ -30,7 +30,11 @@ def test_shared_storages_count_once_and_whole():
     p = nn.Parameter(torch.ones(4))
     optimizer = torch.optim.SGD([p], lr=0.1)
     buffer = torch.zeros(100)
-    optimizer.state[p] = {"a": buffer[:10], "b": [buffer[50:], {"c": torch.zeros(3, dtype=torch.int8)}], "n": 3}
+    optimizer.state[p] = {
+        "a": buffer[:10],
+        "b": [buffer[50:], {"c": torch.zeros(3, dtype=torch.int8)}],
+        "n": 3,
+    }
     counted = optimizer_state_bytes(optimizer)
     assert counted.total == 400 + 3
     assert counted.by_key == {"a": 400, "b": 3}
