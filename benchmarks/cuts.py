@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import plots, text
 from benchmarks.provenance import provenance
 from novoscale import NovoGrad
+from novoscale.ranks import run_ranks
 
 STEPS = 10
 SEQUENCES = 24  # a step's; divided among the ranks

@@ -124,10 +124,10 @@ def table(report: dict[str, Any]) -> Table:
     """What was measured, a row for each optimizer."""
     run = next(iter(report["runs"].values()))
     result = Table(
-        title=f"{run['parameters'] / 1e6:.2f}M parameters, ZeRO-2 on {report['ranks']} {run['device']} ranks, "
-        f"{run['steps']} steps",
-        caption="State: bytes of the storages that the optimizer holds, of all ranks. Under ZeRO each rank has "
-        "flat pieces of the model, on which Adafactor cannot factorise.",
+        title=f"{run['parameters'] / 1e6:.2f}M parameters, {run['steps']} steps, "
+        f"ZeRO-2 on {report['ranks']} {run['device']} ranks",
+        caption="State: bytes of the storages that the optimizer holds, of all ranks. Under ZeRO each rank "
+        "has flat pieces of the model, on which Adafactor cannot factorise.",
     )
     result.add_column("optimizer")
     for column in ("lr", "state, B/param", "per rank, MiB", "not cut, B/param", "peak RSS, MiB"):

@@ -46,8 +46,8 @@ def register() -> None:
     present = getattr(torch.optim, NAME, NovoGrad)
     if present is not NovoGrad:
         raise RuntimeError(
-            f"torch.optim.{NAME} is already {present.__module__}.{present.__qualname__}: DeepSpeed would find "
-            "that one by name. Do not import both"
+            f"torch.optim.{NAME} is already {present.__module__}.{present.__qualname__}: DeepSpeed would "
+            "find that one by name. Do not import both"
         )
     # DeepSpeed looks a name up in torch.optim, after lower-casing those it lists: with both, any
     # capitalisation works, as it does for DeepSpeed's own optimizers.

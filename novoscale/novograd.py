@@ -312,9 +312,9 @@ class NovoGrad(Optimizer):
         for index, group in enumerate(self.param_groups):
             if group["max_grad_norm"]:
                 raise ValueError(
-                    f"param group {index}: max_grad_norm={group['max_grad_norm']} cannot be used under {wrapper}, "
-                    "which clips by itself: set gradient_clipping in the DeepSpeed config and leave "
-                    "max_grad_norm out"
+                    f"param group {index}: max_grad_norm={group['max_grad_norm']} cannot be used under "
+                    f"{wrapper}, which clips by itself: set gradient_clipping in the DeepSpeed config and "
+                    "leave max_grad_norm out"
                 )
 
     def veto(self, skip: Tensor | None) -> None:
@@ -480,8 +480,8 @@ def _refuse_parameter(name: str, p: Any) -> None:
     if p.dtype not in SUPPORTED_DTYPES:
         raise ValueError(
             f"{name} has dtype {p.dtype}; NovoGrad optimises "
-            f"{', '.join(str(d).removeprefix('torch.') for d in SUPPORTED_DTYPES)}. Set requires_grad=False on "
-            "it and leave it out"
+            f"{', '.join(str(d).removeprefix('torch.') for d in SUPPORTED_DTYPES)}. Set requires_grad=False "
+            "on it and leave it out"
         )
     if p.layout != torch.strided:
         raise ValueError(f"{name} is not a dense tensor ({p.layout}); NovoGrad optimises dense ones only")

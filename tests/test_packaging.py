@@ -1,5 +1,6 @@
 """``integrations/`` is ``novoscale.integrations``, from a wheel and from an editable install."""
 
+import os
 import subprocess
 import sys
 import sysconfig
@@ -16,7 +17,10 @@ FILES = (
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
 def test_installs_with_its_integrations(kind, tmp_path):
     def run(*command):
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
