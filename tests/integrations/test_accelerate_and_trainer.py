@@ -1,0 +1,52 @@
+"""The one line to change for Accelerate and for the Trainer, as the README gives it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import trainer_ranks
+
+from novoscale import NovoGrad
+from novoscale.ranks import run_ranks
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs"
+
+
+def test_accelerate_with_the_shipped_config():
+    config = CONFIGS / "zero2_novograd.json"
+    lr = json.loads(config.read_text())["optimizer"]["params"]["lr"]
+    for result in run_ranks(trainer_ranks.accelerate, 2, str(config), 0.5):
+        assert result["optimizer"] == "NovoGrad"
+        assert result["lr"] == [lr]
+        assert len(result["losses"]) == 16
+
+
+def test_accelerate_fills_in_auto(tmp_path):
+    config = json.loads((CONFIGS / "zero2_novograd.json").read_text())
+    config["optimizer"]["params"]["lr"] = "auto"
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    for result in run_ranks(trainer_ranks.accelerate, 2, str(tmp_path / "ds.json"), 0.5):
+        assert result["lr"] == [0.5]
+
+
+@pytest.mark.parametrize("betas", [None, "auto"])
+def test_trainer_with_a_deepspeed_json(betas, tmp_path):
+    params = {"lr": "auto", "weight_decay": "auto", **({"betas": betas} if betas else {})}
+    ds = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "NovoGrad", "params": params},
+    }
+    results = run_ranks(trainer_ranks.trainer, 2, str(tmp_path), ds, {})
+    for result in results:
+        assert result["optimizer"] == "novoscale.novograd.NovoGrad"
+        assert result["betas"] == [(0.95, 0.98)]
+    assert results[0]["losses"][-1] < results[0]["losses"][0]
+
+
+def test_trainer_without_deepspeed(tmp_path):
+    route = {"optimizer_cls_and_kwargs": (NovoGrad, {"lr": 0.02, "weight_decay": 0.01})}
+    result = trainer_ranks.trainer(str(tmp_path), None, route)
+    assert result["optimizer"] == "novoscale.novograd.NovoGrad"
+    assert len(result["betas"]) == 2  # decay and no decay
+    assert result["losses"][-1] < result["losses"][0]
