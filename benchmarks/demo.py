@@ -49,7 +49,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
 ) -> None:
     """Train the same model with each optimizer, and show what it took."""
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     try:
         text.load(text_path)
     except (FileNotFoundError, ValueError) as error:
@@ -87,7 +87,7 @@ def launch(
         command += ["--out", str(out), "--steps", str(steps), "--seed", str(seed)]
         if text_path is not None:
             command += ["--text", str(text_path.resolve())]
-        console.print(f"[bold]{name}[/]: {' '.join(command[:6])} ...", highlight=False)
+        console.print(f"[bold]{name}[/]: {' '.join(command[:4])} ...", highlight=False)
         environment = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
@@ -130,9 +130,8 @@ def table(report: dict[str, Any]) -> Table:
         "has flat pieces of the model, on which Adafactor cannot factorise.",
     )
     result.add_column("optimizer")
-    for column in ("lr", "state, B/param", "per rank, MiB", "not cut, B/param", "peak RSS, MiB"):
-        result.add_column(column, justify="right")
-    for column in ("train loss", "validation loss", "ms/step"):
+    columns = ("lr", "state\nB/param", "state per\nrank, MiB", "state if not\ncut, B/param", "peak RSS\nMiB")
+    for column in (*columns, "train\nloss", "validation\nloss", "ms per\nstep"):
         result.add_column(column, justify="right")
     for r in report["runs"].values():
         per_rank = [rank["state_bytes"] for rank in r["ranks"]]
