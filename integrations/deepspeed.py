@@ -1,9 +1,8 @@
-"""DeepSpeed: ``"optimizer": {"type": "NovoGrad"}``, with exact layer statistics under ZeRO.
+"""DeepSpeed: ``"optimizer": {"type": "NovoGrad"}``, with exact layer statistics under every wrapper.
 
 Importing this module registers NovoGrad with DeepSpeed, by name and as an optimizer that ZeRO may
-wrap, and has every ZeRO wrapper tell a NovoGrad which layers its flat partitions hold, when the
-wrapper is constructed. It has to be imported before ``deepspeed.initialize``; importing it again does
-nothing.
+wrap, and has every wrapper tell a NovoGrad which layers its flat partitions hold, when the wrapper is
+constructed. It has to be imported before ``deepspeed.initialize``; importing it again does nothing.
 
 ZeRO replaces the parameters of a param group by one flat tensor on each rank, cut without regard to
 layers. DeepSpeed's wrappers have no way to announce that, so their constructors are extended here.
@@ -12,29 +11,31 @@ layers. DeepSpeed's wrappers have no way to announce that, so their constructors
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import deepspeed.runtime.config as ds_config
+import deepspeed.runtime.zero.stage3 as zero_3
 import deepspeed.runtime.zero.utils as zero_utils
 import torch
-from deepspeed import comm as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from novoscale import NovoGrad
-from novoscale.layout import Layer, Layout, LayoutError, Segment, partition
+
+from . import deepspeed_layouts as layouts
 
 NAME = "NovoGrad"
 
 
 class UnsupportedConfigError(ValueError):
-    """A DeepSpeed configuration under which NovoGrad's layer statistics would not be exact."""
+    """A DeepSpeed configuration under which NovoGrad's training would not be exact."""
 
 
 def register() -> None:
@@ -57,22 +58,23 @@ def register() -> None:
         ds_config.DEEPSPEED_OPTIMIZERS.append(NAME.lower())
     if NovoGrad not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(NovoGrad)
-    _extend(DeepSpeedZeroOptimizer, _refuse_stage_1_and_2, _bind_stage_1_and_2)
-    for wrapper, config in (
-        (DeepSpeedZeroOptimizer_Stage3, '"zero_optimization": {"stage": 3}'),
-        (BF16_Optimizer, '"data_types": {"grad_accum_dtype": "fp32"} with bf16 and ZeRO stage 1'),
-        (FP16_UnfusedOptimizer, "fp16 or bf16 without ZeRO (stage 0)"),
-        (FP16_Optimizer, "fp16 or bf16 without ZeRO (stage 0)"),
-    ):
-        _extend(wrapper, functools.partial(_refuse, config=config), lambda _: None)
+    _extend(DeepSpeedZeroOptimizer, _bind_zero_1_and_2)
+    _extend(zero_3.DeepSpeedZeroOptimizer_Stage3, _bind_zero_3)
+    _extend(BF16_Optimizer, lambda wrapper: _bind(wrapper, "DeepSpeed BF16_Optimizer", layouts.bf16))
+    _extend(FP16_Optimizer, lambda _: None)
+    # Its constructor ends with a step on zero gradients, which must already find the layout.
+    _extend(FP16_UnfusedOptimizer, lambda _: None)
+    _extend_dummy_step(FP16_UnfusedOptimizer)
+    if importlib.util.find_spec("accelerate") is not None:
+        importlib.import_module("novoscale.integrations.accelerate")
 
 
-def _extend(wrapper: type, before: Callable[[dict[str, Any]], None], after: Callable[[Any], None]) -> None:
-    """Have a wrapper's constructor call ``before`` with its arguments, and ``after`` with the wrapper.
+def _extend(wrapper: Any, bind: Callable[[Any], None]) -> None:
+    """Have a wrapper's constructor refuse what cannot work, and ``bind`` the wrapper when it is made.
 
     Only where the optimizer that it wraps is a NovoGrad.
     """
-    original = wrapper.__init__  # type: ignore[misc]
+    original = wrapper.__init__
     if hasattr(original, "_novoscale"):
         return
     signature = inspect.signature(original)
@@ -82,53 +84,139 @@ def _extend(wrapper: type, before: Callable[[dict[str, Any]], None], after: Call
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         optimizer = bound.arguments.get("init_optimizer")
-        if isinstance(optimizer, NovoGrad):
-            optimizer.refuse_clipping("DeepSpeed")
-            before(bound.arguments)
+        if not isinstance(optimizer, NovoGrad):
             original(self, *args, **kwargs)
-            after(self)
-        else:
-            original(self, *args, **kwargs)
+            return
+        optimizer.refuse_clipping("DeepSpeed")
+        _refuse(self, bound.arguments)
+        original(self, *args, **kwargs)
+        bind(self)
 
     init._novoscale = True  # type: ignore[attr-defined]
-    wrapper.__init__ = init  # type: ignore[misc]
+    wrapper.__init__ = init
 
 
-def _refuse(_: dict[str, Any], config: str) -> None:
-    raise UnsupportedConfigError(
-        f"NovoGrad does not support this DeepSpeed configuration yet: {config}. Use ZeRO stage 1 or 2"
+def _extend_dummy_step(wrapper: Any) -> None:
+    original = wrapper.initialize_optimizer_states
+    if hasattr(original, "_novoscale"):
+        return
+
+    @functools.wraps(original)
+    def initialize(self: Any) -> None:
+        if isinstance(self.optimizer, NovoGrad):
+            _bind(self, "DeepSpeed FP16_UnfusedOptimizer", layouts.unfused)
+        original(self)
+
+    initialize._novoscale = True  # type: ignore[attr-defined]
+    wrapper.initialize_optimizer_states = initialize
+
+
+# ---- what is bound -----------------------------------------------------------------------------------
+
+
+def _bind(wrapper: Any, name: str, tensors: Callable[[Any], Iterator[layouts.Bound]]) -> None:
+    wrapper.optimizer.bind(name, list(tensors(wrapper)))
+
+
+def _bind_zero_1_and_2(zero: Any) -> None:
+    stage = 2 if zero.partition_gradients else 1
+    _bind(zero, f"DeepSpeed ZeRO stage {stage}", layouts.zero_1_and_2)
+    checks = getattr(zero, "compute_grad_norm", False) and (
+        zero.dtype != torch.bfloat16 or zero.check_grad_overflow
     )
+    _veto_step(zero, zero.single_partition_of_fp32_groups, checks)
 
 
-# ---- ZeRO stages 1 and 2 ----------------------------------------------------------------------------
+def _bind_zero_3(zero: Any) -> None:
+    _bind(zero, "DeepSpeed ZeRO stage 3", layouts.zero_3)
+    _veto_step(zero, zero.fp32_partitioned_groups_flat, hasattr(zero_3, "is_invalid_grad_norm"))
 
 
-def _refuse_stage_1_and_2(arguments: dict[str, Any]) -> None:
-    get = arguments.get
-    offload, mpu = get("offload_optimizer_config"), get("mpu")
-    params = [p for group in arguments["init_optimizer"].param_groups for p in group["params"]]
-    reasons = {
-        '"offload_optimizer"': offload is not None
-        and str(getattr(offload.device, "value", offload.device)) != "none",
-        '"zenflow"': get("zenflow_config") is not None,
-        '"elastic_checkpoint": true': get("elastic_checkpoint"),
-        "mixture of experts (MoE layers)": get("has_moe_layers"),
-        '"fp16_master_weights_and_grads"': get("fp16_master_weights_and_gradients"),
-        '"bf16_master_weights_and_grads"': get("bf16_master_weights_and_gradients"),
-        "model parallelism (mpu)": mpu is not None
-        and not hasattr(mpu, "initialize_sequence_parallel")
-        and mpu.get_model_parallel_world_size() > 1,
-        "tensor-parallel parameters": any(
-            getattr(p, flag, False) for p in params for flag in ("model_parallel", "tensor_model_parallel")
-        ),
-        "torch_autocast with float16": _autocasts_to_float16(),
-    }
-    for config, found in reasons.items():
+def _veto_step(zero: Any, flats: Iterable[Tensor], deepspeed_checks: bool) -> None:
+    """Have a non-finite gradient in any group keep all groups from stepping.
+
+    DeepSpeed steps group by group. Where it does not look at all gradients first, the first group would
+    have changed by the time that the second turns out not to be finite.
+    """
+    flats = list(flats)
+    if deepspeed_checks or len(flats) < 2:
+        return
+    step = zero.step
+
+    @functools.wraps(step)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        averaged = [grad for grads in zero.averaged_gradients.values() for grad in grads or ()]
+        grads = [g for g in (*averaged, *(flat.grad for flat in flats)) if g is not None and g.numel()]
+        # The largest magnitude carries NaN and infinity, and needs no memory that grows.
+        largest = [torch.linalg.vector_norm(g, ord=torch.inf) for g in grads]
+        zero.optimizer.veto(~torch.stack(largest).isfinite().all() if largest else None)
+        try:
+            return step(*args, **kwargs)
+        finally:
+            zero.optimizer.veto(None)
+
+    zero.step = checked
+
+
+# ---- what is refused ---------------------------------------------------------------------------------
+
+
+def _refuse(wrapper: Any, arguments: dict[str, Any]) -> None:
+    """Raise UnsupportedConfigError, before DeepSpeed has changed anything, where NovoGrad cannot work."""
+    for config, (found, reason) in _unsupported(wrapper, arguments).items():
         if found:
             raise UnsupportedConfigError(
-                f"NovoGrad under ZeRO stage 1 or 2 does not support this DeepSpeed configuration yet: "
-                f"{config}. Remove it from the DeepSpeed config"
+                f"NovoGrad does not support this DeepSpeed configuration: {config}: {reason}"
             )
+
+
+def _unsupported(wrapper: Any, arguments: dict[str, Any]) -> dict[str, tuple[bool, str]]:
+    get = arguments.get
+    offload = _device(get("offload_optimizer_config"))
+    adam = "DeepSpeed implements it for its own Adam only. Remove it from the config"
+    mpu = get("mpu")
+    params = [p for group in arguments["init_optimizer"].param_groups for p in group["params"]]
+    parallel = any(layouts.is_tensor_parallel(p) for p in params)
+    bf16_master = get("bf16_master_weights_and_gradients")
+    return {
+        "FP16_Optimizer": (isinstance(wrapper, FP16_Optimizer), "it flattens for fused Adam"),
+        '"zenflow"': (get("zenflow_config") is not None, adam),
+        '"super_offload"': ("SuperOffload" in type(wrapper).__name__, adam),
+        '"offload_optimizer": {"ratio": ...} below 1 (Twin-Flow)': (
+            offload != "none" and get("offload_ratio", 1.0) != 1.0,
+            adam,
+        ),
+        '"fp16_master_weights_and_grads"': (bool(get("fp16_master_weights_and_gradients")), adam),
+        '"bf16_master_weights_and_grads" with offload, or without "bf16_optimizer_states"': (
+            bool(bf16_master) and (offload != "none" or not get("bf16_optimizer_states")),
+            adam,
+        ),
+        '"offload_optimizer": {"device": "nvme"}': (
+            offload == "nvme" or _device(get("offload_param_config")) == "nvme",
+            "its swapper takes every state for a flat partition. Use the device cpu",
+        ),
+        '"elastic_checkpoint": true': (
+            bool(get("elastic_checkpoint")),
+            "it would merge the layers' second moments as if they were elements. Remove it from the config",
+        ),
+        "tensor-parallel parameters without an mpu": (
+            parallel and mpu is None,
+            "the group over which their layers are cut is not known. Pass mpu= to deepspeed.initialize",
+        ),
+        "tensor-parallel parameters in a pipeline": (
+            parallel and int(getattr(mpu, "pipe_parallel_size", 1)) > 1,
+            "its model-parallel group spans layers of other pipeline stages. Use one of the two",
+        ),
+        '"torch_autocast": {"dtype": "float16"}': (
+            _autocasts_to_float16(),
+            "its gradient scaler decides on each rank alone whether to step. Use bfloat16",
+        ),
+    }
+
+
+def _device(offload: Any) -> str:
+    device = getattr(offload, "device", None)
+    return "none" if device is None else str(getattr(device, "value", device))
 
 
 def _autocasts_to_float16() -> bool:
@@ -137,84 +225,6 @@ def _autocasts_to_float16() -> bool:
     except ImportError:  # DeepSpeed before 0.17 has no torch_autocast
         return False
     return bool(is_autocast_initialized() and get_autocast_dtype() == torch.float16)
-
-
-def _bind_stage_1_and_2(zero: DeepSpeedZeroOptimizer) -> None:
-    stage = 2 if zero.partition_gradients else 1
-    zero.optimizer.bind(f"DeepSpeed ZeRO stage {stage}", list(_layouts_stage_1_and_2(zero)))
-    if len(zero.bit16_groups) > 1 and not _checks_all_gradients(zero):
-        _veto_step(zero)
-
-
-def _layouts_stage_1_and_2(zero: DeepSpeedZeroOptimizer) -> Iterator[tuple[Tensor, Layout]]:
-    """The flat tensor of each param group, with its layout.
-
-    Read from the tables by which DeepSpeed copies gradients into the partitions. (``_hp_mapping`` is
-    wrong with ``round_robin_gradients``: DeepSpeed 0.19.8, ``link_hp_params``.)
-    """
-    for i, params in enumerate(zero.bit16_groups):
-        process_group = zero.real_dp_process_group[i]
-        pieces: list[list[Segment]] = [[] for _ in range(dist.get_world_size(group=process_group))]
-        for layer, p in enumerate(params):
-            key = zero.get_param_id(p)
-            for holder in zero.param_to_partition_ids[i][key]:
-                start = zero.grad_partition_insertion_offset[i][holder][key]
-                offset = zero.grad_start_offset[i][holder][key]
-                stop = min(start + p.numel() - offset, zero.partition_size[i])
-                pieces[holder].append(Segment(start, stop, layer, offset))
-        rank = dist.get_rank(group=process_group)
-        flat = zero.single_partition_of_fp32_groups[i]
-        _check_weights(flat, params, pieces[rank])
-        layers = [
-            Layer(zero.param_names.get(p, f"parameter {n} of param group {i}"), p.numel())
-            for n, p in enumerate(params)
-        ]
-        yield flat, partition(layers, pieces, rank=rank, numel=flat.numel(), process_group=process_group)
-
-
-def _check_weights(flat: Tensor, params: list[Tensor], segments: list[Segment]) -> None:
-    """The flat tensor must hold the weights that the layout says it holds, or DeepSpeed has changed."""
-    for s in segments:
-        weight = params[s.layer].detach().reshape(-1)[s.offset : s.offset + s.numel].to(flat)
-        held = flat.detach()[s.start : s.stop]
-        if not bool(((held == weight) | weight.isnan()).all()):
-            raise LayoutError(
-                "DeepSpeed's flat partition does not hold the weights that its tables say it holds: this "
-                "version of DeepSpeed is not supported"
-            )
-
-
-def _checks_all_gradients(zero: DeepSpeedZeroOptimizer) -> bool:
-    """Whether DeepSpeed itself skips a step in which any group's gradient is not finite."""
-    return getattr(zero, "compute_grad_norm", False) and (
-        zero.dtype != torch.bfloat16 or zero.check_grad_overflow
-    )
-
-
-def _veto_step(zero: DeepSpeedZeroOptimizer) -> None:
-    """Have a non-finite gradient in any group keep all groups from stepping.
-
-    DeepSpeed steps group by group; where it does not look at all gradients first, the first group
-    would have changed by the time that the second turns out not to be finite.
-    """
-    step = zero.step
-
-    @functools.wraps(step)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        # The largest magnitude carries NaN and infinity, and needs no memory that grows.
-        largest = [
-            torch.linalg.vector_norm(grad, ord=torch.inf)
-            for grads in zero.averaged_gradients.values()
-            for grad in grads or ()
-            if grad is not None and grad.numel()
-        ]
-        zero.optimizer.veto(~torch.stack(largest).isfinite().all() if largest else None)
-        try:
-            return step(*args, **kwargs)
-        finally:
-            zero.optimizer.veto(None)
-
-    zero.step = checked
 
 
 register()

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 # A layer's statistic is kept in float32; one that does not fit there is treated as non-finite.
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -120,6 +121,7 @@ def partition(
     rank: int,
     numel: int,
     process_group: dist.ProcessGroup | None = None,
+    also: Sequence[tuple[dist.ProcessGroup, Collection[int]]] = (),
 ) -> Layout:
     """The layout of this rank's tensor when layers are cut over the ranks of a process group.
 
@@ -133,6 +135,8 @@ def partition(
         rank: this rank, in the group.
         numel: elements of this rank's tensor, padding included.
         process_group: completes the layers that are cut.
+        also: further groups, each with the layers that are cut over it too (indices into ``layers``),
+            such as the tensor-parallel group. Its ranks hold the same layers.
 
     Raises:
         LayoutError: if the pieces overlap, run over the end of a tensor, or do not make up every
@@ -146,14 +150,55 @@ def partition(
     mine = sorted({segment.layer for segment in pieces[rank]})
     local = {layer: index for index, layer in enumerate(mine)}
     cut = [layer for layer in range(len(layers)) if len(holders[layer]) > 1]
-    completion = Completion(process_group, tuple(local.get(layer) for layer in cut))
+    # Also without a cut layer: the ranks must agree on whether a step is skipped.
+    completions = [Completion(process_group, tuple(local.get(layer) for layer in cut))][: len(pieces) > 1]
+    for group, members in also:
+        completions.append(Completion(group, tuple(local[layer] for layer in mine if layer in members)))
     return Layout(
         numel,
         tuple(layers[layer] for layer in mine),
         tuple(replace(s, layer=local[s.layer]) for s in sorted(pieces[rank], key=lambda s: s.start)),
-        # Also without a cut layer: the ranks must agree on whether a step is skipped.
-        (completion,) if len(pieces) > 1 else (),
+        tuple(completions),
     )
+
+
+def sharded(name: str, tensor: DTensor) -> Layout:
+    """The layout of this rank's part of a DTensor parameter: one layer, cut over its mesh.
+
+    The layer is held on every rank, also where the local tensor is empty: v is replicated.
+
+    Raises:
+        LayoutError: if the parameter is a partial sum.
+    """
+    local = tensor.to_local().numel()
+    completions = []
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_partial():
+            raise LayoutError(
+                f"{name} is a DTensor with the placement {placement}: each rank holds a part of a sum, not a "
+                "part of the parameter. Redistribute it to Shard or Replicate"
+            )
+        if not placement.is_replicate():
+            completions.append(Completion(tensor.device_mesh.get_group(dim), (0,)))
+    segments = (Segment(0, local, 0),) if local else ()
+    return Layout(local, (Layer(name, tensor.numel()),), segments, tuple(completions))
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(p: Tensor) -> Tensor:
+    """This rank's part of a parameter's gradient, placed as the parameter is.
+
+    A gradient that is placed otherwise (a partial sum, under tensor parallelism) is redistributed.
+    """
+    grad = p.grad
+    assert grad is not None
+    if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
+        grad = grad.redistribute(placements=p.placements)
+    return local_tensor(grad)
 
 
 def _check_pieces(
@@ -205,6 +250,7 @@ class _Reduction:
     length: int = 0
     slots: list[int] = field(default_factory=list)  # places in the buffer of the layers held here
     places: list[int] = field(default_factory=list)  # their places in the vector of all layers
+    device: torch.device | None = None  # of the collective
 
 
 class Plan:
@@ -266,10 +312,17 @@ class Plan:
                 held = held.nan_to_num(nan=torch.inf)
             buffer[slots] = held
             buffer[-1] = bad
-            dist.all_reduce(buffer, op=reduction.op, group=reduction.process_group)
+            buffer = self._all_reduce(reduction, buffer)
             statistic[places] = buffer[slots]
             bad = torch.maximum(buffer[-1], (~_fits_float32(buffer[:-1])).any().to(buffer.dtype))
         return bad == 0
+
+    def _all_reduce(self, reduction: _Reduction, buffer: Tensor) -> Tensor:
+        if reduction.device is None:
+            reduction.device = _collective_device(reduction.process_group, buffer.device)
+        moved = buffer.to(reduction.device)
+        dist.all_reduce(moved, op=reduction.op, group=reduction.process_group)
+        return moved.to(buffer.device)
 
     def record(self, statistic: Tensor, finite: Tensor) -> None:
         """Note the completed statistic of a step, and which layers had it skipped."""
@@ -280,6 +333,14 @@ class Plan:
         """The norm of each layer's gradient at the last step. Waits for the device."""
         rows = zip(self.names, self._statistic.tolist(), self._squared, strict=True)
         return {name: math.sqrt(value) if squared else value for name, value, squared in rows}
+
+
+def _collective_device(process_group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """``device``, or the device that the group's backend serves (states offloaded to the CPU, NCCL)."""
+    served = [entry.split(":")[0] for entry in dist.get_backend_config(process_group).split(",")]
+    if device.type in served:
+        return device
+    return torch.device(served[0], torch.get_device_module(served[0]).current_device())
 
 
 def _fits_float32(statistic: Tensor) -> Tensor:

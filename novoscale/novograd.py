@@ -8,19 +8,19 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from novoscale import checkpoint, kernels, options
-from novoscale.layout import Layout, Placed, Plan, whole
-
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from novoscale import checkpoint, checks, kernels, second_moment
+from novoscale.layout import Layout, Placed, Plan, local_gradient, local_tensor, sharded, whole
 
 # Plans kept: one for each set of tensors that is stepped together. A wrapper that steps its param groups
 # one by one has one for each; a model of which other parts get gradients at each step has many.
 MAX_PLANS = 256
 
 Group = dict[str, Any]
+Groups = list[tuple[Group, list[tuple[Tensor, Layout]]]]  # the tensors to step, by param group
 
 
 class NovoGrad(Optimizer):
@@ -71,6 +71,7 @@ class NovoGrad(Optimizer):
 
     # Caches: private, not copied, rebuilt from param_groups.
     _layouts: dict[int, Layout]  # by id(tensor)
+    _sharded: dict[int, tuple[DeviceMesh, Any, Layout]]  # of DTensors: mesh, placements; by id(tensor)
     _plans: dict[Any, Plan]
     _skipped: dict[int, Tensor]  # by id(layout) of a step's first tensor
     _wrapper: str | None  # what replaced the parameters, if anything did; copied
@@ -107,8 +108,8 @@ class NovoGrad(Optimizer):
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
         }
-        options.refuse_unknown(unknown, defaults)
-        options.check(defaults, "NovoGrad")
+        checks.refuse_unknown_options(unknown, defaults)
+        checks.check_options(defaults, "NovoGrad")
         self._forget()
         super().__init__(params, defaults)
 
@@ -142,51 +143,65 @@ class NovoGrad(Optimizer):
         return loss
 
     def _second_moment(
-        self, groups: Sequence[tuple[Group, list[Tensor]]], plan: Plan, statistic: Tensor, finite: Tensor
+        self, groups: Groups, plan: Plan, statistic: Tensor, finite: Tensor
     ) -> kernels.Coefficients:
         """Update v of every layer; return what the update of m and w needs to know of it."""
-        clip = _clip_coefficient(statistic, _one_max_grad_norm(self.param_groups))
+        clip = second_moment.clip_coefficient(statistic, checks.one_max_grad_norm(self.param_groups))
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         first = 0
         for group, params in groups:
-            v = [self.state[p]["exp_avg_sq"] for p in params]
-            t = [self.state[p]["step"] for p in params] if group["bias_correction"] else []
+            v = [self.state[p]["exp_avg_sq"] for p, _ in params]
+            t = [self.state[p]["step"] for p, _ in params] if group["bias_correction"] else []
             layers = sum(x.numel() for x in v)
             S = statistic[first : first + layers] * (clip if group["norm_type"] == 0 else clip.square())
             first += layers
-            new_v = torch.where(finite, _averaged(_on(plan.device, v), S, group), _on(plan.device, v))
+            new_v = torch.where(
+                finite, second_moment.averaged(_on(plan.device, v), S, group), _on(plan.device, v)
+            )
             active = finite & (new_v > 0)
             new_t = _on(plan.device, t) + active if t else None
-            parts.append((*_layer_coefficients(new_v, new_t, clip, group), active))
+            parts.append((*second_moment.coefficients(new_v, new_t, clip, group), active))
             _write_back(v, new_v)
             if new_t is not None:
                 _write_back(t, new_t)
         plan.record(statistic, finite)
-        first_layout = id(self._layouts[id(groups[0][1][0])])
+        first_layout = id(groups[0][1][0][1])
         skipped = (~finite).long()
         self._skipped[first_layout] = self._skipped.get(first_layout, torch.zeros_like(skipped)) + skipped
         return kernels.Coefficients(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))
 
     # ---- which tensors, which layers ------------------------------------------------------------
 
-    def _groups_with_gradients(self) -> list[tuple[Group, list[Tensor]]]:
+    def _groups_with_gradients(self) -> Groups:
         """The tensors to step, by param group. Refuses what cannot be stepped, by name."""
-        found: list[tuple[Group, list[Tensor]]] = []
+        found: Groups = []
         for index, group in enumerate(self.param_groups):
-            options.check(group, f"param group {index}")
+            checks.check_options(group, f"param group {index}")
             params = []
             for position, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
-                if p.grad.layout != torch.strided or p.grad.is_complex():
-                    raise RuntimeError(_refuse_gradient(self._name(index, position), p.grad))
-                layout = self._layouts.get(id(p))
-                if layout is None or layout.numel != p.numel() or _is_fsdp1(p):
-                    raise RuntimeError(self._unknown_layers(self._name(index, position), p, layout))
-                params.append(p)
+                if not checks.gradient_is_supported(p.grad):
+                    raise RuntimeError(checks.unsupported_gradient(self._name(index, position), p.grad))
+                params.append((p, self._find_layout(index, position, p)))
             if params:
                 found.append((group, params))
         return found
+
+    def _find_layout(self, index: int, position: int, p: Tensor) -> Layout:
+        """The layout of a tensor of ``param_groups``; raises if its layers are not known."""
+        if isinstance(p, DTensor):
+            # It says itself how it is cut. Accelerate puts them in place of the parameters that were given.
+            mesh, placements, layout = self._sharded.get(id(p), (None, None, None))
+            if layout is None or mesh is not p.device_mesh or placements != p.placements:
+                layout = sharded(self._name(index, position), p)
+                self._sharded[id(p)] = (p.device_mesh, p.placements, layout)
+                self._plans.clear()  # they know layouts by id
+            return layout
+        known = self._layouts.get(id(p))
+        if known is None or known.numel != p.numel() or _is_fsdp1(p):
+            raise RuntimeError(self._unknown_layers(self._name(index, position), p, known))
+        return known
 
     def _unknown_layers(self, name: str, tensor: Tensor, known: Layout | None) -> str:
         if known is not None and known.numel != tensor.numel():
@@ -198,11 +213,11 @@ class NovoGrad(Optimizer):
             "Which layers its elements belong to is not known, and a norm taken over it would be wrong. "
             "If a framework flattened the parameters: under DeepSpeed, "
             "`import novoscale.integrations.deepspeed` before deepspeed.initialize; FSDP1 is not "
-            "supported. If the model was changed, or the optimizer copied after it was wrapped: make a "
+            "supported, use FSDP2 (fully_shard). If the model was changed, or the optimizer copied after it was wrapped: make a "
             "new optimizer from the model's present parameters."
         )
 
-    def _shards(self, groups: Sequence[tuple[Group, list[Tensor]]]) -> tuple[list[kernels.Shard], Plan]:
+    def _shards(self, groups: Groups) -> tuple[list[kernels.Shard], Plan]:
         """Make the tensors of a step known to the kernels, and place their layers in one vector."""
         shards: list[kernels.Shard] = []
         placed: list[Placed] = []
@@ -210,14 +225,14 @@ class NovoGrad(Optimizer):
         for group, params in groups:
             beta1 = group["betas"][0]
             op = dist.ReduceOp.SUM if group["norm_type"] == 2 else dist.ReduceOp.MAX
-            for p in params:
-                layout = self._layouts[id(p)]
+            for p, layout in params:
                 self._init_state(p, layout, group)
+                exp_avg = self.state[p].get("exp_avg")
                 shards.append(
                     kernels.Shard(
-                        param=p,
-                        grad=p.grad,  # type: ignore[arg-type]
-                        exp_avg=self.state[p].get("exp_avg"),
+                        param=local_tensor(p),
+                        grad=local_gradient(p),
+                        exp_avg=None if exp_avg is None else local_tensor(exp_avg),
                         segments=layout.segments,
                         first=first,
                         norm_type=group["norm_type"],
@@ -239,14 +254,14 @@ class NovoGrad(Optimizer):
 
     def _init_state(self, p: Tensor, layout: Layout, group: Group) -> None:
         state = self.state[p]
-        layers = len(layout.layers)
+        layers, device = len(layout.layers), local_tensor(p).device
         if "exp_avg_sq" not in state:
-            state["exp_avg_sq"] = torch.zeros(layers, dtype=torch.float32, device=p.device)
+            state["exp_avg_sq"] = torch.zeros(layers, dtype=torch.float32, device=device)
         if "exp_avg" not in state and group["betas"][0] != 0:
             dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
             state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
         if "step" not in state and group["bias_correction"]:
-            state["step"] = torch.zeros(layers, dtype=torch.float32, device=p.device)
+            state["step"] = torch.zeros(layers, dtype=torch.float32, device=device)
 
     def _name(self, group: int, position: int) -> str:
         """The name of a parameter for an error message."""
@@ -269,17 +284,17 @@ class NovoGrad(Optimizer):
                 param_group["params"] = params = list(params)
             for position, entry in enumerate([params] if isinstance(params, Tensor) else params):
                 name, p = entry if isinstance(entry, tuple) else (None, entry)
-                _refuse_parameter(name or f"parameter {position} of param group {index}", p)
+                checks.check_parameter(name or f"parameter {position} of param group {index}", p)
             for option, default in self.defaults.items():
                 param_group.setdefault(option, default)
-            options.check(param_group, f"param group {index}")
-            _one_max_grad_norm([*self.param_groups, param_group])
+            checks.check_options(param_group, f"param group {index}")
+            checks.one_max_grad_norm([*self.param_groups, param_group])
         super().add_param_group(param_group)
         self._know(index, self.param_groups[-1])
 
     # ---- for wrappers that cut parameters -------------------------------------------------------
 
-    def bind(self, wrapper: str, layouts: Sequence[tuple[Tensor, Layout]]) -> None:
+    def bind(self, wrapper: str, layouts: Sequence[tuple[int, Tensor, Layout]]) -> None:
         """Tell the optimizer that a wrapper has replaced the parameters by tensors cut otherwise.
 
         From here on only these tensors are accepted; their state is allocated at once (a wrapper may
@@ -287,14 +302,15 @@ class NovoGrad(Optimizer):
 
         Args:
             wrapper: the wrapper's name, for messages.
-            layouts: for every tensor that is now in ``param_groups``, its layout.
+            layouts: for every tensor that will be stepped, the index of its param group, the tensor
+                and its layout.
 
         Raises:
             ValueError: a layout of another size than its tensor, a tensor of ``param_groups``
                 without a layout, or ``max_grad_norm`` in use: a wrapper that steps its groups one by
                 one never shows the norm of the whole gradient.
         """
-        given = {id(tensor): layout for tensor, layout in layouts}
+        given = {id(tensor): layout for _, tensor, layout in layouts}
         self.refuse_clipping(wrapper)
         for index, group in enumerate(self.param_groups):
             for position, p in enumerate(group["params"]):
@@ -303,9 +319,8 @@ class NovoGrad(Optimizer):
         self._wrapper = wrapper
         self._layouts = given
         self._plans = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                self._init_state(p, given[id(p)], group)
+        for index, tensor, layout in layouts:
+            self._init_state(tensor, layout, self.param_groups[index])
 
     def refuse_clipping(self, wrapper: str) -> None:
         """Raise ValueError if ``max_grad_norm`` is in use, for a wrapper under which it cannot be right."""
@@ -394,54 +409,14 @@ class NovoGrad(Optimizer):
 
     def _forget(self) -> None:
         """Start with empty caches."""
-        self._layouts, self._plans, self._skipped = {}, {}, {}
+        self._layouts, self._sharded, self._plans, self._skipped = {}, {}, {}, {}
         self._wrapper = self._veto = self._loading = None
 
     def _know(self, index: int, group: Group) -> None:
         for position, p in enumerate(group["params"]):
-            self._layouts[id(p)] = whole(self._name(index, position), p.numel())
+            if not isinstance(p, DTensor):
+                self._layouts[id(p)] = whole(self._name(index, position), p.numel())
         self._plans = {}
-
-
-# ---- one scalar per layer -------------------------------------------------------------------------
-
-
-def _averaged(v: Tensor, S: Tensor, group: Group) -> Tensor:
-    """The running average of S: float32, one element per layer."""
-    beta2 = group["betas"][1]
-    average = beta2 * v.double() + (1 - beta2) * S
-    # "First step" is v == 0, decided on the device: frameworks call step() with zero gradients
-    # before training, and a layer may get its first gradient late.
-    return (average if group["init_zero"] else torch.where(v == 0, S, average)).float()
-
-
-def _layer_coefficients(
-    v: Tensor, t: Tensor | None, clip: Tensor, group: Group
-) -> tuple[Tensor, Tensor, Tensor]:
-    """grad_scale, step_size and decay of each layer (see ``kernels.Coefficients``), in float64."""
-    beta1, beta2 = group["betas"]
-    norm = v.double().sqrt() if group["norm_type"] == 2 else v.double()
-    correction1: Tensor | float = 1.0
-    if t is not None:
-        t = t.double().clamp(min=1)
-        correction1 = 1 - torch.pow(beta1, t)
-        norm = norm / (1 - torch.pow(beta2, t)).sqrt()
-    inverse = 1 / (norm + group["eps"])
-    scale = (-clip if group["maximize"] else clip).expand_as(norm)
-    lr = group["lr"]
-    lr = torch.as_tensor(lr, dtype=torch.float64).to(v.device, non_blocking=True).reshape(())
-    step_size = (lr / correction1).expand_as(norm)
-    decay = (lr * group["weight_decay"]).expand_as(norm)
-    if group["reg_inside_moment"]:
-        return scale * inverse, step_size, decay
-    return scale, step_size * inverse, decay
-
-
-def _clip_coefficient(statistic: Tensor, max_grad_norm: float | None) -> Tensor:
-    """What ``torch.nn.utils.clip_grad_norm_`` multiplies the gradients by; 1 without clipping."""
-    if not max_grad_norm:
-        return statistic.new_ones(())
-    return (max_grad_norm / (statistic.sum().sqrt() + 1e-6)).clamp(max=1)
 
 
 def _on(device: torch.device, tensors: Sequence[Tensor]) -> Tensor:
@@ -451,49 +426,6 @@ def _on(device: torch.device, tensors: Sequence[Tensor]) -> Tensor:
 def _write_back(tensors: Sequence[Tensor], values: Tensor) -> None:
     for tensor, value in zip(tensors, torch.split(values, [t.numel() for t in tensors]), strict=True):
         tensor.copy_(value)
-
-
-# ---- what is refused ------------------------------------------------------------------------------
-
-
-def _one_max_grad_norm(groups: Sequence[Group]) -> float | None:
-    limits = [group["max_grad_norm"] or None for group in groups]
-    if any(limit != limits[0] for limit in limits):
-        raise ValueError(
-            "max_grad_norm clips the gradient of the whole model: it must be the same in every param "
-            f"group, got {limits}"
-        )
-    return limits[0] if limits else None
-
-
-def _refuse_parameter(name: str, p: Any) -> None:
-    if not isinstance(p, Tensor):
-        return  # torch says it
-    if isinstance(p, DTensor):
-        raise ValueError(
-            f"{name} is a DTensor (FSDP2, tensor parallel): not supported yet, use DeepSpeed ZeRO"
-        )
-    if not (p.is_leaf or p.retains_grad):
-        raise ValueError(
-            f"{name}: can't optimize a non-leaf Tensor; give NovoGrad the parameter that it was computed from"
-        )
-    if p.dtype not in SUPPORTED_DTYPES:
-        raise ValueError(
-            f"{name} has dtype {p.dtype}; NovoGrad optimises "
-            f"{', '.join(str(d).removeprefix('torch.') for d in SUPPORTED_DTYPES)}. Set requires_grad=False "
-            "on it and leave it out"
-        )
-    if p.layout != torch.strided:
-        raise ValueError(f"{name} is not a dense tensor ({p.layout}); NovoGrad optimises dense ones only")
-
-
-def _refuse_gradient(name: str, grad: Tensor) -> str:
-    if grad.is_complex():
-        return f"{name}: NovoGrad does not support complex gradients"
-    return (
-        f"{name}: NovoGrad does not support sparse gradients; use nn.Embedding(sparse=False), or give this "
-        "parameter to another optimizer"
-    )
 
 
 def _is_fsdp1(tensor: Tensor) -> bool:

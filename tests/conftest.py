@@ -9,6 +9,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     [
         str(Path(__file__).parent),
         str(Path(__file__).parent / "integrations"),
+        str(Path(__file__).parent / "distributed"),
         str(Path(__file__).parent.parent),
         *filter(None, [os.environ.get("PYTHONPATH")]),
     ]

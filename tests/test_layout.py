@@ -46,7 +46,11 @@ def on_ranks(size, function):
             group.barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
-    with mock.patch.object(layout.dist, "all_reduce", lambda t, op, group: group.all_reduce(t, op)):
+    with mock.patch.multiple(
+        layout.dist,
+        all_reduce=lambda t, op, group: group.all_reduce(t, op),
+        get_backend_config=lambda _: "cpu:threads",
+    ):
         for t in threads:
             t.start()
         for t in threads:
@@ -224,7 +228,7 @@ def test_one_parameter_may_be_several_layers():
     parts = [p.clone().requires_grad_() for p in fused.chunk(3)]
     fused.requires_grad_()
     optimizer, separate = NovoGrad([("qkv", fused)], lr=0.1), NovoGrad(parts, lr=0.1)
-    optimizer.bind("test", [(fused, whole("qkv", 30, splits=3))])
+    optimizer.bind("test", [(0, fused, whole("qkv", 30, splits=3))])
     for _ in range(3):
         fused.grad = torch.randn(6, 5) * torch.tensor([1.0, 1, 10, 10, 0, 0])[:, None]
         for p, g in zip(parts, fused.grad.chunk(3), strict=True):

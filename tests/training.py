@@ -41,8 +41,9 @@ def data(step: int) -> tuple[Tensor, Tensor]:
 
 def two_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     """Decay on matrices, none on the others: as the Trainer does."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    dimensions = lambda p: len(getattr(p, "ds_shape", p.shape))  # noqa: E731  as it was before zero.Init
+    matrices = [p for p in model.parameters() if dimensions(p) > 1]
+    others = [p for p in model.parameters() if dimensions(p) <= 1]
     return [{"params": matrices, "weight_decay": 0.05, **options}, {"params": others, "weight_decay": 0.0}]
 
 

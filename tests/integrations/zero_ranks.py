@@ -49,7 +49,13 @@ def train(engine: Any, steps: int = STEPS, first: int = 0, dtype: torch.dtype = 
 
 
 def weights(engine: Any) -> dict[str, Any]:
-    return {n: p.detach().float().cpu().double().numpy() for n, p in engine.module.named_parameters()}
+    """The whole model's parameters."""
+
+    def full(p: Any) -> torch.Tensor:
+        with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+            return p.detach().double().clone()
+
+    return {n: full(p).numpy() for n, p in engine.module.named_parameters()}
 
 
 def trained(ds: dict[str, Any], groups: bool) -> dict[str, Any]:

@@ -1,13 +1,15 @@
-"""The options of NovoGrad: names, ranges, and what to say when one is wrong."""
+"""What NovoGrad accepts: options, parameters, gradients; and what to say of the rest."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Options that other NovoGrads have and this one has not, and what to do instead.
 _ELSEWHERE = {
@@ -19,7 +21,7 @@ _ELSEWHERE = {
 }
 
 
-def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
+def refuse_unknown_options(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise TypeError for an option that NovoGrad does not have, with the nearest that it has."""
     for name in unknown:
         names = list(known)
@@ -31,7 +33,7 @@ def refuse_unknown(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
         )
 
 
-def check(options: dict[str, Any], where: str) -> None:
+def check_options(options: dict[str, Any], where: str) -> None:
     """Check the options of a param group; make ``betas`` a tuple of two floats.
 
     Args:
@@ -86,3 +88,51 @@ def _betas(betas: Any, where: str) -> tuple[float, float]:
     for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
         _number(name, beta, where, below=1)
     return (float(betas[0]), float(betas[1]))
+
+
+def one_max_grad_norm(groups: Sequence[Mapping[str, Any]]) -> float | None:
+    """The ``max_grad_norm`` of all param groups.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    limits = [group["max_grad_norm"] or None for group in groups]
+    if any(limit != limits[0] for limit in limits):
+        raise ValueError(
+            "max_grad_norm clips the gradient of the whole model: it must be the same in every param "
+            f"group, got {limits}"
+        )
+    return limits[0] if limits else None
+
+
+def check_parameter(name: str, p: Any) -> None:
+    """Raise ValueError, with the parameter's name, for one that cannot be optimised."""
+    if not isinstance(p, Tensor):
+        return  # torch says it
+    if not (p.is_leaf or p.retains_grad):
+        raise ValueError(
+            f"{name}: can't optimize a non-leaf Tensor; give NovoGrad the parameter that it was computed from"
+        )
+    if p.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} has dtype {p.dtype}; NovoGrad optimises "
+            f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}. Set requires_grad=False on it and "
+            "leave it out"
+        )
+    if p.layout != torch.strided:
+        raise ValueError(f"{name} is not a dense tensor ({p.layout}); NovoGrad optimises dense ones only")
+
+
+def gradient_is_supported(grad: Tensor) -> bool:
+    """Whether a gradient is dense and real."""
+    return grad.layout == torch.strided and not grad.is_complex()
+
+
+def unsupported_gradient(name: str, grad: Tensor) -> str:
+    """What to say of a gradient that is not supported."""
+    if grad.is_complex():
+        return f"{name}: NovoGrad does not support complex gradients"
+    return (
+        f"{name}: NovoGrad does not support sparse gradients; use nn.Embedding(sparse=False), or give this "
+        "parameter to another optimizer"
+    )

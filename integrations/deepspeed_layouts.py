@@ -1,0 +1,141 @@
+"""Which elements of the tensors that DeepSpeed's wrappers step belong to which layer.
+
+Each function takes a wrapper that has just been constructed and yields, for each tensor that it will give to
+its optimizer, the index of the param group, the tensor and its layout. Read in DeepSpeed 0.19.8; the tables
+exist since 0.9.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from deepspeed import comm as dist
+from torch import Tensor
+
+from novoscale.layout import Layer, Layout, LayoutError, Segment, partition, whole
+
+Bound = tuple[int, Tensor, Layout]
+
+
+def is_tensor_parallel(p: Tensor) -> bool:
+    """Whether a parameter is one rank's part of a layer that is cut over the tensor-parallel group."""
+    return bool(getattr(p, "tensor_model_parallel", False) or getattr(p, "model_parallel", False))
+
+
+def zero_1_and_2(zero: Any) -> Iterator[Bound]:
+    """The flat partition of each param group under ZeRO stages 1 and 2.
+
+    Read from the tables by which DeepSpeed copies gradients into the partitions. (``_hp_mapping`` is
+    wrong with ``round_robin_gradients``: DeepSpeed 0.19.8, ``link_hp_params``.)
+    """
+    for i, params in enumerate(zero.bit16_groups):
+        process_group = zero.real_dp_process_group[i]
+        pieces: list[list[Segment]] = [[] for _ in range(dist.get_world_size(group=process_group))]
+        for layer, p in enumerate(params):
+            key = zero.get_param_id(p)
+            for holder in zero.param_to_partition_ids[i][key]:
+                start = zero.grad_partition_insertion_offset[i][holder][key]
+                offset = zero.grad_start_offset[i][holder][key]
+                stop = min(start + p.numel() - offset, zero.partition_size[i])
+                pieces[holder].append(Segment(start, stop, layer, offset))
+        flat = zero.single_partition_of_fp32_groups[i]
+        _check_weights(flat, [p.detach().reshape(-1) for p in params], pieces[_rank(process_group)])
+        yield i, flat, _cut(zero, i, params, pieces, flat, process_group)
+
+
+def bf16(wrapper: Any) -> Iterator[Bound]:
+    """The flat partition of each param group under BF16_Optimizer: the parameters one after another."""
+    for i, params in enumerate(wrapper.bf16_groups):
+        process_group = wrapper.real_dp_process_group[i]
+        flat = wrapper.fp32_groups_flat_partition[i]
+        size = flat.numel()
+        pieces: list[list[Segment]] = [[] for _ in range(dist.get_world_size(group=process_group))]
+        begin = 0
+        for layer, p in enumerate(params):
+            end = begin + p.numel()
+            for holder in range(begin // size, (end - 1) // size + 1):
+                low, high = max(begin, holder * size), min(end, (holder + 1) * size)
+                pieces[holder].append(Segment(low - holder * size, high - holder * size, layer, low - begin))
+            begin = end
+        _check_weights(flat, [p.detach().reshape(-1) for p in params], pieces[_rank(process_group)])
+        yield i, flat, _cut(wrapper, i, params, pieces, flat, process_group)
+
+
+def zero_3(zero: Any) -> Iterator[Bound]:
+    """The flat partition of each sub-group under ZeRO stage 3: an equal slice of every parameter.
+
+    The end of the last slices is padding: of the weights uninitialised memory, which no segment covers.
+    """
+    for sub_group, params in enumerate(zero.fp16_groups):
+        process_group = _process_group_of_sub_group(zero, sub_group)
+        world = dist.get_world_size(group=process_group)
+        pieces: list[list[Segment]] = [[] for _ in range(world)]
+        for layer, p in enumerate(params):
+            _, start, length = zero.grad_position[zero.get_param_id(p)]
+            for holder in range(world):
+                real = min(max(p.ds_numel - holder * length, 0), length)
+                if real:
+                    pieces[holder].append(Segment(start, start + real, layer, holder * length))
+        flat = zero.fp32_partitioned_groups_flat[sub_group]
+        group = zero.sub_group_to_group_id[sub_group]
+        # ds_tensor is this rank's slice: put it where the slice lies in the parameter.
+        rank = _rank(process_group)
+        slices = [p.ds_tensor.detach().reshape(-1) for p in params]
+        mine = [Segment(s.start, s.stop, s.layer) for s in pieces[rank]]
+        _check_weights(flat, slices, mine)
+        yield group, flat, _cut(zero, group, params, pieces, flat, process_group)
+
+
+def unfused(wrapper: Any) -> Iterator[Bound]:
+    """The float32 copies of FP16_UnfusedOptimizer: whole parameters."""
+    names = wrapper.optimizer.param_groups
+    for i, copies in enumerate(wrapper.fp32_groups):
+        for position, copy in enumerate(copies):
+            known = names[i].get("param_names", ())
+            name = (
+                known[position] if len(known) == len(copies) else f"parameter {position} of param group {i}"
+            )
+            yield i, copy, whole(name, copy.numel())
+
+
+def _process_group_of_sub_group(zero: Any, sub_group: int) -> Any:
+    if hasattr(zero, "sub_group_process_groups"):
+        return zero.sub_group_process_groups[sub_group]
+    return getattr(zero.fp16_groups[sub_group][0], "ds_process_group", zero.dp_process_group)
+
+
+def _rank(process_group: Any) -> int:
+    return int(dist.get_rank(group=process_group))
+
+
+def _cut(
+    wrapper: Any,
+    group: int,
+    params: Sequence[Any],
+    pieces: Sequence[Sequence[Segment]],
+    flat: Tensor,
+    process_group: Any,
+) -> Layout:
+    names = wrapper.param_names
+    layers = [
+        Layer(names.get(p, f"parameter {n} of param group {group}"), getattr(p, "ds_numel", p.numel()))
+        for n, p in enumerate(params)
+    ]
+    parallel = [n for n, p in enumerate(params) if is_tensor_parallel(p)]
+    also = [(wrapper.mpu.get_model_parallel_group(), parallel)] if parallel else []
+    return partition(
+        layers, pieces, rank=_rank(process_group), numel=flat.numel(), process_group=process_group, also=also
+    )
+
+
+def _check_weights(flat: Tensor, weights: Sequence[Tensor], segments: Sequence[Segment]) -> None:
+    """The flat tensor must hold the weights that the layout says it holds, or DeepSpeed has changed."""
+    for s in segments:
+        weight = weights[s.layer][s.offset : s.offset + s.numel].to(flat)
+        held = flat.detach()[s.start : s.stop]
+        if not bool(((held == weight) | weight.isnan()).all()):
+            raise LayoutError(
+                "DeepSpeed's flat partition does not hold the weights that its tables say it holds: this "
+                "version of DeepSpeed is not supported"
+            )

@@ -1,0 +1,61 @@
+"""One scalar per layer: the second moment, and what the update makes of it.
+
+Pure functions of vectors with one element per layer, in float64; ``options`` is a param group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def averaged(v: Tensor, S: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """The running average of S (the sum of squares, or the largest magnitude): float32."""
+    beta2 = options["betas"][1]
+    average = beta2 * v.double() + (1 - beta2) * S
+    # "First step" is v == 0, decided on the device: frameworks call step() with zero gradients
+    # before training, and a layer may get its first gradient late.
+    return (average if options["init_zero"] else torch.where(v == 0, S, average)).float()
+
+
+def coefficients(
+    v: Tensor, t: Tensor | None, clip: Tensor, options: Mapping[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_scale, step_size and decay of each layer: see ``kernels.Coefficients``.
+
+    Args:
+        v: the second moment after this step.
+        t: each layer's number of steps, for the bias correction; None without it.
+        clip: 0-dim: what the gradients are multiplied by.
+        options: of the param group.
+    """
+    beta1, beta2 = options["betas"]
+    norm = v.double().sqrt() if options["norm_type"] == 2 else v.double()
+    correction1: Tensor | float = 1.0
+    if t is not None:
+        t = t.double().clamp(min=1)
+        correction1 = 1 - torch.pow(beta1, t)
+        norm = norm / (1 - torch.pow(beta2, t)).sqrt()
+    inverse = 1 / (norm + options["eps"])
+    scale = (-clip if options["maximize"] else clip).expand_as(norm)
+    lr = torch.as_tensor(options["lr"], dtype=torch.float64).to(v.device, non_blocking=True).reshape(())
+    step_size = (lr / correction1).expand_as(norm)
+    decay = (lr * options["weight_decay"]).expand_as(norm)
+    if options["reg_inside_moment"]:
+        return scale * inverse, step_size, decay
+    return scale, step_size * inverse, decay
+
+
+def clip_coefficient(statistic: Tensor, max_grad_norm: float | None) -> Tensor:
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies the gradients by; 1 without clipping.
+
+    Args:
+        statistic: the sum of squares of every layer of the model.
+        max_grad_norm: None or 0: no clipping.
+    """
+    if not max_grad_norm:
+        return statistic.new_ones(())
+    return (max_grad_norm / (statistic.sum().sqrt() + 1e-6)).clamp(max=1)

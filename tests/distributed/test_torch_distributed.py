@@ -1,0 +1,85 @@
+"""Under FSDP2, HSDP, tensor parallelism and DDP the training is that of one process."""
+
+import pytest
+import torch_ranks
+from oracle import deviation
+from training import OddModel, reference
+
+from novoscale.ranks import run_ranks
+
+BOUND = 2e-5  # float32, relative, after 10 steps
+
+
+def worst(weights, expected):
+    return max(deviation(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3,), (4,), (2, 2), (1, 3)], ids=str)
+@pytest.mark.parametrize("clip", [0.0, 0.3])
+def test_fsdp2_and_hsdp(shape, clip):
+    # 17, 5, 3 and 1 rows over 2 to 4 ranks: even, uneven and empty shards.
+    world = 1
+    for n in shape:
+        world *= n
+    for weights in run_ranks(torch_ranks.fsdp2, world, shape, {"max_grad_norm": clip}):
+        assert worst(weights, reference(torch_ranks.LR, clip=clip)) < BOUND
+
+
+@pytest.mark.parametrize(("world", "data_world"), [(2, 1), (4, 1), (4, 2)])
+def test_tensor_parallel_alone_and_with_fsdp2(world, data_world):
+    for deviations, placed in run_ranks(torch_ranks.tensor_parallel, world, data_world):
+        assert max(deviations.values()) < BOUND, deviations
+        assert data_world > 1 or any("Partial" in p or "P(" in p for p in placed)  # the norm's gradients
+
+
+def test_parameters_placed_in_any_way():
+    assert max(run_ranks(torch_ranks.any_placement, 4)) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["ddp", "zero redundancy"])
+def test_data_parallel(kind):
+    for weights in run_ranks(torch_ranks.data_parallel, 3, kind):
+        assert worst(weights, reference(torch_ranks.LR)) < BOUND
+
+
+def test_same_gradients_give_the_same_bits_however_cut():
+    uncut = run_ranks(torch_ranks.fixed_gradients_bits, 1, "plain")[0]
+    for world in (2, 3, 4):
+        for weights in run_ranks(torch_ranks.fixed_gradients_bits, world, "fsdp2"):
+            assert all((a == b).all() for a, b in zip(weights, uncut, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "expected"),
+    [("ddp", 2, 0), ("zero redundancy", 2, 0), ("fsdp2", 3, 1), ("hsdp", 4, 1)],
+)
+def test_collectives_of_a_step(kind, world, expected):
+    assert run_ranks(torch_ranks.collectives, world, kind) == [expected] * world
+
+
+def test_nan_on_one_rank_changes_nothing_on_any():
+    for result in run_ranks(torch_ranks.nan_on_one_rank, 3):
+        assert result == {
+            "weights unchanged": True,
+            "state unchanged": True,
+            "skipped": 1,
+            "layers": ["last.weight"],
+        }
+
+
+def test_distributed_checkpoint_resumes_on_another_number_of_ranks(tmp_path):
+    saved = run_ranks(torch_ranks.reshard, 2, str(tmp_path), True)[0]
+    for weights in run_ranks(torch_ranks.reshard, 3, str(tmp_path), False):
+        assert worst(weights, saved) < BOUND
+
+
+def test_fsdp1_is_refused_with_advice():
+    for error in run_ranks(torch_ranks.fsdp1, 2):
+        assert "FSDP1 is not supported" in error
+
+
+def test_accelerate_with_fsdp2(tmp_path):
+    for result in run_ranks(torch_ranks.accelerate_fsdp2, 2, str(tmp_path)):
+        assert worst(result["weights"], reference(torch_ranks.LR)) < BOUND
+        assert result["dtensors"]
+        assert result["names"] == sorted(n for n, _ in OddModel().named_parameters())

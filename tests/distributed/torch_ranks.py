@@ -1,0 +1,311 @@
+"""What each rank runs for the tests of torch.distributed's ways to cut a model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from oracle import Oracle, deviation
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+from training import STEPS, OddModel, data
+
+from novoscale import NovoGrad, layout
+
+LR = 0.02
+
+
+def full(p: torch.Tensor) -> Any:
+    p = p.detach()
+    return (p.full_tensor() if isinstance(p, DTensor) else p).double().numpy()
+
+
+def loss_of(model: nn.Module, step: int, data_rank: int, data_world: int) -> torch.Tensor:
+    x, y = (t.float().chunk(data_world)[data_rank] for t in data(step))
+    return nn.functional.mse_loss(model(x), y)
+
+
+def train(
+    model: nn.Module, optimizer: Any, data_rank: int, data_world: int, steps: int = STEPS, first: int = 0
+) -> None:
+    for step in range(first, first + steps):
+        optimizer.zero_grad()
+        loss_of(model, step, data_rank, data_world).backward()
+        optimizer.step()
+
+
+def fsdp_model(mesh: Any) -> nn.Module:
+    model = OddModel()
+    fully_shard(model.first, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fsdp2(shape: tuple[int, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """FSDP2 over a mesh of one dimension, HSDP over one of two."""
+    names = ("shard",) if len(shape) == 1 else ("replicate", "shard")
+    model = fsdp_model(init_device_mesh("cpu", shape, mesh_dim_names=names))
+    optimizer = NovoGrad(model.named_parameters(), lr=LR, **options)
+    train(model, optimizer, dist.get_rank(), dist.get_world_size())
+    return {n: full(p) for n, p in model.named_parameters()}
+
+
+class Block(nn.Module):
+    """For tensor parallelism: a column-wise and a row-wise matrix, and a norm under sequence parallelism."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.norm = nn.LayerNorm(12)
+        self.up = nn.Linear(12, 8)
+        self.down = nn.Linear(8, 12)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.add_(0.3 * torch.randn_like(p))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.tanh(self.up(self.norm(x))))
+
+
+def block_input(step: int, rank: int = 0) -> torch.Tensor:
+    return torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(100 * step + rank))
+
+
+PLAN = {
+    "norm": SequenceParallel(),
+    "up": ColwiseParallel(input_layouts=Shard(1)),
+    "down": RowwiseParallel(output_layouts=Replicate()),
+}
+
+
+def block_reference(data_world: int) -> dict[str, Any]:
+    model = Block().double()
+    named = dict(model.named_parameters())
+    oracle = Oracle([p.detach().numpy() for p in named.values()], lr=LR)
+    for step in range(STEPS):
+        model.zero_grad()
+        x = torch.cat([block_input(step, r) for r in range(data_world)]).double()
+        model(x).square().mean().backward()
+        oracle.step([p.grad.numpy() for p in named.values()])
+        with torch.no_grad():
+            for p, w in zip(named.values(), oracle.weights, strict=True):
+                p.copy_(torch.from_numpy(w))
+    return dict(zip(named, oracle.weights, strict=True))
+
+
+def tensor_parallel(data_world: int) -> tuple[dict[str, float], set[str]]:
+    """Tensor parallelism, with FSDP2 over the other dimension if there is one; and what was placed how."""
+    world = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (data_world, world // data_world), mesh_dim_names=("dp", "tp"))
+    model = Block()
+    inner = nn.ModuleDict({"block": model})
+    from torch.distributed.tensor.parallel import PrepareModuleInput
+
+    parallelize_module(
+        model,
+        mesh["tp"],
+        {"norm": PLAN["norm"], "up": PLAN["up"], "down": PLAN["down"]},
+    )
+    PrepareModuleInput(
+        input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True
+    )._apply(model, mesh["tp"])
+    if data_world > 1:
+        fully_shard(model, mesh=mesh["dp"])
+    optimizer = NovoGrad(inner.parameters(), lr=LR)
+    placed = set()
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        model(block_input(step, mesh["dp"].get_local_rank())).square().mean().backward()
+        placed |= {
+            f"{p.placements} <- {p.grad.placements}" for p in model.parameters() if isinstance(p, DTensor)
+        }
+        optimizer.step()
+    expected = block_reference(data_world)
+    return {n: deviation(full(p), expected[n]) for n, p in model.named_parameters()}, placed
+
+
+def any_placement() -> float:
+    """One parameter placed in every way over a 2x2 mesh, also with partial gradients, against the oracle."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    worst = 0.0
+    for placements in (
+        [Shard(0), Shard(1)],
+        [Shard(1), Shard(0)],
+        [Shard(1), Replicate()],
+        [Replicate(), Shard(1)],
+        [Shard(0), Shard(0)],
+        [Replicate(), Replicate()],
+    ):
+        torch.manual_seed(1)
+        whole = torch.randn(5, 7)
+        p = nn.Parameter(distribute_tensor(whole, mesh, placements))
+        oracle = Oracle([whole.numpy()], lr=LR, weight_decay=0.1)
+        optimizer = NovoGrad([("p", p)], lr=LR, weight_decay=0.1)
+        for step in range(4):
+            grad = torch.randn(5, 7, generator=torch.Generator().manual_seed(step))
+            p.grad = distribute_tensor(grad, mesh, placements)
+            if step == 2:  # half of the sum on each rank of the first dimension
+                half = distribute_tensor(grad / 2, mesh, [Replicate(), Replicate()]).to_local()
+                p.grad = DTensor.from_local(half, mesh, [Partial(), Replicate()])
+            oracle.step([grad.numpy()])
+            optimizer.step()
+        worst = max(worst, deviation(full(p), oracle.weights[0]))
+    return worst
+
+
+# ---- what is promised beside the trajectory ------------------------------------------------------------
+
+
+def fixed_gradients_bits(kind: str) -> Any:
+    """Weights after steps with the same gradients, whatever the cut."""
+    world = dist.get_world_size()
+    torch.manual_seed(0)
+    wholes = [torch.randn(shape) for shape in ((13, 7), (5,), (1, 3), (300, 401))]
+    if kind == "fsdp2":
+        mesh = init_device_mesh("cpu", (world,))
+        params = [nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in wholes]
+    else:
+        params = [nn.Parameter(w) for w in wholes]
+    optimizer = NovoGrad(params, lr=LR, weight_decay=0.1, max_grad_norm=1.0)
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for p, w in zip(params, wholes, strict=True):
+            grad = torch.randn(w.shape, generator=generator)
+            p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+        optimizer.step()
+    return [full(p) for p in params]
+
+
+def collectives(kind: str) -> int:
+    """How many all-reduces one step of the optimizer makes."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if kind == "ddp":
+        model = nn.parallel.DistributedDataParallel(OddModel())
+        optimizer: Any = NovoGrad(model.parameters(), lr=LR)
+    elif kind == "zero redundancy":
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        model = nn.parallel.DistributedDataParallel(OddModel())
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), NovoGrad, lr=LR)
+    else:
+        shape, names = (
+            ((world,), ("shard",)) if kind == "fsdp2" else ((2, world // 2), ("replicate", "shard"))
+        )
+        model = fsdp_model(init_device_mesh("cpu", shape, mesh_dim_names=names))
+        optimizer = NovoGrad(model.parameters(), lr=LR)
+    train(model, optimizer, rank, world, 1)
+    loss_of(model, 1, rank, world).backward()
+    with mock.patch.object(layout.dist, "all_reduce", wraps=dist.all_reduce) as counted:
+        optimizer.step()
+    return counted.call_count
+
+
+def data_parallel(kind: str) -> dict[str, Any]:
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(OddModel())
+    if kind == "ddp":
+        optimizer: Any = NovoGrad(model.parameters(), lr=LR)
+    else:
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), NovoGrad, lr=LR)
+    train(model, optimizer, dist.get_rank(), dist.get_world_size())
+    return {n: full(p) for n, p in model.module.named_parameters()}
+
+
+def nan_on_one_rank() -> dict[str, Any]:
+    """A NaN in the local shard of one gradient on the last rank."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = fsdp_model(init_device_mesh("cpu", (world,)))
+    optimizer = NovoGrad(model.named_parameters(), lr=LR)
+    train(model, optimizer, rank, world, 2)
+    before = copy.deepcopy([full(p) for p in model.parameters()])
+    state = copy.deepcopy(
+        [t.to_local() if isinstance(t, DTensor) else t for s in optimizer.state.values() for t in s.values()]
+    )
+    loss_of(model, 2, rank, world).backward()
+    local = model.last.weight.grad.to_local()
+    if local.numel() and rank == 1:
+        local.view(-1)[0] = float("nan")
+    optimizer.step()
+    after = [
+        t.to_local() if isinstance(t, DTensor) else t for s in optimizer.state.values() for t in s.values()
+    ]
+    same = all((full(p) == w).all() for p, w in zip(model.parameters(), before, strict=True))
+    return {
+        "weights unchanged": same,
+        "state unchanged": all(torch.equal(a, b) for a, b in zip(after, state, strict=True)),
+        "skipped": optimizer.skipped_steps,
+        "layers": optimizer.skipped_layers(),
+    }
+
+
+def reshard(folder: str, save: bool) -> dict[str, Any]:
+    """Three steps and a distributed checkpoint; or loading it, on any number of ranks, and three more."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = fsdp_model(init_device_mesh("cpu", (world,)))
+    optimizer = NovoGrad(model.parameters(), lr=LR)
+    if save:
+        train(model, optimizer, rank, world, 3)
+        m, o = get_state_dict(model, optimizer)
+        dcp.save({"model": m, "optimizer": o}, checkpoint_id=folder)
+    else:
+        m, o = get_state_dict(model, optimizer)
+        dcp.load({"model": m, "optimizer": o}, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=m, optim_state_dict=o)
+    train(model, optimizer, rank, world, 3, first=3)
+    return {n: full(p) for n, p in model.named_parameters()}
+
+
+def fsdp1() -> str:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = FullyShardedDataParallel(OddModel(), use_orig_params=True, device_id=torch.device("cpu"))
+    try:
+        optimizer = NovoGrad(model.parameters(), lr=LR)
+        train(model, optimizer, dist.get_rank(), dist.get_world_size(), 1)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "no error"
+
+
+def accelerate_fsdp2(folder: str) -> dict[str, Any]:
+    """Accelerator.prepare with FSDP2, which swaps the parameters in param_groups and nothing else."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    accelerator = Accelerator(cpu=True)
+    # Accelerate refuses FSDP on a CPU; the path itself runs there.
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, cpu_ram_efficient_loading=False
+    )
+    for state in (AcceleratorState, PartialState):
+        state._shared_state["distributed_type"] = DistributedType.FSDP
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = OddModel()
+    optimizer = NovoGrad(model.named_parameters(), lr=LR)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    inner = optimizer.optimizer
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        accelerator.backward(loss_of(model, step, rank, world))
+        optimizer.step()
+    weights = {n: full(p) for n, p in model.named_parameters()}
+    return {
+        "weights": weights,
+        "dtensors": all(isinstance(p, DTensor) for p in inner.state),
+        "names": sorted(inner.layer_norms()),
+    }

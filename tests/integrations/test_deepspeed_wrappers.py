@@ -1,0 +1,98 @@
+"""NovoGrad under DeepSpeed's other wrappers: stages 0 and 3, offload, bfloat16, experts, tensor parallel."""
+
+import pytest
+import wrapper_ranks
+import zero_ranks
+from oracle import deviation
+from training import reference
+from zero_ranks import config
+
+from novoscale.ranks import run_ranks
+
+BOUND = 2e-5  # float32, relative, after 10 steps
+BF16 = {"bf16": {"enabled": True}}
+CPU = {"device": "cpu"}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("stage", "zero"),
+    [
+        (0, {}),
+        (1, {"offload_optimizer": CPU}),
+        (2, {"offload_optimizer": CPU}),
+        (2, {"offload_optimizer": CPU, "round_robin_gradients": True}),
+        (3, {}),
+        (3, {"sub_group_size": 50}),
+        (3, {"sub_group_size": 50, "stage3_param_persistence_threshold": 0}),
+        (3, {"offload_optimizer": CPU, "sub_group_size": 50}),
+        (3, {"offload_optimizer": CPU, "offload_param": CPU}),
+    ],
+    ids=str,
+)
+def test_trajectory_is_that_of_one_process(stage, zero, world_size):
+    ds = config(stage, world_size, clip=0.3, accumulate=2, **zero)
+    expected = reference(0.02, clip=0.3, groups=True)
+    for weights in run_ranks(zero_ranks.trained, world_size, ds, True):
+        worst = {name: deviation(weights[name], expected[name]) for name in expected}
+        assert max(worst.values()) < BOUND, worst
+
+
+def test_model_made_under_zero_init():
+    ds = config(3, 3, sub_group_size=50)
+    for _, worst in run_ranks(wrapper_ranks.against_oracle, 3, ds, False, True):
+        assert max(worst.values()) < BOUND, worst
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("wrapper", "change", "stage"),
+    [
+        ("FP16_UnfusedOptimizer", BF16, 0),
+        ("BF16_Optimizer", {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, 1),
+        ("DeepSpeedZeroOptimizer", BF16, 1),
+        ("DeepSpeedZeroOptimizer", {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}, 2),
+        ("DeepSpeedZeroOptimizer_Stage3", BF16, 3),
+    ],
+)
+def test_bfloat16_model_with_float32_master(wrapper, change, stage, world_size):
+    ds = {**config(stage, world_size), **change}
+    for name, worst in run_ranks(wrapper_ranks.against_oracle, world_size, ds, True):
+        assert name == wrapper
+        assert max(worst.values()) < BOUND, worst
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_master_weights(stage):
+    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    ds = {**config(stage, 2), "bf16": bf16}
+    for _, worst in run_ranks(wrapper_ranks.against_oracle, 2, ds, True):
+        # Each of the 10 steps rounds the weight once: half a unit in the last of 8 bits of it.
+        assert max(worst.values()) < wrapper_ranks.STEPS * 2**-9, worst
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_torch_autocast(stage):
+    ds = {**config(stage, 2), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    for _, worst in run_ranks(wrapper_ranks.against_oracle, 2, ds):
+        assert max(worst.values()) < BOUND, worst
+
+
+def test_dummy_step_at_construction_changes_nothing():
+    ds = {**config(0, 2), **BF16}
+    ds["optimizer"]["params"]["weight_decay"] = 0.1
+    assert run_ranks(wrapper_ranks.unchanged_by_construction, 2, ds) == [(True, True)] * 2
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_expert_parallel_groups(stage):
+    for worst in run_ranks(wrapper_ranks.experts_against_oracle, 4, config(stage, 4)):
+        assert any("experts" in name for name in worst)
+        assert max(worst.values()) < BOUND, worst
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_layer_over_the_tensor_parallel_group(stage):
+    ds = {**config(stage, 4), "train_batch_size": 16, "train_micro_batch_size_per_gpu": 8}
+    for worst in run_ranks(wrapper_ranks.tensor_parallel_against_oracle, 4, ds):
+        assert max(worst.values()) < BOUND, worst

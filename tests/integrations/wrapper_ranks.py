@@ -1,0 +1,192 @@
+"""What each rank runs to compare a wrapper's steps with the oracle, given the gradients that it reduced.
+
+The gradients are DeepSpeed's own, whole, asked for between backward and step: what is tested is the optimizer
+under its wrapper, also where the model's arithmetic is bfloat16.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from oracle import Oracle, deviation
+from torch import nn
+from training import OddModel
+from zero_ranks import engine, train
+
+STEPS = 10
+
+
+def grad_of(p: Any) -> torch.Tensor:
+    return safe_get_full_grad(p) if hasattr(p, "_hp_mapping") or hasattr(p, "ds_id") else p.grad
+
+
+def master_of(e: Any, p: Any) -> torch.Tensor:
+    """The weight that the optimizer updates."""
+    if type(e.optimizer).__name__ == "FP16_UnfusedOptimizer":
+        pairs = zip(e.optimizer.fp16_groups, e.optimizer.fp32_groups, strict=True)
+        return next(c for ps, cs in pairs for q, c in zip(ps, cs, strict=True) if q is p).detach()
+    return safe_get_full_fp32_param(p)
+
+
+def against_oracle(
+    ds: dict[str, Any], bf16: bool = False, zero_init: bool = False
+) -> tuple[str, dict[str, float]]:
+    """The wrapper's class, and for each parameter how far it is from the oracle after STEPS steps."""
+    deepspeed.init_distributed("gloo")
+    with deepspeed.zero.Init(config_dict_or_path=ds) if zero_init else nullcontext():
+        model = OddModel().bfloat16() if bf16 else OddModel()
+    e = engine(ds, model=model, groups=True)
+    named = dict(e.module.named_parameters())
+    decays = [0.05 if len(getattr(p, "ds_shape", p.shape)) > 1 else 0.0 for p in named.values()]
+    oracles = [
+        Oracle([master_of(e, p).double().numpy()], lr=0.02, weight_decay=decay)
+        for p, decay in zip(named.values(), decays, strict=True)
+    ]
+    backward = e.backward
+
+    def recorded(loss: torch.Tensor) -> None:
+        backward(loss)
+        for p, oracle in zip(named.values(), oracles, strict=True):
+            oracle.step([grad_of(p).double().numpy().reshape(oracle.weights[0].shape)])
+
+    e.backward = recorded
+    train(e, STEPS, dtype=torch.bfloat16 if bf16 else torch.float32)
+    worst = {
+        n: deviation(master_of(e, p).double().numpy(), oracle.weights[0])
+        for (n, p), oracle in zip(named.items(), oracles, strict=True)
+    }
+    return type(e.optimizer).__name__, worst
+
+
+def unchanged_by_construction(ds: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether DeepSpeed's dummy step has left the weights and the state alone."""
+    model = OddModel().bfloat16()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    e = engine(ds, model=model, groups=True)
+    same = all(torch.equal(p, before[n]) for n, p in e.module.named_parameters())
+    masters = all(torch.equal(master_of(e, p), before[n].float()) for n, p in e.module.named_parameters())
+    state = e.basic_optimizer.state.values()
+    return same and masters, not any(t.any() for s in state for t in s.values())
+
+
+# ---- mixture of experts --------------------------------------------------------------------------------
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        from deepspeed.moe.layer import MoE
+
+        torch.manual_seed(3)
+        self.inp = nn.Linear(13, 8)
+        self.moe = MoE(
+            8, nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8)), num_experts=4, ep_size=2, k=1
+        )
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, _, _ = self.moe(torch.tanh(self.inp(x)))
+        return self.out(h)
+
+
+def experts_against_oracle(ds: dict[str, Any]) -> dict[str, float]:
+    deepspeed.init_distributed("gloo")
+    e = engine(ds, model=Experts())
+    named = dict(e.module.named_parameters())
+    oracles = {n: Oracle([safe_get_full_fp32_param(p).double().numpy()], lr=0.02) for n, p in named.items()}
+    backward = e.backward
+
+    def recorded(loss: torch.Tensor) -> None:
+        backward(loss)
+        for n, p in named.items():
+            oracles[n].step([safe_get_full_grad(p).double().numpy()])
+
+    e.backward = recorded
+    train(e, STEPS)
+    return {
+        n: deviation(safe_get_full_fp32_param(p).double().numpy(), oracles[n].weights[0])
+        for n, p in named.items()
+    }
+
+
+# ---- tensor parallelism --------------------------------------------------------------------------------
+
+
+class TwoByTwo:
+    """An mpu: four ranks, two model-parallel by two data-parallel."""
+
+    def __init__(self) -> None:
+        rank = dist.get_rank()
+        for ranks in ([0, 1], [2, 3]):
+            group = dist.new_group(ranks)
+            if rank in ranks:
+                self.model = group
+        for ranks in ([0, 2], [1, 3]):
+            group = dist.new_group(ranks)
+            if rank in ranks:
+                self.data = group
+
+    def get_model_parallel_group(self) -> Any:
+        return self.model
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.model)
+
+    def get_model_parallel_world_size(self) -> int:
+        return 2
+
+    def get_data_parallel_group(self) -> Any:
+        return self.data
+
+    def get_data_parallel_rank(self) -> int:
+        return dist.get_rank(self.data)
+
+    def get_data_parallel_world_size(self) -> int:
+        return 2
+
+
+class Sharded(nn.Module):
+    """One rank's rows of a matrix that is cut over the model-parallel group, and a replicated bias."""
+
+    def __init__(self, part: int) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        whole = torch.randn(6, 13)
+        self.rows = nn.Parameter(whole.chunk(2)[part].clone())
+        self.rows.tensor_model_parallel = True
+        self.bias = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.rows.t() + self.bias * x[:, :3]
+
+
+def tensor_parallel_against_oracle(ds: dict[str, Any]) -> dict[str, float]:
+    mpu = TwoByTwo()
+    part = mpu.get_model_parallel_rank()
+    model = Sharded(part)
+    e = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=ds, mpu=mpu)[0]
+
+    def across(t: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(t) for _ in range(2)]
+        dist.all_gather(parts, t.contiguous(), group=mpu.model)
+        return torch.cat(parts)
+
+    rows = Oracle([across(safe_get_full_fp32_param(e.module.rows)).double().numpy()], lr=0.02)
+    bias = Oracle([safe_get_full_fp32_param(e.module.bias).double().numpy()], lr=0.02)
+    for step in range(STEPS):
+        x = torch.randn(8, 13, generator=torch.Generator().manual_seed(step * 2 + dist.get_rank(mpu.data)))
+        out = e(x)
+        e.backward((out**2).mean())
+        rows.step([across(safe_get_full_grad(e.module.rows)).double().numpy()])
+        bias.step([safe_get_full_grad(e.module.bias).double().numpy()])
+        e.step()
+    mine = rows.weights[0].reshape(2, 3, 13)[part]
+    return {
+        "rows": deviation(safe_get_full_fp32_param(e.module.rows).numpy(), mine),
+        "bias": deviation(safe_get_full_fp32_param(e.module.bias).numpy(), bias.weights[0]),
+    }
