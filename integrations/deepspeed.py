@@ -65,8 +65,9 @@ def register() -> None:
     # Its constructor ends with a step on zero gradients, which must already find the layout.
     _extend(FP16_UnfusedOptimizer, lambda _: None)
     _extend_dummy_step(FP16_UnfusedOptimizer)
-    if importlib.util.find_spec("accelerate") is not None:
-        importlib.import_module("novoscale.integrations.accelerate")
+    for framework in ("accelerate", "transformers"):
+        if importlib.util.find_spec(framework) is not None:
+            importlib.import_module(f"novoscale.integrations.{framework}")
 
 
 def _extend(wrapper: Any, bind: Callable[[Any], None]) -> None:

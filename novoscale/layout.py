@@ -11,6 +11,7 @@ turns what each framework has into a :class:`Layout`.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import defaultdict
 from collections.abc import Collection, Sequence
@@ -64,11 +65,13 @@ class Completion:
     """The layers that are cut over one process group.
 
     ``slots`` has one entry for each of them, in the same order on every rank of the group: the
-    layer's index in ``Layout.layers``, or None where this rank holds nothing of it.
+    layer's index in ``Layout.layers``, or None where this rank holds nothing of it. ``layers`` are they,
+    on every rank the same: see ``Plan``.
     """
 
     process_group: dist.ProcessGroup | None
     slots: tuple[int | None, ...]
+    layers: tuple[Layer, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +154,12 @@ def partition(
     local = {layer: index for index, layer in enumerate(mine)}
     cut = [layer for layer in range(len(layers)) if len(holders[layer]) > 1]
     # Also without a cut layer: the ranks must agree on whether a step is skipped.
-    completions = [Completion(process_group, tuple(local.get(layer) for layer in cut))][: len(pieces) > 1]
+    slots = tuple(local.get(layer) for layer in cut)
+    completions = [Completion(process_group, slots, tuple(layers))][: len(pieces) > 1]
     for group, members in also:
-        completions.append(Completion(group, tuple(local[layer] for layer in mine if layer in members)))
+        held = [layer for layer in mine if layer in members]
+        slots = tuple(local[layer] for layer in held)
+        completions.append(Completion(group, slots, tuple(layers[layer] for layer in held)))
     return Layout(
         numel,
         tuple(layers[layer] for layer in mine),
@@ -171,6 +177,7 @@ def sharded(name: str, tensor: DTensor) -> Layout:
         LayoutError: if the parameter is a partial sum.
     """
     local = tensor.to_local().numel()
+    layer = Layer(name, tensor.numel())
     completions = []
     for dim, placement in enumerate(tensor.placements):
         if placement.is_partial():
@@ -179,9 +186,9 @@ def sharded(name: str, tensor: DTensor) -> Layout:
                 "part of the parameter. Redistribute it to Shard or Replicate"
             )
         if not placement.is_replicate():
-            completions.append(Completion(tensor.device_mesh.get_group(dim), (0,)))
+            completions.append(Completion(tensor.device_mesh.get_group(dim), (0,), (layer,)))
     segments = (Segment(0, local, 0),) if local else ()
-    return Layout(local, (Layer(name, tensor.numel()),), segments, tuple(completions))
+    return Layout(local, (layer,), segments, tuple(completions))
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -250,13 +257,18 @@ class _Reduction:
     length: int = 0
     slots: list[int] = field(default_factory=list)  # places in the buffer of the layers held here
     places: list[int] = field(default_factory=list)  # their places in the vector of all layers
+    layers: list[Layer] = field(default_factory=list)  # what the ranks must agree on
     device: torch.device | None = None  # of the collective
 
 
 class Plan:
     """What one step needs to know of the layouts of its tensors; built once and reused.
 
-    Holds integers only, no parameter.
+    Holds integers only, no parameter. Building it is a collective where layers are cut: the ranks make
+    sure once that they mean the same layers.
+
+    Raises:
+        LayoutError: on every rank, if the ranks of a process group have different layers.
 
     Attributes:
         names: the name of each layer in the vector.
@@ -276,12 +288,15 @@ class Plan:
                         reduction.slots.append(reduction.length + slot)
                         reduction.places.append(p.first + layer)
                 reduction.length += len(completion.slots)
+                reduction.layers += completion.layers
         index = partial(torch.tensor, dtype=torch.int64, device=device)
         self._reductions = [(r, index(r.slots), index(r.places)) for r in merged.values()]
         # What the last steps have shown: see NovoGrad.layer_norms and skipped_layers.
         self._squared = [p.op == dist.ReduceOp.SUM for p in placed for _ in p.layout.layers]
         self._statistic = torch.zeros(len(self.names), dtype=torch.float64, device=device)
         self.bad = torch.zeros(len(self.names), dtype=torch.bool, device=device)
+        for reduction, _, _ in self._reductions:
+            self._agree(reduction)
 
     @property
     def reductions(self) -> int:
@@ -316,6 +331,22 @@ class Plan:
             statistic[places] = buffer[slots]
             bad = torch.maximum(buffer[-1], (~_fits_float32(buffer[:-1])).any().to(buffer.dtype))
         return bad == 0
+
+    def _agree(self, reduction: _Reduction) -> None:
+        """Raise on every rank if the ranks have different layers, rather than add up what does not match."""
+        layers = repr([(layer.name, layer.numel) for layer in reduction.layers]).encode()
+        # 48 bits of a hash, which a float64 holds exactly; largest and smallest in one collective.
+        digest = float(int.from_bytes(hashlib.sha256(layers).digest()[:6], "big"))
+        verdict = torch.tensor([digest, -digest], dtype=torch.float64, device=self.device)
+        verdict = self._all_reduce(_Reduction(reduction.process_group, dist.ReduceOp.MAX), verdict)
+        if verdict[0] != -verdict[1]:
+            raise LayoutError(
+                f"the ranks have different layers, in number, name, size or order; this rank has "
+                f"{len(reduction.layers)}, from {reduction.layers[0].name} to {reduction.layers[-1].name}. "
+                "Build the same model and param groups on every rank"
+                if reduction.layers
+                else "the ranks have different layers; this rank has none"
+            )
 
     def _all_reduce(self, reduction: _Reduction, buffer: Tensor) -> Tensor:
         if reduction.device is None:

@@ -213,8 +213,8 @@ class NovoGrad(Optimizer):
             "Which layers its elements belong to is not known, and a norm taken over it would be wrong. "
             "If a framework flattened the parameters: under DeepSpeed, "
             "`import novoscale.integrations.deepspeed` before deepspeed.initialize; FSDP1 is not "
-            "supported, use FSDP2 (fully_shard). If the model was changed, or the optimizer copied after it was wrapped: make a "
-            "new optimizer from the model's present parameters."
+            "supported, use FSDP2 (fully_shard). If the model was changed, or the optimizer copied after it "
+            "was wrapped: make a new optimizer from the model's present parameters."
         )
 
     def _shards(self, groups: Groups) -> tuple[list[kernels.Shard], Plan]:

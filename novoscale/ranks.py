@@ -110,6 +110,7 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    os.dup2(2, 1)  # what a rank prints is not the caller's output
     torch.set_num_threads(max((os.cpu_count() or 1) // world_size, 1))
     try:
         torch.distributed.init_process_group(backend)

@@ -135,7 +135,7 @@ def test_any_cut_gives_the_uncut_sums_and_update(cut, dtype, norm_type):
         assert finite
         assert set(sums) == {f"l{s.layer}" for s in held}
         assert all(sums[name] == expected[name] for name in sums)
-    assert group.calls == (1 if len(pieces) > 1 else 0)
+    assert group.calls == (2 if len(pieces) > 1 else 0)  # the ranks' agreement on the layers, and the step
 
 
 @settings(max_examples=60, deadline=None)
@@ -185,6 +185,18 @@ def test_one_nonfinite_element_stops_every_rank(cut, data, norm_type, value):
         assert torch.equal(m, torch.ones_like(m))
 
 
+def test_ranks_with_different_layers_are_told_so_before_anything_is_added_up():
+    def build(rank, group):
+        layers = [Layer("a", 4), Layer("b", 2)] if rank else [Layer("a", 4), Layer("c", 2)]
+        pieces = [[Segment(0, 3, 0)], [Segment(0, 1, 0, 3), Segment(1, 3, 1)]]
+        lay = partition(layers, pieces, rank=rank, numel=3, process_group=group)
+        with pytest.raises(LayoutError, match="the ranks have different layers"):
+            Plan([Placed(lay, 0)], torch.device("cpu"))
+        return True
+
+    assert on_ranks(2, build)[0] == [True, True]
+
+
 def test_only_cut_layers_take_part_in_the_collective():
     layers = [Layer("a", 4), Layer("b", 6), Layer("c", 2)]
     pieces = [[Segment(0, 4, 0), Segment(4, 6, 1)], [Segment(0, 4, 1, 2), Segment(4, 6, 2)]]
@@ -201,7 +213,8 @@ def test_layouts_of_one_process_group_share_a_collective():
     pieces = [[Segment(0, 1, 0)], [Segment(0, 1, 0, 1)]]
     group, other = object(), object()
     shards = [partition(layers, pieces, rank=0, numel=1, process_group=g) for g in (group, group, other)]
-    assert Plan([Placed(s, i) for i, s in enumerate(shards)], torch.device("cpu")).reductions == 2
+    with mock.patch.object(Plan, "_agree"):
+        assert Plan([Placed(s, i) for i, s in enumerate(shards)], torch.device("cpu")).reductions == 2
     assert Plan([Placed(whole("p", 5), 0)], torch.device("cpu")).reductions == 0
 
 

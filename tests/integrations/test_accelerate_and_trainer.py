@@ -44,6 +44,43 @@ def test_trainer_with_a_deepspeed_json(betas, tmp_path):
     assert results[0]["losses"][-1] < results[0]["losses"][0]
 
 
+def offloaded(**more):
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        **more,
+    }
+
+
+def test_accelerate_does_not_replace_a_client_novograd_silently(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(offloaded()))
+    for told in run_ranks(trainer_ranks.accelerate_client, 2, str(path)):
+        assert "would replace NovoGrad by DeepSpeedCPUAdam" in told
+        assert '"zero_force_ds_cpu_optimizer": false' in told
+    path.write_text(json.dumps(offloaded(zero_force_ds_cpu_optimizer=False)))
+    assert run_ranks(trainer_ranks.accelerate_client, 2, str(path)) == ["NovoGrad"] * 2
+
+
+@pytest.mark.parametrize(
+    ("route", "optimizer", "says"),
+    [
+        (
+            "optimizers",
+            None,
+            "drops optimizers= under DeepSpeed: it would train with the Trainer's own (adamw",
+        ),
+        ("optimizers", "AdamW", "it would train with AdamW, not NovoGrad"),
+        ("class", "AdamW", "it would train with AdamW, not NovoGrad"),
+        ("class", None, "would replace NovoGrad by DeepSpeedCPUAdam"),  # and offload
+    ],
+)
+def test_trainer_does_not_replace_novograd_silently(route, optimizer, says, tmp_path):
+    more = {"optimizer": {"type": optimizer, "params": {"lr": "auto"}}} if optimizer else {}
+    for told in run_ranks(trainer_ranks.trainer_error, 2, str(tmp_path), offloaded(**more), route):
+        assert says in told
+
+
 def test_trainer_without_deepspeed(tmp_path):
     route = {"optimizer_cls_and_kwargs": (NovoGrad, {"lr": 0.02, "weight_decay": 0.01})}
     result = trainer_ranks.trainer(str(tmp_path), None, route)

@@ -81,3 +81,38 @@ def accelerate(config: str, lr: float) -> dict[str, Any]:
         accelerator.backward(loss)
         losses.append(loss.item())
     return {"optimizer": type(engine.basic_optimizer).__name__, "lr": engine.get_lr(), "losses": losses}
+
+
+def accelerate_client(config: str) -> str:
+    """What DeepSpeed steps when a NovoGrad is given to Accelerate, or the error."""
+    import novoscale.integrations.deepspeed  # noqa: F401
+
+    from novoscale import NovoGrad
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = config
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    m = model()
+    try:
+        engine, _ = accelerator.prepare(m, NovoGrad(m.parameters(), lr=0.1))
+    except RuntimeError as error:
+        return str(error)
+    return type(engine.basic_optimizer).__name__
+
+
+def trainer_error(folder: str, ds: dict[str, Any], route: str) -> str:
+    from novoscale import NovoGrad
+
+    m = model()
+    given = {
+        "optimizers": {"optimizers": (NovoGrad(m.parameters(), lr=0.1), None)},
+        "class": {"optimizer_cls_and_kwargs": (NovoGrad, {"lr": 0.1})},
+    }[route]
+    try:
+        trainer(folder, ds, given)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"

@@ -1,0 +1,62 @@
+"""The Hugging Face Trainer: a NovoGrad is not dropped without a word.
+
+Under DeepSpeed the Trainer drops ``optimizers=`` and trains with AdamW, and an ``optimizer`` in the DeepSpeed
+config wins over ``optimizer_cls_and_kwargs``, both silently (transformers 5.23, ``deepspeed_init``; its
+issues 38753 and 15784). Importing this module has it refuse to do that to a NovoGrad. Importing
+``novoscale.integrations.deepspeed`` imports this one.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+import transformers.integrations.deepspeed as hf_deepspeed
+
+from novoscale import NovoGrad
+
+from .accelerate import OptimizerReplacedError
+
+ADVICE = (
+    'Name it in the DeepSpeed config, "optimizer": {"type": "NovoGrad", ...}, or leave the config without an '
+    'optimizer and pass optimizer_cls_and_kwargs=(NovoGrad, {"lr": ...}) to the Trainer'
+)
+
+
+def register() -> None:
+    """Guard the Trainer's choice of an optimizer under DeepSpeed. Called on import; idempotent."""
+    original = hf_deepspeed.deepspeed_init
+    if hasattr(original, "_novoscale"):
+        return
+
+    @functools.wraps(original)
+    def guarded(trainer: Any, num_training_steps: int, inference: bool = False) -> Any:
+        if not inference:
+            _refuse_replacement(trainer)
+        return original(trainer, num_training_steps, inference)
+
+    guarded._novoscale = True  # type: ignore[attr-defined]
+    hf_deepspeed.deepspeed_init = guarded
+    if "transformers.trainer" in sys.modules:  # it has imported the function by name
+        sys.modules["transformers.trainer"].deepspeed_init = guarded  # type: ignore[attr-defined]
+
+
+def _refuse_replacement(trainer: Any) -> None:
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    named = str(config.get("optimizer", {}).get("type", ""))
+    if isinstance(trainer.optimizer, NovoGrad):
+        instead = named or f"the Trainer's own ({getattr(trainer.args.optim, 'value', trainer.args.optim)})"
+        raise OptimizerReplacedError(
+            f"The Trainer drops optimizers= under DeepSpeed: it would train with {instead}, not NovoGrad. "
+            f"{ADVICE}"
+        )
+    asked = getattr(trainer, "optimizer_cls_and_kwargs", None)
+    if asked is not None and asked[0] is NovoGrad and named and named.lower() != "novograd":
+        raise OptimizerReplacedError(
+            "The Trainer ignores optimizer_cls_and_kwargs where the DeepSpeed config names an optimizer: "
+            f"it would train with {named}, not NovoGrad. {ADVICE}"
+        )
+
+
+register()

@@ -1,0 +1,116 @@
+"""The ``novoscale`` command."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from typing import Annotated, Any
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError:
+    sys.exit("The novoscale command needs typer and rich: pip install 'novoscale[cli]'")
+
+from novoscale import verify as verifying
+from novoscale.ranks import RankError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def main() -> None:
+    """NovoGrad for models that do not fit: the same training, however the model is cut."""
+
+
+@app.command()
+def verify(
+    config: Annotated[str, typer.Argument(help="DeepSpeed JSON, Accelerate YAML, or one of: ddp, fsdp2.")],
+    ranks: Annotated[int, typer.Option(min=1, help="CPU ranks to start on this machine.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10,
+    model: Annotated[
+        str, typer.Option(help="package.module:function that returns a model and a function batch.")
+    ] = "novoscale.verify.runs:builtin_model",
+    optimizer: Annotated[
+        str | None, typer.Option(help="package.module:Class, any torch optimizer; default: the config's.")
+    ] = None,
+    option: Annotated[list[str] | None, typer.Option(help="key=value of --optimizer; repeat.")] = None,
+    bound: Annotated[float | None, typer.Option(help="Largest relative deviation that passes.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds for each run.")] = 300,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Train under CONFIG on local ranks and in one process; fail if any parameter ends elsewhere.
+
+    Exit code 0: the same training. 1: it is not, or a rank failed. 2: CONFIG cannot be put to the test.
+    """
+    console = Console(stderr=True, emoji=False)
+    sys.path.insert(0, "")  # models and optimizers from the folder that this is started in
+    try:
+        with console.status(f"training on {ranks} ranks and in one process ..."):
+            verdict = verifying.verify(
+                config,
+                ranks=ranks,
+                steps=steps,
+                model=model,
+                optimizer=optimizer,
+                options=_options(option or []),
+                bound=bound,
+                timeout=timeout,
+            )
+    except verifying.VerifyError as error:
+        console.print(str(error), style="red", markup=False)
+        raise typer.Exit(2) from None
+    except RankError as error:
+        console.print(_last_error(str(error)), style="red", markup=False)
+        raise typer.Exit(1) from None
+    if as_json:
+        print(verdict.to_json())
+    else:
+        _show(verdict)
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+def _options(pairs: list[str]) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise verifying.VerifyError(f"--option {pair}: write it as key=value")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[key] = value
+    return found
+
+
+def _last_error(text: str) -> str:
+    """Of each rank's traceback the line that says what is wrong; of a single line, itself."""
+    lines = [line for line in text.splitlines() if line and not line.startswith(" ")]
+    errors = [line for line in lines if not line.startswith(("Traceback", "rank "))]
+    return "\n".join(dict.fromkeys(errors or lines))
+
+
+def _show(verdict: verifying.Verdict) -> None:
+    console = Console(emoji=False) if sys.stdout.isatty() else Console(emoji=False, width=110)
+    for note in verdict.notes:
+        console.print(f"note: {note}", highlight=False)
+    table = Table(
+        "parameter",
+        "deviation",
+        title=f"{verdict.optimizer}: {verdict.ranks} ranks ({verdict.cut}) against one process, "
+        f"{verdict.steps} steps",
+    )
+    shown = list(verdict.deviations.items())[:10]
+    for name, value in shown:
+        table.add_row(name, f"{value:.1e}", style="red" if value > verdict.bound else None)
+    if len(verdict.deviations) > len(shown):
+        table.add_row(f"{len(verdict.deviations) - len(shown)} more, all smaller", "")
+    console.print(table)
+    name, worst = verdict.worst
+    outcome = "[green]the same training" if verdict.passed else "[red]not the same training"
+    console.print(f"{outcome}[/]: worst {worst:.1e} in {name}, bound {verdict.bound:.1e}", highlight=False)
+
+
+if __name__ == "__main__":
+    app()

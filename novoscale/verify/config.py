@@ -1,0 +1,194 @@
+"""What is put to the test: the user's configuration, made ready to run on CPU ranks of this machine."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CUTS = ("none", "ddp", "fsdp2")
+MICRO_BATCH = 4
+LR = 0.003
+
+
+class VerifyError(ValueError):
+    """The configuration, model or optimizer cannot be put to the test; says why."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every rank needs to know; picklable.
+
+    Attributes:
+        cut: "deepspeed", "fsdp2", "ddp" or "none".
+        deepspeed: the DeepSpeed config, ready to use, if the cut is DeepSpeed's.
+        model: import path of a function that returns the model and the function ``batch``.
+        optimizer: import path of the optimizer's class.
+        client: give DeepSpeed the optimizer, rather than let it make one from the config.
+    """
+
+    cut: str
+    model: str
+    optimizer: str
+    options: dict[str, Any]
+    steps: int
+    ranks: int
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    client: bool = True
+    accumulate: int = 1
+    clip: float = 0.0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def samples(self) -> int:
+        """Samples of a step, of all ranks."""
+        return MICRO_BATCH * self.ranks * self.accumulate
+
+
+def prepare(
+    config: str | Path | dict[str, Any],
+    ranks: int,
+    steps: int,
+    model: str,
+    optimizer: str | None,
+    options: dict[str, Any] | None,
+) -> tuple[Setup, list[str]]:
+    """Make a :class:`Setup` of the user's configuration; say what was changed in it."""
+    cut, given = read(config)
+    load(model)
+    if optimizer is not None:
+        load(optimizer)
+    name, kwargs, client = optimizer, dict(options or {}), True
+    if given is None:
+        name = name or "novoscale:NovoGrad"
+        kwargs.setdefault("lr", LR)
+        return Setup(cut, model, name, kwargs, steps, ranks), []
+    if "optimizer" in given and name is None:
+        name, kwargs, client = *_optimizer_of(given["optimizer"]), False
+    else:
+        name = name or "novoscale:NovoGrad"
+        kwargs.setdefault("lr", LR)
+    ds, notes = _runnable(given, ranks, name, kwargs, client)
+    setup = Setup(
+        cut,
+        model,
+        name,
+        kwargs,
+        steps,
+        ranks,
+        deepspeed=ds,
+        client=client,
+        accumulate=ds["gradient_accumulation_steps"],
+        clip=ds["gradient_clipping"],
+        dtype=torch.bfloat16 if ds.get("bf16", {}).get("enabled") is True else torch.float32,
+    )
+    return setup, notes
+
+
+def read(config: str | Path | dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
+    """The cut, and the DeepSpeed config if it is DeepSpeed's."""
+    if isinstance(config, dict):
+        return "deepspeed", config
+    if config in CUTS:
+        return str(config), None
+    path = Path(config)
+    if not path.is_file():
+        raise VerifyError(f"{config}: there is no such file, and it is none of {', '.join(CUTS)}")
+    if path.suffix in (".yaml", ".yml"):
+        return _read_accelerate(path)
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise VerifyError(f"{path}: not a DeepSpeed config in JSON: {error}") from None
+    return "deepspeed", content
+
+
+def _read_accelerate(path: Path) -> tuple[str, dict[str, Any] | None]:
+    yaml = importlib.import_module("yaml")  # comes with accelerate
+    content = yaml.safe_load(path.read_text()) or {}
+    kind = str(content.get("distributed_type", "NO"))
+    if kind == "DEEPSPEED":
+        section = content.get("deepspeed_config", {})
+        file = section.get("deepspeed_config_file")
+        if file is None:
+            raise VerifyError(f"{path}: deepspeed_config has no deepspeed_config_file; give one")
+        found = next((f for f in (Path(file), path.parent / file) if f.is_file()), None)
+        if found is None:
+            raise VerifyError(f"{path}: its deepspeed_config_file {file} does not exist")
+        return read(found)
+    if kind == "FSDP":
+        version = content.get("fsdp_config", {}).get("fsdp_version", 1)
+        if int(version) != 2:
+            raise VerifyError(f"{path}: fsdp_version {version}: NovoGrad supports FSDP2, set fsdp_version: 2")
+        return "fsdp2", None
+    if kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        return "ddp", None
+    raise VerifyError(f"{path}: distributed_type {kind} is not known to verify")
+
+
+def _optimizer_of(section: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The class that DeepSpeed makes of its "optimizer" section, and its options."""
+    kind, params = str(section.get("type")), dict(section.get("params", {}))
+    kwargs = {key: value for key, value in params.items() if value != "auto"}
+    for key in ("torch_adam", "adam_w_mode"):
+        kwargs.pop(key, None)
+    kwargs.setdefault("lr", LR)
+    if kind.lower() == "novograd":
+        return "novoscale:NovoGrad", kwargs
+    if kind.lower() in ("adam", "adamw"):
+        plain = kind.lower() == "adam" and params.get("adam_w_mode") is False
+        return f"torch.optim:{'Adam' if plain else 'AdamW'}", kwargs
+    if hasattr(torch.optim, kind):
+        return f"torch.optim:{kind}", kwargs
+    raise VerifyError(
+        f'"optimizer": {{"type": "{kind}"}} has no counterpart in torch.optim: name a class to test'
+    )
+
+
+def _runnable(
+    given: dict[str, Any], ranks: int, name: str, kwargs: dict[str, Any], client: bool
+) -> tuple[dict[str, Any], list[str]]:
+    ds, notes = copy.deepcopy(given), []
+    for key in ("scheduler", "train_batch_size", "tensorboard", "wandb", "csv_monitor", "flops_profiler"):
+        if ds.pop(key, None) is not None and key == "scheduler":
+            notes.append('"scheduler" left out: the learning rate is constant')
+    if ds.get("fp16", {}).get("enabled") in (True, "auto"):
+        ds.pop("fp16")
+        notes.append('"fp16" left out: CPU ranks train in float32')
+    if ds.get("bf16", {}).get("enabled") == "auto":
+        ds["bf16"]["enabled"] = False
+        notes.append('"bf16": "auto" taken for off')
+    accumulate = ds.get("gradient_accumulation_steps", 1)
+    ds["gradient_accumulation_steps"] = accumulate if isinstance(accumulate, int) else 1
+    ds["train_micro_batch_size_per_gpu"] = MICRO_BATCH
+    clip = ds.get("gradient_clipping", 1.0)
+    ds["gradient_clipping"] = float(clip) if isinstance(clip, (int, float)) else 1.0
+    if client:
+        ds.pop("optimizer", None)
+        ds["zero_force_ds_cpu_optimizer"] = False
+        ds["zero_allow_untested_optimizer"] = True
+    else:
+        adam = {"torch_adam": True} if name in ("torch.optim:Adam", "torch.optim:AdamW") else {}
+        ds["optimizer"]["params"] = {**kwargs, **adam}
+    zero = ds.get("zero_optimization", {})
+    for key in [key for key, value in zero.items() if value == "auto"]:
+        zero.pop(key)
+    return ds, notes
+
+
+def load(path: str) -> Any:
+    """What ``package.module:name`` names.
+
+    Raises:
+        VerifyError: if there is no such thing.
+    """
+    module, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise VerifyError(f"{path}: cannot be imported ({error}); write it as package.module:name") from None

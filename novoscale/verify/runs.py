@@ -1,0 +1,135 @@
+"""The two runs that are compared: in one process, and on ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+
+from novoscale.verify.config import Setup, load
+
+
+def builtin_model() -> tuple[nn.Module, Callable[[int, int], dict[str, Tensor]]]:
+    """A small language model with odd shapes, and random tokens that repeat with a pattern."""
+    torch.manual_seed(0)
+    model = _Small()
+
+    def batch(step: int, samples: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        starts = torch.randint(0, 61, (samples, 1), generator=generator)
+        strides = torch.randint(1, 5, (samples, 1), generator=generator)
+        return {"tokens": (starts + strides * torch.arange(13)) % 61}
+
+    return model, batch
+
+
+class _Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(61, 22)
+        self.norm1 = nn.LayerNorm(22)
+        self.qkv = nn.Linear(22, 66)
+        self.proj = nn.Linear(22, 22)
+        self.norm2 = nn.LayerNorm(22)
+        self.up = nn.Linear(22, 45)
+        self.down = nn.Linear(45, 22)
+        self.gain = nn.Parameter(torch.ones(1))
+        self.head = nn.Linear(22, 61, bias=False)
+        with torch.no_grad():  # biases and gains away from 0 and 1, so that a deviation of them counts
+            for p in self.parameters():
+                p.add_(0.02 * torch.randn_like(p))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens[:, :-1])
+        q, k, v = self.qkv(self.norm1(x)).chunk(3, dim=-1)
+        x = x + self.proj(scaled_dot_product_attention(q, k, v, is_causal=True))
+        x = x + self.gain * self.down(gelu(self.up(self.norm2(x))))
+        return cross_entropy(self.head(x).flatten(0, 1).float(), tokens[:, 1:].flatten())
+
+
+def make_model(setup: Setup) -> tuple[nn.Module, Callable[[int], list[dict[str, Tensor]]]]:
+    """The model, in ``setup.dtype`` and without dropout; and the micro-batches of a step, of all ranks."""
+    model, batch = load(setup.model)()
+
+    def micro_batches(step: int) -> list[dict[str, Tensor]]:
+        whole = batch(step, setup.samples)
+        parts = setup.ranks * setup.accumulate
+        return [{k: v.chunk(parts)[i] for k, v in whole.items()} for i in range(parts)]
+
+    return model.to(setup.dtype).eval(), micro_batches
+
+
+def make_optimizer(setup: Setup, params: Any) -> torch.optim.Optimizer:
+    """The optimizer that is put to the test."""
+    made: torch.optim.Optimizer = load(setup.optimizer)(params, **setup.options)
+    return made
+
+
+def loss_of(model: Callable[..., Any], batch: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """The loss of a micro-batch; floating-point entries are cast to ``dtype``."""
+    out = model(**{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()})
+    loss: Tensor = out if isinstance(out, Tensor) else out.loss
+    return loss
+
+
+def one_process(setup: Setup) -> dict[str, Tensor]:
+    """Train in one process: the same micro-batches, gradients averaged and weights updated in float64.
+
+    With bfloat16 the gradients are those of a bfloat16 model, as on the ranks; with float32, of a float64
+    one.
+    """
+    model, micro_batches = make_model(setup)
+    dtype = torch.float64 if setup.dtype == torch.float32 else setup.dtype
+    model = model.to(dtype)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    masters = {name: p.detach().double().clone().requires_grad_() for name, p in named.items()}
+    optimizer = make_optimizer(setup, list(masters.values()))
+    for step in range(setup.steps):
+        sums = {name: torch.zeros_like(master) for name, master in masters.items()}
+        batches = micro_batches(step)
+        for batch in batches:
+            model.zero_grad()
+            loss_of(model, batch, dtype).backward()  # type: ignore[no-untyped-call]
+            for name, p in named.items():
+                if p.grad is not None:
+                    sums[name] += p.grad.double() / len(batches)
+        for name, master in masters.items():
+            master.grad = sums[name]
+        if setup.clip:
+            nn.utils.clip_grad_norm_(masters.values(), setup.clip)
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in named.items():
+                p.copy_(masters[name])
+    return {name: p.detach() for name, p in named.items()}
+
+
+def under_torch(setup: Setup) -> dict[str, Tensor]:
+    """Train on this rank under DDP or FSDP2."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, micro_batches = make_model(setup)
+    trained: Any = model
+    if setup.cut == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (setup.ranks,)))
+    elif setup.cut == "ddp":
+        trained = nn.parallel.DistributedDataParallel(model)
+    optimizer = make_optimizer(setup, [p for p in model.parameters() if p.requires_grad])
+    for step in range(setup.steps):
+        optimizer.zero_grad()
+        for batch in mine(setup, micro_batches(step)):
+            loss_of(trained, batch, setup.dtype).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in weights.items()}
+
+
+def mine(setup: Setup, batches: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """This rank's micro-batches of a step."""
+    yield from batches[dist.get_rank() :: setup.ranks]
