@@ -19,7 +19,7 @@ lint: $(VENV)/.installed
 	$(RUN) ruff format --check .
 	$(RUN) mypy novoscale integrations
 
-cuts: $(VENV)/.installed
+cuts: $(VENV)/.rivals
 	$(RUN) python benchmarks/cuts.py $(ARGS)
 
 format: $(VENV)/.installed
@@ -29,6 +29,10 @@ format: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tests]'
+	touch $@
+
+$(VENV)/.rivals: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[rivals]'
 	touch $@
 
 clean:

@@ -1,16 +1,16 @@
-"""How far training under ZeRO ends from training in one process: NovoGrad with and without its layout.
+"""How far training under every cut ends from training in one process: NovoGrad's, and other optimizers'.
 
     make cuts
 
-Trains a small transformer on real text for ten steps in one process in float64, and in float32 under
-DeepSpeed's ZeRO stages 1 and 2 on 2, 3 and 4 CPU ranks; compares the weights. Writes cuts.json, cuts.png and
-cuts.svg.
+For each configuration below, on 2, 3 and 4 CPU ranks, what ``novoscale verify`` finds after ten steps; and
+for ten other optimizers the same under ZeRO-2 on 3 ranks. Writes the data, two plots and the tables of
+docs/cuts.md.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,21 +19,73 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import plots, text
+from benchmarks import plots
 from benchmarks.provenance import provenance
-from novoscale import NovoGrad
-from novoscale.ranks import run_ranks
+from novoscale.ranks import RankError
+from novoscale.verify import verify
 
-STEPS = 10
-SEQUENCES = 24  # a step's; divided among the ranks
-LENGTH = 32
-LR = 0.01
+BF16 = {"bf16": {"enabled": True}}
+CPU = {"device": "cpu"}
+
+
+def zero(stage: int, more: dict[str, Any] | None = None, **section: Any) -> dict[str, Any]:
+    """A DeepSpeed config."""
+    small = {"reduce_bucket_size": 5000, "allgather_bucket_size": 5000} if stage < 3 else {}
+    return {
+        "zero_optimization": {"stage": stage, **small, **section},
+        "gradient_clipping": 1.0,
+        **(more or {}),
+    }
+
+
+CONFIGURATIONS: dict[str, str | dict[str, Any]] = {
+    "DDP": "ddp",
+    "FSDP2": "fsdp2",
+    "stage 0": zero(0),
+    "stage 0, bf16": zero(0, BF16),
+    **{f"stage {s}": zero(s) for s in (1, 2)},
+    **{f"stage {s}, bf16": zero(s, BF16) for s in (1, 2)},
+    "stage 1, bf16, grad_accum_dtype fp32 (BF16_Optimizer)": zero(
+        1, {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
+    ),
+    "stage 2, round_robin_gradients": zero(2, round_robin_gradients=True),
+    "stage 2, parameter_alignment": zero(2, parameter_alignment=True),
+    "stage 2, reduce_scatter off": zero(2, reduce_scatter=False),
+    "stage 2, overlap_comm": zero(2, overlap_comm=True),
+    "stage 2, 4 accumulation steps": zero(2, {"gradient_accumulation_steps": 4}),
+    "stage 1, offload_optimizer": zero(1, offload_optimizer=CPU),
+    "stage 2, offload_optimizer": zero(2, offload_optimizer=CPU),
+    "stage 2, torch_autocast": zero(2, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+    "stage 3": zero(3),
+    "stage 3, sub-groups": zero(3, sub_group_size=3000),
+    "stage 3, no persistent parameters": zero(3, stage3_param_persistence_threshold=0),
+    "stage 3, bf16": zero(3, BF16),
+    "stage 3, offload_optimizer": zero(3, offload_optimizer=CPU),
+    "stage 3, offload_optimizer, offload_param": zero(3, offload_optimizer=CPU, offload_param=CPU),
+}
+
+PLAIN = "benchmarks.cuts:PlainNovoGrad"
+# name: import path, options, what to install
+OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "novoscale NovoGrad": ("novoscale:NovoGrad", {"lr": 0.003}, "novoscale"),
+    "torch AdamW": ("torch.optim:AdamW", {"lr": 0.003}, "torch"),
+    "torch Adafactor": ("torch.optim:Adafactor", {"lr": 0.03}, "torch"),
+    "transformers Adafactor": (
+        "transformers.optimization:Adafactor",
+        {"lr": 0.003, "relative_step": False, "scale_parameter": False},
+        "transformers",
+    ),
+    "CAME": ("came_pytorch:CAME", {"lr": 0.003}, "came-pytorch"),
+    "LAMB (pytorch_optimizer)": ("pytorch_optimizer:Lamb", {"lr": 0.003}, "pytorch_optimizer"),
+    "NovoGrad (pytorch_optimizer)": ("pytorch_optimizer:NovoGrad", {"lr": 0.003}, "pytorch_optimizer"),
+    "NovoGrad (as timm, NeMo, MONAI)": (PLAIN, {"lr": 0.003}, "novoscale"),
+    "bitsandbytes AdamW8bit": ("bitsandbytes.optim:AdamW8bit", {"lr": 0.003}, "bitsandbytes"),
+    "torchao AdamW8bit": ("torchao.optim:AdamW8bit", {"lr": 0.003}, "torchao"),
+    "gefen-x": ("gefen:Gefen", {"lr": 0.003}, "gefen-x"),
+}
 
 
 class PlainNovoGrad(torch.optim.Optimizer):
@@ -61,111 +113,79 @@ class PlainNovoGrad(torch.optim.Optimizer):
                 p.add_(m, alpha=-group["lr"])
 
 
-OPTIMIZERS = {"novoscale": NovoGrad, "plain": PlainNovoGrad}
-
-
 def main(
-    out: Annotated[Path, typer.Option(help="Folder for cuts.json, cuts.png and cuts.svg.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Folder for cuts.json, the plots and the tables.")] = Path("runs"),
 ) -> None:
-    """Measure, print a table, write data and plot."""
-    os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
-    console = Console()
-    reference = {name: one_process(name) for name in OPTIMIZERS}
-    rows = []
-    for world in track((2, 3, 4), "cuts", disable=not sys.stderr.isatty()):
-        for (name, stage), weights in under_zero(world).items():
-            worst = deviations(weights, reference[name])
-            where = max(worst, key=worst.__getitem__)
-            rows.append(
-                {"optimizer": name, "stage": stage, "ranks": world, "worst": worst[where], "where": where}
-            )
-    report = {"provenance": provenance("make cuts"), "steps": STEPS, "lr": LR, "rows": rows}
+    """Measure everything, write data, tables and plots."""
+    shown = sys.stderr.isatty()
+    cases = [(name, ranks) for name in CONFIGURATIONS for ranks in (2, 3, 4)]
+    rows = [
+        {"configuration": name, "ranks": ranks, **measure(CONFIGURATIONS[name], ranks)}
+        for name, ranks in track(cases, "NovoGrad, every cut", disable=not shown)
+    ]
+    others = [
+        {"optimizer": name, **measure(zero(2), 3, *OTHERS[name])}
+        for name in track(OTHERS, "other optimizers, ZeRO-2", disable=not shown)
+    ]
+    plain = [
+        {"configuration": f"stage {stage}", "ranks": ranks, **measure(zero(stage), ranks, *OTHERS[key])}
+        for key in ("NovoGrad (as timm, NeMo, MONAI)",)
+        for stage in (1, 2, 3)
+        for ranks in (2, 3, 4)
+    ]
+    report = {
+        "provenance": provenance("make cuts"),
+        "steps": 10,
+        "rows": rows,
+        "plain": plain,
+        "others": others,
+    }
     out.mkdir(parents=True, exist_ok=True)
     (out / "cuts.json").write_text(json.dumps(report, indent=1) + "\n")
     plots.cuts(report, out / "cuts")
-    table = Table(
-        "optimizer",
-        "ZeRO stage",
-        "ranks",
-        "worst deviation",
-        "parameter",
-        title="From one process in float64",
-    )
-    for row in rows:
-        table.add_row(
-            row["optimizer"], str(row["stage"]), str(row["ranks"]), f"{row['worst']:.1e}", row["where"]
+    plots.others(report, out / "others")
+    tables = markdown(report)
+    (out / "cuts.md").write_text(tables)
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(tables, markup=False, highlight=False)
+    console.print(f"Written: cuts.json, cuts.md, cuts.png, cuts.svg, others.png, others.svg in {out}")
+
+
+def measure(
+    config: str | dict[str, Any],
+    ranks: int,
+    optimizer: str = "novoscale:NovoGrad",
+    options: dict[str, Any] | None = None,
+    package: str = "novoscale",
+) -> dict[str, Any]:
+    """What ``verify`` finds: the worst deviation and where, or why there is none."""
+    if importlib.util.find_spec(optimizer.split(":")[0].split(".")[0]) is None:
+        return {"worst": None, "why": f"not installed: pip install {package}"}
+    try:
+        verdict = verify(config, ranks=ranks, optimizer=optimizer, options=options or {"lr": 0.003})
+    except RankError as error:
+        lines = [line for line in str(error).splitlines() if line and not line.startswith(" ")]
+        return {"worst": None, "why": lines[-1][:200]}
+    parameter, worst = verdict.worst
+    return {"worst": worst, "where": parameter, "bound": verdict.bound, "passed": verdict.passed}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The tables of docs/cuts.md."""
+    lines = ["| configuration | 2 ranks | 3 ranks | 4 ranks | bound |", "|---|---:|---:|---:|---:|"]
+    for name in dict.fromkeys(row["configuration"] for row in report["rows"]):
+        found = [row for row in report["rows"] if row["configuration"] == name]
+        lines.append(
+            f"| {name} | {' | '.join(_cell(row) for row in found)} | {found[0].get('bound', 0):.1e} |"
         )
-    console.print(table)
-    console.print(f"Written: {out / 'cuts.json'}, {out / 'cuts.png'}, {out / 'cuts.svg'}")
+    lines += ["", "| optimizer | ZeRO-2, 3 ranks | parameter |", "|---|---:|---|"]
+    for row in report["others"]:
+        lines.append(f"| {row['optimizer']} | {_cell(row)} | {row.get('where', '')} |")
+    return "\n".join(lines) + "\n"
 
 
-def deviations(weights: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
-    """For each parameter the largest difference relative to the largest magnitude of the reference."""
-    return {
-        name: float((weights[name].double() - expected).abs().max() / expected.abs().max())
-        for name, expected in reference.items()
-    }
-
-
-def build_model() -> nn.Module:
-    """A small GPT-2 over bytes, the same at each call."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=256, n_positions=LENGTH, n_embd=48, n_layer=2, n_head=3, bos_token_id=0, eos_token_id=0
-    )
-    model = GPT2LMHeadModel(config)
-    model.config._attn_implementation = "eager"
-    return model.eval()  # no dropout
-
-
-def one_process(name: str) -> dict[str, Tensor]:
-    """Weights after training in one process, in float64."""
-    model = build_model().double()
-    optimizer = OPTIMIZERS[name](model.parameters(), lr=LR)
-    train_text, _ = text.load(None)
-    for step in range(STEPS):
-        tokens = text.windows(train_text, SEQUENCES, LENGTH, seed=step)
-        optimizer.zero_grad()
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-    return {n: p.detach() for n, p in model.named_parameters()}
-
-
-def under_zero(world: int) -> dict[tuple[str, int], dict[str, Tensor]]:
-    """Weights after training on ``world`` CPU ranks in float32, for each optimizer and stage."""
-    return run_ranks(_rank, world, timeout=600)[0]  # type: ignore[no-any-return]
-
-
-def _rank() -> dict[tuple[str, int], dict[str, Tensor]]:
-    import deepspeed
-    import novoscale.integrations.deepspeed  # noqa: F401
-
-    deepspeed.logger.setLevel("ERROR")
-    train_text, _ = text.load(None)
-    results = {}
-    for stage in (1, 2):
-        for name in OPTIMIZERS:
-            engine = _train(deepspeed, name, stage, train_text)
-            results[name, stage] = {n: p.detach().clone() for n, p in engine.module.named_parameters()}
-    return results
-
-
-def _train(deepspeed: Any, name: str, stage: int, train_text: Tensor) -> Any:
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model = build_model()
-    config = {
-        "train_micro_batch_size_per_gpu": SEQUENCES // world,
-        "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": name != "novoscale",  # novoscale's is registered
-    }
-    optimizer = OPTIMIZERS[name](model.parameters(), lr=LR)
-    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
-    for step in range(STEPS):
-        tokens = text.windows(train_text, SEQUENCES, LENGTH, seed=step)[rank::world]
-        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-        engine.step()
-    return engine
+def _cell(row: dict[str, Any]) -> str:
+    return row["why"] if row["worst"] is None else f"{row['worst']:.1e}"
 
 
 if __name__ == "__main__":

@@ -44,37 +44,50 @@ def demo(report: dict[str, Any], path: Path) -> None:
 
 
 def cuts(report: dict[str, Any], path: Path) -> None:
-    """How far each cut ends from one process, with the layout and without it."""
-    names = {"plain": "NovoGrad that takes each flat partition for a layer", "novoscale": "novoscale"}
-    colors = {"plain": "#c0392b", "novoscale": COLORS["NovoGrad"]}
-    figure, axis = plt.subplots(figsize=(8, 3.8))
-    cases = list(dict.fromkeys((r["stage"], r["ranks"]) for r in report["rows"]))
-    for k, (name, label) in enumerate(names.items()):
-        worst = [
-            next(
-                r["worst"]
-                for r in report["rows"]
-                if (r["optimizer"], r["stage"], r["ranks"]) == (name, *case)
-            )
-            for case in cases
-        ]
-        bars = axis.bar(
-            [i + 0.4 * (k - 0.5) for i in range(len(cases))], worst, 0.38, label=label, color=colors[name]
+    """How far each ZeRO stage ends from one process, with the layout and without it."""
+    figure, axis = plt.subplots(figsize=(9, 3.8))
+    stages = [f"stage {n}" for n in (1, 2, 3)]
+    cases = [(stage, ranks) for stage in stages for ranks in (2, 3, 4)]
+    for k, (key, label, color) in enumerate(
+        (
+            ("plain", "NovoGrad that takes each flat partition for a layer", "#c0392b"),
+            ("rows", "novoscale", COLORS["NovoGrad"]),
         )
-        axis.bar_label(bars, [_percent(w) if w > 1e-3 else f"{w:.0e}" for w in worst], size=8)
+    ):
+        found = {(r["configuration"], r["ranks"]): r["worst"] for r in report[key]}
+        places = [i + 0.4 * (k - 0.5) for i in range(len(cases))]
+        worst = [found[case] for case in cases]
+        bars = axis.bar(places, worst, 0.38, label=label, color=color)
+        axis.bar_label(bars, [_short(w) for w in worst], size=8)
     axis.set_yscale("log")
-    axis.set_ylim(1e-8, 100)
-    axis.set_xticks(range(len(cases)), [f"ZeRO-{stage}\n{ranks} ranks" for stage, ranks in cases])
-    axis.set(
-        ylabel="largest relative deviation of a weight",
-        title=f"After {report['steps']} steps: distance from the same training in one process",
-    )
+    axis.set_ylim(1e-8, 1e3)
+    ticks = [f"ZeRO-{stage[-1]}\n{ranks} ranks" for stage, ranks in cases]
+    axis.set_xticks(range(len(cases)), ticks, size=8)
+    axis.set(ylabel="largest relative deviation of a weight")
+    axis.set_title(f"After {report['steps']} steps: distance from the same training in one process")
     axis.legend(frameon=False, loc="upper left", ncols=2)
     _save(figure, path, report["provenance"])
 
 
-def _percent(value: float) -> str:
-    return f"{value:.0%}"
+def others(report: dict[str, Any], path: Path) -> None:
+    """How far each optimizer under ZeRO-2 ends from one process."""
+    rows = sorted((r for r in report["others"] if r["worst"] is not None), key=lambda r: -r["worst"])
+    figure, axis = plt.subplots(figsize=(9, 3.8))
+    names = [r["optimizer"] for r in rows]
+    colors = [COLORS["NovoGrad"] if n.startswith("novoscale") else "#888888" for n in names]
+    bars = axis.barh(names, [r["worst"] for r in rows], color=colors, height=0.65)
+    axis.bar_label(bars, [f" {_short(r['worst'])}" for r in rows], size=8)
+    axis.set_xscale("log")
+    axis.set_xlim(1e-8, 1e3)
+    axis.set(xlabel="largest relative deviation of a weight")
+    axis.set_title(
+        f"ZeRO-2 on 3 ranks, {report['steps']} steps: distance from the same optimizer in one process"
+    )
+    _save(figure, path, report["provenance"])
+
+
+def _short(value: float) -> str:
+    return f"{value:.0%}" if value > 1e-3 else f"{value:.0e}"
 
 
 def _smooth(values: list[float], width: int = 10) -> list[float]:

@@ -30,6 +30,8 @@ class Setup:
         model: import path of a function that returns the model and the function ``batch``.
         optimizer: import path of the optimizer's class.
         client: give DeepSpeed the optimizer, rather than let it make one from the config.
+        dtype: of the model.
+        precision: of the gradients; that of autocast if there is one.
     """
 
     cut: str
@@ -43,6 +45,7 @@ class Setup:
     accumulate: int = 1
     clip: float = 0.0
     dtype: torch.dtype = torch.float32
+    precision: torch.dtype = torch.float32
 
     @property
     def samples(self) -> int:
@@ -86,8 +89,13 @@ def prepare(
         accumulate=ds["gradient_accumulation_steps"],
         clip=ds["gradient_clipping"],
         dtype=torch.bfloat16 if ds.get("bf16", {}).get("enabled") is True else torch.float32,
+        precision=torch.bfloat16 if _has_bfloat16_gradients(ds) else torch.float32,
     )
     return setup, notes
+
+
+def _has_bfloat16_gradients(ds: dict[str, Any]) -> bool:
+    return any(ds.get(key, {}).get("enabled") is True for key in ("bf16", "torch_autocast"))
 
 
 def read(config: str | Path | dict[str, Any]) -> tuple[str, dict[str, Any] | None]:

@@ -31,15 +31,17 @@ def builtin_model() -> tuple[nn.Module, Callable[[int, int], dict[str, Tensor]]]
 class _Small(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(61, 22)
-        self.norm1 = nn.LayerNorm(22)
-        self.qkv = nn.Linear(22, 66)
-        self.proj = nn.Linear(22, 22)
-        self.norm2 = nn.LayerNorm(22)
-        self.up = nn.Linear(22, 45)
-        self.down = nn.Linear(45, 22)
+        # Matrices of more than 4096 elements: 8-bit optimizers keep smaller ones in float32.
+        self.embedding = nn.Embedding(61, 70)
+        self.norm1 = nn.LayerNorm(70)
+        # No bias: the gradient of the keys' is zero but for rounding, which Adam would divide by itself.
+        self.qkv = nn.Linear(70, 210, bias=False)
+        self.proj = nn.Linear(70, 70)
+        self.norm2 = nn.LayerNorm(70)
+        self.up = nn.Linear(70, 143)
+        self.down = nn.Linear(143, 70)
         self.gain = nn.Parameter(torch.ones(1))
-        self.head = nn.Linear(22, 61, bias=False)
+        self.head = nn.Linear(70, 61, bias=False)
         with torch.no_grad():  # biases and gains away from 0 and 1, so that a deviation of them counts
             for p in self.parameters():
                 p.add_(0.02 * torch.randn_like(p))
@@ -81,16 +83,23 @@ def one_process(setup: Setup) -> dict[str, Tensor]:
     """Train in one process: the same micro-batches, gradients averaged and weights updated in float64.
 
     With bfloat16 the gradients are those of a bfloat16 model, as on the ranks; with float32, of a float64
-    one.
+    one. An optimizer that cannot update float64 weights updates float32 ones.
     """
+    try:
+        return _one_process(setup, torch.float64)
+    except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
+        return _one_process(setup, torch.float32)
+
+
+def _one_process(setup: Setup, master_dtype: torch.dtype) -> dict[str, Tensor]:
     model, micro_batches = make_model(setup)
     dtype = torch.float64 if setup.dtype == torch.float32 else setup.dtype
     model = model.to(dtype)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    masters = {name: p.detach().double().clone().requires_grad_() for name, p in named.items()}
+    masters = {name: nn.Parameter(p.detach().to(master_dtype)) for name, p in named.items()}
     optimizer = make_optimizer(setup, list(masters.values()))
     for step in range(setup.steps):
-        sums = {name: torch.zeros_like(master) for name, master in masters.items()}
+        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()}
         batches = micro_batches(step)
         for batch in batches:
             model.zero_grad()
@@ -99,7 +108,7 @@ def one_process(setup: Setup) -> dict[str, Tensor]:
                 if p.grad is not None:
                     sums[name] += p.grad.double() / len(batches)
         for name, master in masters.items():
-            master.grad = sums[name]
+            master.grad = sums[name].to(master_dtype)
         if setup.clip:
             nn.utils.clip_grad_norm_(masters.values(), setup.clip)
         optimizer.step()

@@ -1,6 +1,7 @@
 """NovoGrad under DeepSpeed's ZeRO stages 1 and 2: the training is that of one process."""
 
 import re
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from oracle import Oracle, deviation
 from training import STEPS, data, reference
 from zero_ranks import config
 
-from novoscale.ranks import run_ranks
+from novoscale.ranks import RankError, run_ranks
 
 BOUND = 2e-5  # float32, relative, after 10 steps
 
@@ -121,7 +122,7 @@ def test_state_is_divided_by_the_ranks(world_size, groups):
         assert 4 * layers <= after <= 4 * parameters / world_size + 4 * layers + 4 * 2 * world_size * 2
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(
     ("bf16", "zero"),
     [
@@ -134,6 +135,8 @@ def test_state_is_divided_by_the_ranks(world_size, groups):
     ids=str,
 )
 def test_nan_on_one_rank_changes_nothing_on_any(stage, bf16, zero):
+    if stage == 3 and zero:
+        zero = {"sub_group_size": 50}  # compute_grad_norm is for stages 1 and 2: stage 3 always has the norm
     ds = config(stage, 3, **zero)
     if bf16:
         ds["bf16"] = bf16
@@ -141,22 +144,48 @@ def test_nan_on_one_rank_changes_nothing_on_any(stage, bf16, zero):
     for result in results:
         for fact in ("weights unchanged", "state unchanged", "goes on", "finite"):
             assert result[fact], (fact, result)
-    if zero or (bf16 and not bf16.get("check_grad_overflow", True)):  # else DeepSpeed's own check comes first
+    if stage < 3 and (
+        zero or (bf16 and not bf16.get("check_grad_overflow", True))
+    ):  # else DeepSpeed's own check comes first
         assert all(r["skipped"] == 1 for r in results)
         assert [name for r in results for name in r["layers"]] in (["last.bias"], ["last.bias"] * 2)
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_checkpoint_resumes_to_the_same_bits(stage, tmp_path):
     assert all(run_ranks(zero_ranks.resumed, 2, config(stage, 2), str(tmp_path)))
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_deepspeed_finds_the_state_of_every_parameter(stage):
-    for states in run_ranks(zero_ranks.full_state, 2, config(stage, 2)):
+@pytest.mark.parametrize(
+    ("stage", "zero"),
+    [(1, {}), (2, {}), (2, {"offload_optimizer": {"device": "cpu"}}), (3, {"sub_group_size": 50})],
+)
+def test_deepspeed_finds_the_state_of_every_parameter(stage, zero):
+    for states in run_ranks(zero_ranks.full_state, 2, config(stage, 2, **zero)):
         for exp_avg, master, weight in states.values():
             assert exp_avg.any()
             assert np.array_equal(master, weight)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_same_gradients_give_the_same_bits_at_every_stage(stage, world_size):
+    """Each rank trains on the same data: averaging 2 or 4 equal gradients rounds nothing."""
+    uncut = zero_ranks.uncut_on_equal_data()
+    for weights in run_ranks(zero_ranks.trained_on_equal_data, world_size, config(stage, world_size)):
+        assert all((weights[name] == uncut[name]).all() for name in uncut)
+
+
+def test_rank_that_dies_ends_the_run_with_an_error():
+    start = time.monotonic()
+    with pytest.raises(RankError):
+        run_ranks(zero_ranks.dies_in_the_second_step, 3, config(2, 3), timeout=60)
+    assert time.monotonic() - start < 50
+
+
+def test_ranks_with_different_models_are_refused():
+    with pytest.raises(RankError, match="the ranks have different layers"):
+        run_ranks(zero_ranks.different_layers, 2)
 
 
 def test_one_small_collective_for_each_group():

@@ -142,7 +142,7 @@ def nan_on_one_rank(ds: dict[str, Any], bf16: bool) -> dict[str, Any]:
     e = engine(ds, groups=True, model=model)
     dtype = torch.bfloat16 if bf16 else torch.float32
     train(e, 2, dtype=dtype)
-    snapshot = lambda: copy.deepcopy((weights(e), e.basic_optimizer.state_dict()["state"]))  # noqa: E731
+    snapshot = lambda: copy.deepcopy((weights(e), [dict(s) for s in e.basic_optimizer.state.values()]))  # noqa: E731
     before = snapshot()
     last = torch.distributed.get_rank() == torch.distributed.get_world_size() - 1
     poison = e.module.last.bias.register_hook(lambda g: g * float("nan")) if last else None
@@ -154,7 +154,7 @@ def nan_on_one_rank(ds: dict[str, Any], bf16: bool) -> dict[str, Any]:
     same = lambda a, b: all(torch.equal(torch.as_tensor(a[k]), torch.as_tensor(b[k])) for k in a)  # noqa: E731
     return {
         "weights unchanged": same(before[0], after[0]),
-        "state unchanged": all(same(before[1][k], after[1][k]) for k in before[1]),
+        "state unchanged": all(same(a, b) for a, b in zip(before[1], after[1], strict=True)),
         "goes on": not same(after[0], weights(e)),
         "finite": all(bool(torch.isfinite(torch.as_tensor(w)).all()) for w in weights(e).values()),
         "skipped": e.basic_optimizer.skipped_steps,
@@ -181,11 +181,12 @@ def full_state(ds: dict[str, Any]) -> dict[str, Any]:
 
     e = engine(ds, groups=True)
     train(e, 3)
+    whole = weights(e)
     return {
         n: (
             safe_get_full_optimizer_state(p, "exp_avg").numpy(),
             safe_get_full_fp32_param(p).numpy(),
-            p.detach().numpy(),
+            whole[n],
         )
         for n, p in e.module.named_parameters()
     }
@@ -269,3 +270,53 @@ def bf16_trained(ds: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         single.step()
     master = {n: safe_get_full_fp32_param(p).numpy() for n, p in e.module.named_parameters()}
     return master, {n: p.detach().numpy() for n, p in copies.items()}
+
+
+def _equal_data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x, y = (t.float() for t in data(step))
+    return x, y
+
+
+def trained_on_equal_data(ds: dict[str, Any]) -> dict[str, Any]:
+    e = engine(ds)
+    for step in range(STEPS):
+        x, y = _equal_data(step)
+        e.backward(nn.functional.mse_loss(e(x), y))
+        e.step()
+    return weights(e)
+
+
+def uncut_on_equal_data() -> dict[str, Any]:
+    from novoscale import NovoGrad
+
+    model = OddModel()
+    optimizer = NovoGrad(model.parameters(), lr=0.02)
+    for step in range(STEPS):
+        x, y = _equal_data(step)
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+    return {n: p.detach().double().numpy() for n, p in model.named_parameters()}
+
+
+def dies_in_the_second_step(ds: dict[str, Any]) -> None:
+    import os
+
+    e = engine(ds)
+    train(e, 1)
+    if torch.distributed.get_rank() == 1:
+        os._exit(3)
+    train(e, 1, first=1)
+
+
+def different_layers() -> None:
+    """Two ranks whose parameters have other names: the same sizes, so that only the layers tell."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from novoscale import NovoGrad
+
+    mesh = init_device_mesh("cpu", (2,))
+    p = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
+    p.grad = torch.ones_like(p)
+    NovoGrad([(f"of rank {torch.distributed.get_rank()}", p)], lr=0.1).step()
