@@ -80,9 +80,8 @@ def others(report: dict[str, Any], path: Path) -> None:
     axis.set_xscale("log")
     axis.set_xlim(1e-8, 1e3)
     axis.set(xlabel="largest relative deviation of a weight")
-    axis.set_title(
-        f"ZeRO-2 on 3 ranks, {report['steps']} steps: distance from the same optimizer in one process"
-    )
+    title = f"ZeRO-2 on 3 ranks, {report['steps']} steps: distance from the same optimizer in one process"
+    axis.set_title(title, loc="right", size=11)
     _save(figure, path, report["provenance"])
 
 

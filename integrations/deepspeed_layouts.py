@@ -37,7 +37,7 @@ def zero_1_and_2(zero: Any) -> Iterator[Bound]:
             for holder in zero.param_to_partition_ids[i][key]:
                 start = zero.grad_partition_insertion_offset[i][holder][key]
                 offset = zero.grad_start_offset[i][holder][key]
-                stop = min(start + p.numel() - offset, zero.partition_size[i])
+                stop = min(start + p.numel() - offset, int(zero.partition_size[i]))
                 pieces[holder].append(Segment(start, stop, layer, offset))
         flat = zero.single_partition_of_fp32_groups[i]
         _check_weights(flat, [p.detach().reshape(-1) for p in params], pieces[_rank(process_group)])
@@ -117,7 +117,10 @@ def _cut(
     flat: Tensor,
     process_group: Any,
 ) -> Layout:
-    names = wrapper.param_names
+    # Wrappers of DeepSpeed 0.16 do not all know the names.
+    names = getattr(wrapper, "param_names", None)
+    if names is None:
+        names = {p: name for name, p in wrapper.module.named_parameters()}
     layers = [
         Layer(names.get(p, f"parameter {n} of param group {group}"), getattr(p, "ds_numel", p.numel()))
         for n, p in enumerate(params)
