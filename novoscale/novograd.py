@@ -155,9 +155,8 @@ class NovoGrad(Optimizer):
             layers = sum(x.numel() for x in v)
             S = statistic[first : first + layers] * (clip if group["norm_type"] == 0 else clip.square())
             first += layers
-            new_v = torch.where(
-                finite, second_moment.averaged(_on(plan.device, v), S, group), _on(plan.device, v)
-            )
+            old_v = _on(plan.device, v)
+            new_v = torch.where(finite, second_moment.averaged(old_v, S, group), old_v)
             active = finite & (new_v > 0)
             new_t = _on(plan.device, t) + active if t else None
             parts.append((*second_moment.coefficients(new_v, new_t, clip, group), active))
