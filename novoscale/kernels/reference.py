@@ -6,60 +6,34 @@ Works on tiles of at most ``TILE`` elements, so no transient grows with a tensor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from novoscale.layout import Segment
+from novoscale.kernels.shards import Coefficients, Shard
 
 TILE = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One tensor of a step, with the options of its param group.
+class Kernels:
+    """Both passes, for the tensors of a step. Every kernel has this class.
 
-    Attributes:
-        param: the weights; updated in place. float32, bfloat16, float16 or float64.
-        grad: same shape; never written to.
-        exp_avg: the first moment, same shape; None where beta1 is 0 and none is kept.
-        segments: which elements belong to which layer.
-        first: the place of the tensor's layers in the vector of all layers.
-        norm_type: 2 (sum of squares) or 0 (largest magnitude).
-        beta1: decay of the first moment.
-        beta3: weight of the new term in it: 1, or 1 - beta1 with ``grad_averaging``.
-        weight_decay: times the weight, it is added to the gradient's term.
-        reg_inside_moment: whether that is before (True) or after the first moment is formed.
+    Args:
+        shards: the tensors.
+        device: of the vectors that have one element per layer.
+        layers: how many layers there are.
     """
 
-    param: Tensor
-    grad: Tensor
-    exp_avg: Tensor | None
-    segments: tuple[Segment, ...]
-    first: int
-    norm_type: int
-    beta1: float
-    beta3: float
-    weight_decay: float
-    reg_inside_moment: bool
+    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
+        self._shards, self._device, self._layers = shards, device, layers
 
+    def sum_of_squares(self) -> Tensor:
+        """See :func:`sum_of_squares`."""
+        return sum_of_squares(self._shards, self._device, self._layers)
 
-@dataclass(frozen=True, slots=True)
-class Coefficients:
-    """What the update needs to know of each layer: vectors, one element per layer, on one device.
-
-    Attributes:
-        grad_scale: multiplies the gradient before it enters the first moment.
-        step_size: multiplies the first moment when it is taken from the weight.
-        decay: lr * weight_decay, for tensors whose decay stays outside the moment.
-        active: bool; a layer that is not active is left bit for bit as it is.
-    """
-
-    grad_scale: Tensor
-    step_size: Tensor
-    decay: Tensor
-    active: Tensor
+    def update(self, coefficients: Coefficients) -> None:
+        """See :func:`update`."""
+        update(self._shards, coefficients)
 
 
 def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int) -> Tensor:
@@ -96,8 +70,9 @@ def update(shards: Sequence[Shard], coefficients: Coefficients) -> None:
         m = beta1*m + beta3*(grad_scale*g + weight_decay*w);  w = w - step_size*m
         m = beta1*m + beta3*(grad_scale*g);                   w = w - step_size*m - decay*w
 
-    Computed in float32, or in float64 where the parameter is float64; what is stored is rounded to
-    the nearest value of the tensor's dtype.
+    Computed in float32, or in float64 where the parameter is float64, each product and each sum rounded
+    (no fused multiply-add: every kernel gives the same bits); what is stored is rounded to the nearest
+    value of the tensor's dtype.
     """
     for shard in shards:
         dtype = torch.float64 if shard.param.dtype == torch.float64 else torch.float32
@@ -114,10 +89,10 @@ def update(shards: Sequence[Shard], coefficients: Coefficients) -> None:
                 weight = w.to(dtype)
                 term = g.to(dtype) * grad_scale[layer]
                 if inside != 0:
-                    term.add_(weight, alpha=inside)
+                    term.add_(weight * inside)
                 moment = term.mul_(shard.beta3) if shard.beta3 != 1 else term
                 if m:
-                    moment = moment.add_(m[0].to(dtype), alpha=shard.beta1)
+                    moment = moment.add_(m[0].to(dtype) * shard.beta1)
                     _write(m[0], moment, active[layer])
                 change = moment * step_size[layer]
                 if outside != 0:

@@ -1,0 +1,88 @@
+"""What the kernels are given: tensors, and tables of which elements belong to which layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from novoscale.layout import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tensor of a step, with the options of its param group.
+
+    Attributes:
+        param: the weights; updated in place. float32, bfloat16, float16 or float64.
+        grad: same shape; never written to.
+        exp_avg: the first moment, same shape; None where beta1 is 0 and none is kept.
+        segments: which elements belong to which layer.
+        first: the place of the tensor's layers in the vector of all layers.
+        norm_type: 2 (sum of squares) or 0 (largest magnitude).
+        beta1: decay of the first moment.
+        beta3: weight of the new term in it: 1, or 1 - beta1 with ``grad_averaging``.
+        weight_decay: times the weight, it is added to the gradient's term.
+        reg_inside_moment: whether that is before (True) or after the first moment is formed.
+    """
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor | None
+    segments: tuple[Segment, ...]
+    first: int
+    norm_type: int
+    beta1: float
+    beta3: float
+    weight_decay: float
+    reg_inside_moment: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """What the update needs to know of each layer: vectors, one element per layer, on one device.
+
+    Attributes:
+        grad_scale: multiplies the gradient before it enters the first moment.
+        step_size: multiplies the first moment when it is taken from the weight.
+        decay: lr * weight_decay, for tensors whose decay stays outside the moment.
+        active: bool; a layer that is not active is left bit for bit as it is.
+    """
+
+    grad_scale: Tensor
+    step_size: Tensor
+    decay: Tensor
+    active: Tensor
+
+
+class Chunk(NamedTuple):
+    """Elements ``start..stop`` of the tensor of shard ``shard`` belong to layer ``layer`` of all layers."""
+
+    shard: int
+    start: int
+    stop: int
+    layer: int
+
+
+def chunks(shards: Sequence[Shard], size: int) -> list[Chunk]:
+    """The elements of all shards in chunks of at most ``size``, those of a layer next to each other.
+
+    Chunks begin at multiples of ``size`` in their tensor (but for the first of a segment), so that they are
+    aligned where the tensor is, and a layer's chunks follow in the order of its elements.
+    """
+    placed = [
+        (shard.first + segment.layer, segment.offset, index, segment)
+        for index, shard in enumerate(shards)
+        for segment in shard.segments
+    ]
+    placed.sort(key=lambda entry: entry[:3])
+    table: list[Chunk] = []
+    for layer, _, index, segment in placed:
+        start = segment.start
+        while start < segment.stop:
+            stop = min(start - start % size + size, segment.stop)
+            table.append(Chunk(index, start, stop, layer))
+            start = stop
+    return table
