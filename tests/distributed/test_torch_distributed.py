@@ -25,7 +25,7 @@ def test_fsdp2_and_hsdp(shape, clip):
         assert worst(weights, reference(torch_ranks.LR, clip=clip)) < BOUND
 
 
-@pytest.mark.parametrize(("world", "data_world"), [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(("world", "data_world"), [(2, 1), (3, 1), (4, 1), (4, 2)])
 def test_tensor_parallel_alone_and_with_fsdp2(world, data_world):
     for deviations, placed in run_ranks(torch_ranks.tensor_parallel, world, data_world):
         assert max(deviations.values()) < BOUND, deviations
@@ -51,7 +51,7 @@ def test_same_gradients_give_the_same_bits_however_cut():
 
 @pytest.mark.parametrize(
     ("kind", "world", "expected"),
-    [("ddp", 2, 0), ("zero redundancy", 2, 0), ("fsdp2", 3, 1), ("hsdp", 4, 1)],
+    [("ddp", 2, 0), ("zero redundancy", 2, 0), ("fsdp2", 3, 1), ("hsdp", 4, 1), ("fsdp2+tp", 4, 2)],
 )
 def test_collectives_of_a_step(kind, world, expected):
     assert run_ranks(torch_ranks.collectives, world, kind) == [expected] * world

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
+    PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -67,8 +68,8 @@ class Block(nn.Module):
         super().__init__()
         torch.manual_seed(11)
         self.norm = nn.LayerNorm(12)
-        self.up = nn.Linear(12, 8)
-        self.down = nn.Linear(8, 12)
+        self.up = nn.Linear(12, 24)
+        self.down = nn.Linear(24, 12)
         with torch.no_grad():
             for p in self.parameters():
                 p.add_(0.3 * torch.randn_like(p))
@@ -78,7 +79,7 @@ class Block(nn.Module):
 
 
 def block_input(step: int, rank: int = 0) -> torch.Tensor:
-    return torch.randn(2, 4, 12, generator=torch.Generator().manual_seed(100 * step + rank))
+    return torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(100 * step + rank))
 
 
 PLAN = {
@@ -103,25 +104,24 @@ def block_reference(data_world: int) -> dict[str, Any]:
     return dict(zip(named, oracle.weights, strict=True))
 
 
-def tensor_parallel(data_world: int) -> tuple[dict[str, float], set[str]]:
-    """Tensor parallelism, with FSDP2 over the other dimension if there is one; and what was placed how."""
+def tensor_parallel_model(data_world: int) -> tuple[nn.Module, Any]:
+    """A block under tensor parallelism, with FSDP2 over the other dimension of the mesh if there is one."""
     world = dist.get_world_size()
     mesh = init_device_mesh("cpu", (data_world, world // data_world), mesh_dim_names=("dp", "tp"))
     model = Block()
-    inner = nn.ModuleDict({"block": model})
-    from torch.distributed.tensor.parallel import PrepareModuleInput
-
-    parallelize_module(
-        model,
-        mesh["tp"],
-        {"norm": PLAN["norm"], "up": PLAN["up"], "down": PLAN["down"]},
-    )
+    parallelize_module(model, mesh["tp"], PLAN)
     PrepareModuleInput(
         input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True
     )._apply(model, mesh["tp"])
     if data_world > 1:
         fully_shard(model, mesh=mesh["dp"])
-    optimizer = NovoGrad(inner.parameters(), lr=LR)
+    return model, mesh
+
+
+def tensor_parallel(data_world: int) -> tuple[dict[str, float], set[str]]:
+    """How far each parameter ends from one process; and what was placed how."""
+    model, mesh = tensor_parallel_model(data_world)
+    optimizer = NovoGrad(model.parameters(), lr=LR)
     placed = set()
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -197,14 +197,23 @@ def collectives(kind: str) -> int:
 
         model = nn.parallel.DistributedDataParallel(OddModel())
         optimizer = ZeroRedundancyOptimizer(model.parameters(), NovoGrad, lr=LR)
+    elif kind == "fsdp2+tp":
+        model, mesh = tensor_parallel_model(data_world=2)
+        optimizer = NovoGrad(model.parameters(), lr=LR)
     else:
         shape, names = (
             ((world,), ("shard",)) if kind == "fsdp2" else ((2, world // 2), ("replicate", "shard"))
         )
         model = fsdp_model(init_device_mesh("cpu", shape, mesh_dim_names=names))
         optimizer = NovoGrad(model.parameters(), lr=LR)
-    train(model, optimizer, rank, world, 1)
-    loss_of(model, 1, rank, world).backward()
+    for step in range(2):
+        optimizer.zero_grad()
+        if kind == "fsdp2+tp":
+            model(block_input(step, mesh["dp"].get_local_rank())).square().mean().backward()
+        else:
+            loss_of(model, step, rank, world).backward()
+        if step == 0:  # the ranks compare their layers
+            optimizer.step()
     with mock.patch.object(layout.dist, "all_reduce", wraps=dist.all_reduce) as counted:
         optimizer.step()
     return counted.call_count

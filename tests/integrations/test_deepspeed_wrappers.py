@@ -1,6 +1,7 @@
 """NovoGrad under DeepSpeed's other wrappers: stages 0 and 3, offload, bfloat16, experts, tensor parallel."""
 
 import pytest
+import torch
 import wrapper_ranks
 import zero_ranks
 from oracle import deviation
@@ -40,7 +41,7 @@ def test_trajectory_is_that_of_one_process(stage, zero, world_size):
 
 def test_model_made_under_zero_init():
     ds = config(3, 3, sub_group_size=50)
-    for _, worst in run_ranks(wrapper_ranks.against_oracle, 3, ds, False, True):
+    for _, worst in run_ranks(wrapper_ranks.against_oracle, 3, ds, torch.float32, True):
         assert max(worst.values()) < BOUND, worst
 
 
@@ -57,8 +58,15 @@ def test_model_made_under_zero_init():
 )
 def test_bfloat16_model_with_float32_master(wrapper, change, stage, world_size):
     ds = {**config(stage, world_size), **change}
-    for name, worst in run_ranks(wrapper_ranks.against_oracle, world_size, ds, True):
+    for name, worst in run_ranks(wrapper_ranks.against_oracle, world_size, ds, torch.bfloat16):
         assert name == wrapper
+        assert max(worst.values()) < BOUND, worst
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_float16_model_with_float32_master_and_loss_scale(stage):
+    ds = {**config(stage, 2), "fp16": {"enabled": True, "loss_scale": 64}}
+    for _, worst in run_ranks(wrapper_ranks.against_oracle, 2, ds, torch.float16):
         assert max(worst.values()) < BOUND, worst
 
 
@@ -66,7 +74,7 @@ def test_bfloat16_model_with_float32_master(wrapper, change, stage, world_size):
 def test_bfloat16_master_weights(stage):
     bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     ds = {**config(stage, 2), "bf16": bf16}
-    for _, worst in run_ranks(wrapper_ranks.against_oracle, 2, ds, True):
+    for _, worst in run_ranks(wrapper_ranks.against_oracle, 2, ds, torch.bfloat16):
         # Each of the 10 steps rounds the weight once: half a unit in the last of 8 bits of it.
         assert max(worst.values()) < wrapper_ranks.STEPS * 2**-9, worst
 
@@ -84,15 +92,15 @@ def test_dummy_step_at_construction_changes_nothing():
     assert run_ranks(wrapper_ranks.unchanged_by_construction, 2, ds) == [(True, True)] * 2
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_expert_parallel_groups(stage):
-    for worst in run_ranks(wrapper_ranks.experts_against_oracle, 4, config(stage, 4)):
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 4), (2, 2), (2, 3), (2, 4)])
+def test_expert_parallel_groups(stage, world_size):
+    for worst in run_ranks(wrapper_ranks.experts_against_oracle, world_size, config(stage, world_size)):
         assert any("experts" in name for name in worst)
         assert max(worst.values()) < BOUND, worst
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_layer_over_the_tensor_parallel_group(stage):
-    ds = {**config(stage, 4), "train_batch_size": 16, "train_micro_batch_size_per_gpu": 8}
-    for worst in run_ranks(wrapper_ranks.tensor_parallel_against_oracle, 4, ds):
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 4), (2, 2), (2, 3), (2, 4)])
+def test_layer_over_the_tensor_parallel_group(stage, world_size):
+    ds = wrapper_ranks.tensor_parallel_config(stage, world_size)
+    for worst in run_ranks(wrapper_ranks.tensor_parallel_against_oracle, world_size, ds):
         assert max(worst.values()) < BOUND, worst

@@ -12,11 +12,12 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from oracle import Oracle, deviation
 from torch import nn
 from training import OddModel
-from zero_ranks import engine, train
+from zero_ranks import config, engine, train
 
 STEPS = 10
 
@@ -34,12 +35,14 @@ def master_of(e: Any, p: Any) -> torch.Tensor:
 
 
 def against_oracle(
-    ds: dict[str, Any], bf16: bool = False, zero_init: bool = False
+    ds: dict[str, Any], dtype: torch.dtype = torch.float32, zero_init: bool = False
 ) -> tuple[str, dict[str, float]]:
     """The wrapper's class, and for each parameter how far it is from the oracle after STEPS steps."""
     deepspeed.init_distributed("gloo")
+    if dtype == torch.float16:  # DeepSpeed asks for AVX512-FP16; torch computes it on any CPU
+        get_accelerator().is_fp16_supported = lambda: True
     with deepspeed.zero.Init(config_dict_or_path=ds) if zero_init else nullcontext():
-        model = OddModel().bfloat16() if bf16 else OddModel()
+        model = OddModel().to(dtype)
     e = engine(ds, model=model, groups=True)
     named = dict(e.module.named_parameters())
     decays = [0.05 if len(getattr(p, "ds_shape", p.shape)) > 1 else 0.0 for p in named.values()]
@@ -52,10 +55,11 @@ def against_oracle(
     def recorded(loss: torch.Tensor) -> None:
         backward(loss)
         for p, oracle in zip(named.values(), oracles, strict=True):
-            oracle.step([grad_of(p).double().numpy().reshape(oracle.weights[0].shape)])
+            grad = grad_of(p).double().numpy() / ds.get("fp16", {}).get("loss_scale", 1)
+            oracle.step([grad.reshape(oracle.weights[0].shape)])
 
     e.backward = recorded
-    train(e, STEPS, dtype=torch.bfloat16 if bf16 else torch.float32)
+    train(e, STEPS, dtype=dtype)
     worst = {
         n: deviation(master_of(e, p).double().numpy(), oracle.weights[0])
         for (n, p), oracle in zip(named.items(), oracles, strict=True)
@@ -78,15 +82,14 @@ def unchanged_by_construction(ds: dict[str, Any]) -> tuple[bool, bool]:
 
 
 class Experts(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, ep_size: int) -> None:
         super().__init__()
         from deepspeed.moe.layer import MoE
 
         torch.manual_seed(3)
+        expert = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8))
         self.inp = nn.Linear(13, 8)
-        self.moe = MoE(
-            8, nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8)), num_experts=4, ep_size=2, k=1
-        )
+        self.moe = MoE(8, expert, num_experts=2 * ep_size, ep_size=ep_size, k=1)
         self.out = nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -96,7 +99,7 @@ class Experts(nn.Module):
 
 def experts_against_oracle(ds: dict[str, Any]) -> dict[str, float]:
     deepspeed.init_distributed("gloo")
-    e = engine(ds, model=Experts())
+    e = engine(ds, model=Experts(ep_size=2 if dist.get_world_size() % 2 == 0 else 3))
     named = dict(e.module.named_parameters())
     oracles = {n: Oracle([safe_get_full_fp32_param(p).double().numpy()], lr=0.02) for n, p in named.items()}
     backward = e.backward
@@ -117,19 +120,19 @@ def experts_against_oracle(ds: dict[str, Any]) -> dict[str, float]:
 # ---- tensor parallelism --------------------------------------------------------------------------------
 
 
-class TwoByTwo:
-    """An mpu: four ranks, two model-parallel by two data-parallel."""
+class ModelParallel:
+    """An mpu: ``size`` ranks that share a model, side by side; the rest is data-parallel."""
 
-    def __init__(self) -> None:
-        rank = dist.get_rank()
-        for ranks in ([0, 1], [2, 3]):
-            group = dist.new_group(ranks)
-            if rank in ranks:
-                self.model = group
-        for ranks in ([0, 2], [1, 3]):
-            group = dist.new_group(ranks)
-            if rank in ranks:
-                self.data = group
+    def __init__(self, size: int) -> None:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        self.size = size
+        self.model, self.data = (
+            next(group for ranks, group in groups if rank in ranks)
+            for groups in (
+                [(r, dist.new_group(r)) for r in (list(range(i, i + size)) for i in range(0, world, size))],
+                [(r, dist.new_group(r)) for r in (list(range(i, world, size)) for i in range(size))],
+            )
+        )
 
     def get_model_parallel_group(self) -> Any:
         return self.model
@@ -138,7 +141,7 @@ class TwoByTwo:
         return dist.get_rank(self.model)
 
     def get_model_parallel_world_size(self) -> int:
-        return 2
+        return self.size
 
     def get_data_parallel_group(self) -> Any:
         return self.data
@@ -147,32 +150,39 @@ class TwoByTwo:
         return dist.get_rank(self.data)
 
     def get_data_parallel_world_size(self) -> int:
-        return 2
+        return dist.get_world_size() // self.size
 
 
 class Sharded(nn.Module):
     """One rank's rows of a matrix that is cut over the model-parallel group, and a replicated bias."""
 
-    def __init__(self, part: int) -> None:
+    def __init__(self, part: int, parts: int) -> None:
         super().__init__()
         torch.manual_seed(5)
         whole = torch.randn(6, 13)
-        self.rows = nn.Parameter(whole.chunk(2)[part].clone())
+        self.rows = nn.Parameter(whole.chunk(parts)[part].clone())
         self.rows.tensor_model_parallel = True
-        self.bias = nn.Parameter(torch.randn(3))
+        self.bias = nn.Parameter(torch.randn(2))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.rows.t() + self.bias * x[:, :3]
+        return x @ self.rows.t() + (self.bias * x[:, :2]).sum(1, keepdim=True)
+
+
+def tensor_parallel_config(stage: int, world_size: int) -> dict[str, Any]:
+    data_world = 2 if world_size == 4 else 1
+    sizes = {"train_batch_size": 8 * data_world, "train_micro_batch_size_per_gpu": 8}
+    return {**config(stage, world_size), **sizes}
 
 
 def tensor_parallel_against_oracle(ds: dict[str, Any]) -> dict[str, float]:
-    mpu = TwoByTwo()
+    size = 3 if dist.get_world_size() == 3 else 2
+    mpu = ModelParallel(size)
     part = mpu.get_model_parallel_rank()
-    model = Sharded(part)
+    model = Sharded(part, size)
     e = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=ds, mpu=mpu)[0]
 
     def across(t: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(t) for _ in range(2)]
+        parts = [torch.empty_like(t) for _ in range(size)]
         dist.all_gather(parts, t.contiguous(), group=mpu.model)
         return torch.cat(parts)
 
@@ -185,7 +195,7 @@ def tensor_parallel_against_oracle(ds: dict[str, Any]) -> dict[str, float]:
         rows.step([across(safe_get_full_grad(e.module.rows)).double().numpy()])
         bias.step([safe_get_full_grad(e.module.bias).double().numpy()])
         e.step()
-    mine = rows.weights[0].reshape(2, 3, 13)[part]
+    mine = rows.weights[0].reshape(size, -1, 13)[part]
     return {
         "rows": deviation(safe_get_full_fp32_param(e.module.rows).numpy(), mine),
         "bias": deviation(safe_get_full_fp32_param(e.module.bias).numpy(), bias.weights[0]),
