@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from novoscale import kernels
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Options that other NovoGrads have and this one has not, and what to do instead.
@@ -123,16 +125,42 @@ def check_parameter(name: str, p: Any) -> None:
         raise ValueError(f"{name} is not a dense tensor ({p.layout}); NovoGrad optimises dense ones only")
 
 
-def gradient_is_supported(grad: Tensor) -> bool:
-    """Whether a gradient is dense and real."""
-    return grad.layout == torch.strided and not grad.is_complex()
-
-
-def unsupported_gradient(name: str, grad: Tensor) -> str:
-    """What to say of a gradient that is not supported."""
+def check_gradient(name: str, p: Tensor) -> None:
+    """Raise RuntimeError, with the parameter's name, for a gradient that cannot be used."""
+    grad = p.grad
+    assert grad is not None
     if grad.is_complex():
-        return f"{name}: NovoGrad does not support complex gradients"
-    return (
-        f"{name}: NovoGrad does not support sparse gradients; use nn.Embedding(sparse=False), or give this "
-        "parameter to another optimizer"
-    )
+        raise RuntimeError(f"{name}: NovoGrad does not support complex gradients")
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{name}: NovoGrad does not support sparse gradients; use nn.Embedding(sparse=False), or give "
+            "this parameter to another optimizer"
+        )
+    if grad.shape != p.shape or grad.device != p.device or grad.dtype not in DTYPES:
+        raise RuntimeError(
+            f"{name}: its gradient ({grad.dtype}, shape {tuple(grad.shape)}, on {grad.device}) does not fit "
+            f"the parameter ({p.dtype}, shape {tuple(p.shape)}, on {p.device})"
+        )
+
+
+def check_fused(group: Mapping[str, Any], where: str) -> None:
+    """Check ``foreach`` and ``fused`` of a param group against its parameters, as torch does.
+
+    Raises:
+        RuntimeError: both, or ``fused=True`` where there is no fused kernel for a parameter.
+        TypeError: neither True, False nor None.
+    """
+    for name in ("foreach", "fused"):
+        if group[name] not in (True, False, None):
+            raise TypeError(f"{where}: {name} must be True, False or None, got {group[name]!r}")
+    if group["foreach"] and group["fused"]:
+        raise RuntimeError(f"{where}: `fused` and `foreach` cannot be `True` together.")
+    for p in group["params"] if group["fused"] else ():
+        device = p.device.type
+        if device not in kernels.FUSED_DEVICES or p.dtype == torch.float64:
+            raise RuntimeError(
+                f"{where}: `fused=True` requires all the params to be float32, bfloat16 or float16 Tensors "
+                f"of supported devices: {list(kernels.FUSED_DEVICES)}, got {p.dtype} on {device}"
+            )
+        if kernels.fused(device) is None:
+            raise RuntimeError(f"{where}: `fused=True`: {kernels.unfused_reason(device)}")

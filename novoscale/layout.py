@@ -21,6 +21,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 # A layer's statistic is kept in float32; one that does not fit there is treated as non-finite.
@@ -193,7 +194,10 @@ def sharded(name: str, tensor: DTensor) -> Layout:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    local = tensor.to_local()
+    return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
 
 
 def local_gradient(p: Tensor) -> Tensor:
@@ -357,8 +361,9 @@ class Plan:
 
     def record(self, statistic: Tensor, finite: Tensor) -> None:
         """Note the completed statistic of a step, and which layers had it skipped."""
-        self._statistic = statistic
-        self.bad = torch.where(finite, self.bad, ~_fits_float32(statistic))
+        # In place: a CUDA graph replays into the same tensors.
+        self._statistic.copy_(statistic)
+        self.bad.copy_(torch.where(finite, self.bad, ~_fits_float32(statistic)))
 
     def norms(self) -> dict[str, float]:
         """The norm of each layer's gradient at the last step. Waits for the device."""

@@ -6,21 +6,19 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from novoscale import checkpoint, checks, kernels, second_moment
-from novoscale.layout import Layout, Placed, Plan, local_gradient, local_tensor, sharded, whole
+from novoscale import checkpoint, checks, kernels, prepared, second_moment
+from novoscale.layout import Layout, Plan, local_tensor, sharded, whole
+from novoscale.prepared import Group, Groups, Prepared
 
-# Plans kept: one for each set of tensors that is stepped together. A wrapper that steps its param groups
+# Tables kept: one for each set of tensors that is stepped together. A wrapper that steps its param groups
 # one by one has one for each; a model of which other parts get gradients at each step has many.
-MAX_PLANS = 256
-
-Group = dict[str, Any]
-Groups = list[tuple[Group, list[tuple[Tensor, Layout]]]]  # the tensors to step, by param group
+MAX_PREPARED = 256
 
 
 class NovoGrad(Optimizer):
@@ -63,16 +61,25 @@ class NovoGrad(Optimizer):
             ``torch.nn.utils.clip_grad_norm_`` would, without a pass of its own and without writing
             to the gradients. None or 0: no clipping.
         maximize: ascend.
+        foreach: True: torch's own operations (``kernels/reference.py``), as with ``fused=False``.
+        fused: True: a fused kernel (Triton on a GPU, C++ on the CPU), or an error; False: torch's own
+            operations. None: the fused kernel where there is one. All give the same bits.
+
+    Under ``torch.amp.GradScaler`` leave ``scaler.unscale_`` out: the step divides by the scale itself. In
+    a CUDA graph let ``lr`` be a tensor on the device, if it changes.
 
     Raises:
         ValueError: an option out of range, or a parameter that cannot be optimised.
+        RuntimeError: ``fused=True`` where there is no fused kernel.
         TypeError: an option that NovoGrad does not have, or one of the wrong kind.
     """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves the scale to the step
 
     # Caches: private, not copied, rebuilt from param_groups.
     _layouts: dict[int, Layout]  # by id(tensor)
     _sharded: dict[int, tuple[DeviceMesh, Any, Layout]]  # of DTensors: mesh, placements; by id(tensor)
-    _plans: dict[Any, Plan]
+    _prepared: dict[Any, Prepared]  # by prepared.key(), last used last
     _skipped: dict[int, Tensor]  # by id(layout) of a step's first tensor
     _wrapper: str | None  # what replaced the parameters, if anything did; copied
     _veto: Tensor | None  # see veto()
@@ -93,6 +100,8 @@ class NovoGrad(Optimizer):
         reg_inside_moment: bool = True,
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
         **unknown: Any,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -107,6 +116,8 @@ class NovoGrad(Optimizer):
             "reg_inside_moment": reg_inside_moment,
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
         }
         checks.refuse_unknown_options(unknown, defaults)
         checks.check_options(defaults, "NovoGrad")
@@ -115,6 +126,9 @@ class NovoGrad(Optimizer):
 
     # ---- the step -----------------------------------------------------------------------------
 
+    # A compiled training step breaks its graph here: addresses cannot be traced. (torch.compiler.disable does
+    # the same, and imports dynamo at once, which takes seconds.)
+    @_disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of Algorithm 1 on every parameter that has a gradient.
@@ -135,57 +149,103 @@ class NovoGrad(Optimizer):
                 loss = closure()
         groups = self._groups_with_gradients()
         if groups:
-            shards, plan = self._shards(groups)
-            statistic = kernels.sum_of_squares(shards, plan.device, len(plan.names))
-            finite = plan.complete(statistic, self._veto)
-            coefficients = self._second_moment(groups, plan, statistic, finite)
-            kernels.update(shards, coefficients)
+            ready = self._prepare(groups)
+            inverse_scale, veto = self._amp()
+            statistic = ready.kernels.sum_of_squares()
+            if inverse_scale is not None:
+                for (group, _), S in zip(groups, ready.by_group(statistic), strict=True):
+                    S.mul_(inverse_scale if group["norm_type"] == 0 else inverse_scale.square())
+            finite = ready.plan.complete(statistic, veto)
+            coefficients = self._second_moment(groups, ready, statistic, finite, inverse_scale)
+            ready.kernels.update(coefficients)
+            ready.release()
         return loss
 
     def _second_moment(
-        self, groups: Groups, plan: Plan, statistic: Tensor, finite: Tensor
+        self,
+        groups: Groups,
+        ready: Prepared,
+        statistic: Tensor,
+        finite: Tensor,
+        inverse_scale: Tensor | None,
     ) -> kernels.Coefficients:
         """Update v of every layer; return what the update of m and w needs to know of it."""
         clip = second_moment.clip_coefficient(statistic, checks.one_max_grad_norm(self.param_groups))
         parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        first = 0
-        for group, params in groups:
-            v = [self.state[p]["exp_avg_sq"] for p, _ in params]
-            t = [self.state[p]["step"] for p, _ in params] if group["bias_correction"] else []
-            layers = sum(x.numel() for x in v)
-            S = statistic[first : first + layers] * (clip if group["norm_type"] == 0 else clip.square())
-            first += layers
-            old_v = _on(plan.device, v)
-            new_v = torch.where(finite, second_moment.averaged(old_v, S, group), old_v)
+        scale = clip if inverse_scale is None else inverse_scale if clip is None else clip * inverse_scale
+        sums = ready.by_group(statistic)
+        for (group, _), S, v, t in zip(groups, sums, ready.second_moments, ready.steps, strict=True):
+            if clip is not None:
+                S = S * (clip if group["norm_type"] == 0 else clip.square())
+            new_v = torch.where(finite, second_moment.averaged(v, S, group), v)
             active = finite & (new_v > 0)
-            new_t = _on(plan.device, t) + active if t else None
-            parts.append((*second_moment.coefficients(new_v, new_t, clip, group), active))
-            _write_back(v, new_v)
-            if new_t is not None:
-                _write_back(t, new_t)
-        plan.record(statistic, finite)
-        first_layout = id(groups[0][1][0][1])
-        skipped = (~finite).long()
-        self._skipped[first_layout] = self._skipped.get(first_layout, torch.zeros_like(skipped)) + skipped
-        return kernels.Coefficients(*(torch.cat(vectors) for vectors in zip(*parts, strict=True)))
+            v.copy_(new_v)
+            if t is not None:
+                t.add_(active)
+            parts.append((*second_moment.coefficients(new_v, t, scale, group), active))
+        self._count(ready, statistic, finite)
+        vectors = parts[0] if len(parts) == 1 else [torch.cat(v) for v in zip(*parts, strict=True)]
+        return kernels.Coefficients(*vectors)
+
+    def _count(self, ready: Prepared, statistic: Tensor, finite: Tensor) -> None:
+        """Note what the step has shown: see ``skipped_steps`` and ``layer_norms``."""
+        ready.plan.record(statistic, finite)
+        count = self._skipped.setdefault(ready.first_layout, torch.zeros_like(finite, dtype=torch.int64))
+        count.add_(~finite)
+
+    # ---- mixed precision ------------------------------------------------------------------------
+
+    def _amp(self) -> tuple[Tensor | None, Tensor | None]:
+        """What ``torch.amp.GradScaler`` left here: 1 / scale (float64), and whether to skip the step."""
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        veto = self._veto if found_inf is None else found_inf.reshape(()) > 0
+        return None if scale is None else 1 / scale.double().reshape(()), veto
 
     # ---- which tensors, which layers ------------------------------------------------------------
 
     def _groups_with_gradients(self) -> Groups:
-        """The tensors to step, by param group. Refuses what cannot be stepped, by name."""
+        """The tensors to step, by param group."""
         found: Groups = []
         for index, group in enumerate(self.param_groups):
             checks.check_options(group, f"param group {index}")
-            params = []
-            for position, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                if not checks.gradient_is_supported(p.grad):
-                    raise RuntimeError(checks.unsupported_gradient(self._name(index, position), p.grad))
-                params.append((p, self._find_layout(index, position, p)))
+            params = [p for p in group["params"] if p.grad is not None]
             if params:
                 found.append((group, params))
         return found
+
+    def _prepare(self, groups: Groups) -> Prepared:
+        """The tables of a set of tensors; made anew if anything has moved since they were made."""
+        key = prepared.key(groups)
+        ready = self._prepared.pop(key, None)
+        if ready is None or not ready.stands(groups, self.state):
+            ready = self._build(groups, ready)
+        self._prepared[key] = ready
+        if len(self._prepared) > MAX_PREPARED:
+            del self._prepared[next(iter(self._prepared))]
+        return ready
+
+    def _build(self, groups: Groups, before: Prepared | None) -> Prepared:
+        """Make tables. Refuses by name what cannot be stepped, before anything is changed."""
+        layouts = self._check(groups)
+        for (group, params), known in zip(groups, layouts, strict=True):
+            for p, layout in zip(params, known, strict=True):
+                self._init_state(p, layout, group)
+        return prepared.build(groups, layouts, self.state, before)
+
+    def _check(self, groups: Groups) -> list[list[Layout]]:
+        """The layouts of the tensors of a step, by param group; raises if one cannot be stepped."""
+        stepped = {id(group): ids for group, params in groups for ids in [{id(p) for p in params}]}
+        layouts: list[list[Layout]] = []
+        for index, group in enumerate(self.param_groups):
+            ids = stepped.get(id(group), set())
+            known = []
+            for position, p in enumerate(group["params"]):
+                if id(p) in ids:
+                    checks.check_gradient(self._name(index, position), p)
+                    known.append(self._find_layout(index, position, p))
+            if known:
+                layouts.append(known)
+        return layouts
 
     def _find_layout(self, index: int, position: int, p: Tensor) -> Layout:
         """The layout of a tensor of ``param_groups``; raises if its layers are not known."""
@@ -195,7 +255,7 @@ class NovoGrad(Optimizer):
             if layout is None or mesh is not p.device_mesh or placements != p.placements:
                 layout = sharded(self._name(index, position), p)
                 self._sharded[id(p)] = (p.device_mesh, p.placements, layout)
-                self._plans.clear()  # they know layouts by id
+                self._prepared.clear()  # they know layouts by id
             return layout
         known = self._layouts.get(id(p))
         if known is None or known.numel != p.numel() or _is_fsdp1(p):
@@ -215,41 +275,6 @@ class NovoGrad(Optimizer):
             "supported, use FSDP2 (fully_shard). If the model was changed, or the optimizer copied after it "
             "was wrapped: make a new optimizer from the model's present parameters."
         )
-
-    def _shards(self, groups: Groups) -> tuple[list[kernels.Shard], Plan]:
-        """Make the tensors of a step known to the kernels, and place their layers in one vector."""
-        shards: list[kernels.Shard] = []
-        placed: list[Placed] = []
-        first = 0
-        for group, params in groups:
-            beta1 = group["betas"][0]
-            op = dist.ReduceOp.SUM if group["norm_type"] == 2 else dist.ReduceOp.MAX
-            for p, layout in params:
-                self._init_state(p, layout, group)
-                exp_avg = self.state[p].get("exp_avg")
-                shards.append(
-                    kernels.Shard(
-                        param=local_tensor(p),
-                        grad=local_gradient(p),
-                        exp_avg=None if exp_avg is None else local_tensor(exp_avg),
-                        segments=layout.segments,
-                        first=first,
-                        norm_type=group["norm_type"],
-                        beta1=beta1,
-                        beta3=1 - beta1 if group["grad_averaging"] else 1.0,
-                        weight_decay=group["weight_decay"],
-                        reg_inside_moment=group["reg_inside_moment"],
-                    )
-                )
-                placed.append(Placed(layout, first, op))
-                first += len(layout.layers)
-        device = shards[0].param.device
-        key = (device, tuple((id(p.layout), p.op) for p in placed))
-        plan = self._plans.pop(key, None) or Plan(placed, device)
-        self._plans[key] = plan  # last used, last in order
-        if len(self._plans) > MAX_PLANS:
-            del self._plans[next(iter(self._plans))]
-        return shards, plan
 
     def _init_state(self, p: Tensor, layout: Layout, group: Group) -> None:
         state = self.state[p]
@@ -289,6 +314,11 @@ class NovoGrad(Optimizer):
             checks.check_options(param_group, f"param group {index}")
             checks.one_max_grad_norm([*self.param_groups, param_group])
         super().add_param_group(param_group)
+        try:
+            checks.check_fused(self.param_groups[-1], f"param group {index}")
+        except (RuntimeError, TypeError):
+            self.param_groups.pop()
+            raise
         self._know(index, self.param_groups[-1])
 
     # ---- for wrappers that cut parameters -------------------------------------------------------
@@ -317,7 +347,7 @@ class NovoGrad(Optimizer):
                     raise ValueError(f"{wrapper}: no layout of {self._name(index, position)}")
         self._wrapper = wrapper
         self._layouts = given
-        self._plans = {}
+        self._prepared = {}
         for index, tensor, layout in layouts:
             self._init_state(tensor, layout, self.param_groups[index])
 
@@ -358,7 +388,7 @@ class NovoGrad(Optimizer):
         """
         return [
             name
-            for plan in self._plans.values()
+            for plan in self._plans()
             for name, bad in zip(plan.names, plan.bad.tolist(), strict=True)
             if bad
         ]
@@ -368,7 +398,10 @@ class NovoGrad(Optimizer):
 
         With ``norm_type=0`` the largest magnitude. Waits for the device.
         """
-        return {name: norm for plan in self._plans.values() for name, norm in plan.norms().items()}
+        return {name: norm for plan in self._plans() for name, norm in plan.norms().items()}
+
+    def _plans(self) -> list[Plan]:
+        return [ready.plan for ready in self._prepared.values()]
 
     # ---- state in and out -----------------------------------------------------------------------
 
@@ -408,23 +441,14 @@ class NovoGrad(Optimizer):
 
     def _forget(self) -> None:
         """Start with empty caches."""
-        self._layouts, self._sharded, self._plans, self._skipped = {}, {}, {}, {}
+        self._layouts, self._sharded, self._prepared, self._skipped = {}, {}, {}, {}
         self._wrapper = self._veto = self._loading = None
 
     def _know(self, index: int, group: Group) -> None:
         for position, p in enumerate(group["params"]):
             if not isinstance(p, DTensor):
                 self._layouts[id(p)] = whole(self._name(index, position), p.numel())
-        self._plans = {}
-
-
-def _on(device: torch.device, tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([t.to(device) for t in tensors])
-
-
-def _write_back(tensors: Sequence[Tensor], values: Tensor) -> None:
-    for tensor, value in zip(tensors, torch.split(values, [t.numel() for t in tensors]), strict=True):
-        tensor.copy_(value)
+        self._prepared = {}
 
 
 def _is_fsdp1(tensor: Tensor) -> bool:

@@ -22,14 +22,14 @@ def averaged(v: Tensor, S: Tensor, options: Mapping[str, Any]) -> Tensor:
 
 
 def coefficients(
-    v: Tensor, t: Tensor | None, clip: Tensor, options: Mapping[str, Any]
+    v: Tensor, t: Tensor | None, scale: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad_scale, step_size and decay of each layer: see ``kernels.Coefficients``.
 
     Args:
         v: the second moment after this step.
         t: each layer's number of steps, for the bias correction; None without it.
-        clip: 0-dim: what the gradients are multiplied by.
+        scale: 0-dim: what the gradients are multiplied by; None: 1.
         options: of the param group.
     """
     beta1, beta2 = options["betas"]
@@ -39,23 +39,27 @@ def coefficients(
         t = t.double().clamp(min=1)
         correction1 = 1 - torch.pow(beta1, t)
         norm = norm / (1 - torch.pow(beta2, t)).sqrt()
+    sign = -1.0 if options["maximize"] else 1.0
     inverse = 1 / (norm + options["eps"])
-    scale = (-clip if options["maximize"] else clip).expand_as(norm)
-    lr = torch.as_tensor(options["lr"], dtype=torch.float64).to(v.device, non_blocking=True).reshape(())
-    step_size = (lr / correction1).expand_as(norm)
-    decay = (lr * options["weight_decay"]).expand_as(norm)
+    ones = torch.ones_like(norm)
+    grad_scale = ones * (sign if scale is None else sign * scale)
+    lr = options["lr"]
+    # A number is not moved to the device: that would be a copy, which a CUDA graph cannot hold.
+    lr = lr.to(v.device).double().reshape(()) if isinstance(lr, Tensor) else float(lr)
+    step_size = ones * (lr / correction1)
+    decay = ones * (lr * options["weight_decay"])
     if options["reg_inside_moment"]:
-        return scale * inverse, step_size, decay
-    return scale, step_size * inverse, decay
+        return grad_scale * inverse, step_size, decay
+    return grad_scale, step_size * inverse, decay
 
 
-def clip_coefficient(statistic: Tensor, max_grad_norm: float | None) -> Tensor:
-    """What ``torch.nn.utils.clip_grad_norm_`` multiplies the gradients by; 1 without clipping.
+def clip_coefficient(statistic: Tensor, max_grad_norm: float | None) -> Tensor | None:
+    """What ``torch.nn.utils.clip_grad_norm_`` multiplies the gradients by; None without clipping.
 
     Args:
         statistic: the sum of squares of every layer of the model.
         max_grad_norm: None or 0: no clipping.
     """
     if not max_grad_norm:
-        return statistic.new_ones(())
+        return None
     return (max_grad_norm / (statistic.sum().sqrt() + 1e-6)).clamp(max=1)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 
 from novoscale import kernels, layout
+from novoscale.kernels import reference
 from novoscale.layout import Layer, LayoutError, Placed, Plan, Segment, partition, whole
 
 
@@ -95,11 +96,11 @@ def step(param, grad, exp_avg, lay, norm_type=2):
     op = dist.ReduceOp.SUM if norm_type == 2 else dist.ReduceOp.MAX
     plan = Plan([Placed(lay, 0, op)], torch.device("cpu"))
     shard = kernels.Shard(param, grad, exp_avg, lay.segments, 0, norm_type, 0.9, 1.0, 0.1, True)
-    statistic = kernels.sum_of_squares([shard], plan.device, len(plan.names))
+    statistic = reference.sum_of_squares([shard], plan.device, len(plan.names))
     finite = plan.complete(statistic)
     scale = 1 / (statistic.sqrt() + 1e-8)
     active = finite & (statistic > 0)
-    kernels.update(
+    reference.update(
         [shard], kernels.Coefficients(scale, torch.full_like(scale, 0.1), torch.zeros_like(scale), active)
     )
     return dict(zip(plan.names, statistic.tolist(), strict=True)), bool(finite)

@@ -1,9 +1,136 @@
 """The two passes over the elements: the statistic of each layer, and the update.
 
-``reference`` is the definition. Kernels see tensors and tables only: no distribution, no optimizer.
+``reference`` is the definition, in plain torch; ``triton`` (GPU) and ``cpu`` (C++) are fused kernels that
+give the same bits. Kernels see tensors and tables only: no distribution, no optimizer.
 """
 
-from novoscale.kernels.reference import sum_of_squares, update
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from collections import defaultdict
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from novoscale.kernels import reference
 from novoscale.kernels.shards import Coefficients, Shard
 
-__all__ = ["Coefficients", "Shard", "sum_of_squares", "update"]
+__all__ = ["FUSED_DEVICES", "Coefficients", "Kernels", "Shard", "fused", "unfused_reason"]
+
+# The fused kernel for each type of device. "cuda" is ROCm's name too.
+FUSED_DEVICES = {"cuda": "triton", "cpu": "cpu"}
+# Other classes may have no memory of their own.
+PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+class Kernels:
+    """Both passes, for the tensors of a step, each tensor by the fastest kernel that takes it.
+
+    Args:
+        shards: the tensors.
+        device: of the vectors that have one element per layer.
+        layers: how many layers there are.
+
+    Attributes:
+        reusable: whether the tables hold addresses only, so that they can be kept from step to step.
+    """
+
+    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
+        self._places: defaultdict[tuple[ModuleType, torch.device], list[int]] = defaultdict(list)
+        for index, shard in enumerate(shards):
+            self._places[kernel_of(shard), shard.param.device].append(index)
+        self._device = device
+        self._parts: list[tuple[torch.device, Any]] = [
+            (where, module.Kernels([shards[i] for i in places], where, layers))
+            for (module, where), places in self._places.items()
+        ]
+        self.reusable = all(module is not reference for module, _ in self._places)
+
+    def moved(self, shards: Sequence[Shard]) -> None:
+        """Go on with tensors that differ from the first ones in their addresses only."""
+        for (_, kernel), places in zip(self._parts, self._places.values(), strict=True):
+            kernel.moved([shards[i] for i in places])
+
+    def release(self) -> None:
+        """Let go of tensors that are held as such and not by address."""
+        if not self.reusable:
+            for (module, _), (_, kernel) in zip(self._places, self._parts, strict=True):
+                if module is reference:
+                    kernel.moved([])
+
+    def sum_of_squares(self) -> Tensor:
+        """This rank's part of each layer's statistic: see ``reference.sum_of_squares``."""
+        # Each layer lies in one tensor, so that all parts but one have 0 for it.
+        parts = [kernel.sum_of_squares().to(self._device) for _, kernel in self._parts]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def update(self, coefficients: Coefficients) -> None:
+        """The first moment and the weights of every active layer: see ``reference.update``."""
+        for device, kernel in self._parts:
+            kernel.update(coefficients.to(device))
+
+
+def kernel_of(shard: Shard) -> ModuleType:
+    """The module whose kernel is to be used for a tensor.
+
+    Raises:
+        RuntimeError: ``fused=True`` where the fused kernel cannot take it.
+    """
+    if shard.fused is False:
+        return reference
+    module = fused(shard.param.device.type)
+    tensors = [t for t in (shard.param, shard.grad, shard.exp_avg) if t is not None]
+    if module is not None and all(type(t) in PLAIN for t in tensors) and module.supports(shard):
+        return module
+    if shard.fused:
+        raise RuntimeError(
+            "`fused=True`: the fused kernel takes dense tensors of float32, bfloat16 or float16 and equal "
+            f"strides on devices {list(FUSED_DEVICES)}, got {_described(tensors)}. Leave fused out"
+        )
+    if module is None and shard.param.device.type in FUSED_DEVICES:
+        _say_once(shard.param.device.type)
+    return reference
+
+
+def fused(device_type: str) -> ModuleType | None:
+    """The fused kernel for a type of device, if it can be had here: see :func:`unfused_reason`."""
+    found = _load(device_type)
+    return None if isinstance(found, str) else found
+
+
+def unfused_reason(device_type: str) -> str:
+    """Why there is no fused kernel for a type of device; empty if there is one."""
+    found = _load(device_type)
+    return found if isinstance(found, str) else ""
+
+
+@functools.cache
+def _load(device_type: str) -> ModuleType | str:
+    name = FUSED_DEVICES.get(device_type)
+    if name is None:
+        return f"there is no fused kernel for {device_type}"
+    try:
+        module = importlib.import_module(f"novoscale.kernels.{name}")
+        module.load()
+    except (ImportError, OSError, RuntimeError) as error:
+        return str(error)
+    return module
+
+
+@functools.cache
+def _say_once(device_type: str) -> None:
+    warnings.warn(
+        f"NovoGrad's fused kernel for {device_type} cannot be used: {unfused_reason(device_type)}. The "
+        "reference implementation in plain torch is used, which gives the same result and is slower "
+        "(fused=False says that this is meant)",
+        stacklevel=2,
+    )
+
+
+def _described(tensors: Sequence[Tensor]) -> str:
+    return ", ".join(f"{type(t).__name__} of {t.dtype} on {t.device}, strides {t.stride()}" for t in tensors)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from novoscale.layout import Segment
@@ -26,6 +27,7 @@ class Shard:
         beta3: weight of the new term in it: 1, or 1 - beta1 with ``grad_averaging``.
         weight_decay: times the weight, it is added to the gradient's term.
         reg_inside_moment: whether that is before (True) or after the first moment is formed.
+        fused: True: by a fused kernel; False: by the reference; None: by whichever can.
     """
 
     param: Tensor
@@ -38,6 +40,7 @@ class Shard:
     beta3: float
     weight_decay: float
     reg_inside_moment: bool
+    fused: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,14 @@ class Coefficients:
     step_size: Tensor
     decay: Tensor
     active: Tensor
+
+    def to(self, device: torch.device) -> Coefficients:
+        """The same on another device."""
+        if self.active.device == device:
+            return self
+        return Coefficients(
+            *(t.to(device) for t in (self.grad_scale, self.step_size, self.decay, self.active))
+        )
 
 
 class Chunk(NamedTuple):

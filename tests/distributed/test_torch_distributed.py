@@ -67,6 +67,10 @@ def test_nan_on_one_rank_changes_nothing_on_any():
         }
 
 
+def test_overflow_that_one_rank_has_seen_stops_all():
+    assert run_ranks(torch_ranks.overflow_on_one_rank, 2) == [True, True]
+
+
 def test_distributed_checkpoint_resumes_on_another_number_of_ranks(tmp_path):
     saved = run_ranks(torch_ranks.reshard, 2, str(tmp_path), True)[0]
     for weights in run_ranks(torch_ranks.reshard, 3, str(tmp_path), False):

@@ -258,6 +258,19 @@ def nan_on_one_rank() -> dict[str, Any]:
     }
 
 
+def overflow_on_one_rank() -> bool:
+    """Whether nothing changes on this rank when torch.amp.GradScaler saw an overflow on the last one only."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    model = fsdp_model(init_device_mesh("cpu", (world,)))
+    optimizer = NovoGrad(model.parameters(), lr=LR)
+    before = [full(p) for p in model.parameters()]
+    loss_of(model, 0, rank, world).backward()
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(float(rank == world - 1))
+    optimizer.step()
+    same = all((full(p) == w).all() for p, w in zip(model.parameters(), before, strict=True))
+    return same and optimizer.skipped_steps == 1
+
+
 def reshard(folder: str, save: bool) -> dict[str, Any]:
     """Three steps and a distributed checkpoint; or loading it, on any number of ranks, and three more."""
     import torch.distributed.checkpoint as dcp

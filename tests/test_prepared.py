@@ -1,0 +1,162 @@
+"""Tables are made once, and again whenever anything has moved: the training never notices."""
+
+import copy
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from oracle import Oracle, deviation
+from torch import nn
+
+from novoscale import NovoGrad, kernels, prepared
+
+SHAPES = ((3, 4), (5,), (1,), (20, 7))
+
+
+def parameters(dtype=torch.float32):
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in SHAPES]
+
+
+def gradients(step):
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(shape, generator=generator) for shape in SHAPES]
+
+
+def move_parameters(params, optimizer):
+    for p in params:
+        p.data = p.data.clone()
+
+
+def move_first_moments(params, optimizer):
+    for state in optimizer.state.values():
+        state["exp_avg"].data = state["exp_avg"].clone()  # as DeepSpeed's engine.offload_states
+
+
+def replace_states(params, optimizer):
+    for p in params:
+        optimizer.state[p] = {name: t.clone() for name, t in optimizer.state[p].items()}
+
+
+def replace_one_second_moment(params, optimizer):
+    optimizer.state[params[1]]["exp_avg_sq"] = optimizer.state[params[1]]["exp_avg_sq"].clone()
+
+
+def reload(params, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def strided_gradients(params, optimizer):
+    params[0].grad = params[0].grad.t().contiguous().t()
+
+
+def replace_by_copies(params, optimizer):
+    """New parameters in place of the old, in the same param group, as a user would."""
+    new = [nn.Parameter(p.detach().clone()) for p in params]
+    for p, q in zip(params, new, strict=True):
+        q.grad, optimizer.state[q] = p.grad, optimizer.state.pop(p)
+    optimizer.param_groups[0]["params"] = []
+    optimizer.add_param_group({"params": new, "lr": 0.1})
+    params[:] = new
+
+
+CHANGES = [
+    move_parameters,
+    move_first_moments,
+    replace_states,
+    replace_one_second_moment,
+    reload,
+    strided_gradients,
+    replace_by_copies,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("keep", [True, False], ids=["same gradient tensors", "new gradient tensors"])
+def test_training_goes_on_when_something_has_moved(change, keep):
+    params = parameters()
+    oracle = Oracle([p.detach().numpy() for p in params], lr=0.1)
+    optimizer = NovoGrad(params, lr=0.1)
+    for step in range(6):
+        for p, g in zip(params, gradients(step), strict=True):
+            if keep and p.grad is not None:
+                p.grad.copy_(g)
+            else:
+                p.grad = g
+        if step in (2, 4):
+            change(params, optimizer)
+        optimizer.step()
+        oracle.step([g.numpy() for g in gradients(step)])
+        for p, w in zip(params, oracle.weights, strict=True):
+            assert deviation(p.detach().numpy(), w) < 2e-6
+
+
+def test_a_cleared_state_starts_anew():
+    params = parameters()
+    optimizer = NovoGrad(params, lr=0.1)
+    for p, g in zip(params, gradients(0), strict=True):
+        p.grad = g
+    optimizer.step()
+    optimizer.state.clear()
+    oracle = Oracle([p.detach().numpy() for p in params], lr=0.1)
+    optimizer.step()
+    oracle.step([g.numpy() for g in gradients(0)])
+    assert all(deviation(p.detach().numpy(), w) < 2e-6 for p, w in zip(params, oracle.weights, strict=True))
+
+
+def test_options_and_the_set_of_gradients_may_change_from_step_to_step():
+    params = parameters()
+    optimizer = NovoGrad(params, lr=0.1)
+    oracles = [Oracle([p.detach().numpy()], lr=0.1) for p in params]
+    rng = np.random.default_rng(0)
+    for step in range(12):
+        optimizer.param_groups[0]["weight_decay"] = decay = 0.1 * (step % 3)
+        present = rng.random(len(params)) < 0.6
+        for p, g, oracle, has in zip(params, gradients(step), oracles, present, strict=True):
+            p.grad = g if has else None
+            oracle.weight_decay = decay
+            if has:
+                oracle.step([g.numpy()])
+        optimizer.step()
+    for p, oracle in zip(params, oracles, strict=True):
+        assert deviation(p.detach().numpy(), oracle.weights[0]) < 4e-6
+
+
+@pytest.mark.skipif(kernels.fused("cpu") is None, reason="no C++ compiler")
+def test_tables_are_made_once():
+    params = parameters()
+    optimizer = NovoGrad(params, lr=0.1)
+    with mock.patch.object(prepared, "build", wraps=prepared.build) as made:
+        for step in range(4):
+            for p, g in zip(params, gradients(step), strict=True):
+                if p.grad is None:
+                    p.grad = g
+                else:
+                    p.grad.copy_(g)
+            optimizer.step()
+    assert made.call_count == 1
+
+
+def test_second_moments_of_a_group_are_views_of_one_vector():
+    params = parameters()
+    optimizer = NovoGrad(params, lr=0.1, bias_correction=True)
+    for p, g in zip(params, gradients(0), strict=True):
+        p.grad = g
+    optimizer.step()
+    for name in ("exp_avg_sq", "step"):
+        storages = {optimizer.state[p][name].untyped_storage().data_ptr() for p in params}
+        assert len(storages) == 1
+        assert all(optimizer.state[p][name].shape == (1,) for p in params)
+    saved = optimizer.state_dict()["state"]
+    assert [saved[i]["exp_avg_sq"].item() for i in range(len(params))] == pytest.approx(
+        [g.double().square().sum().item() for g in gradients(0)]
+    )
+
+
+def test_neighbouring_storages_are_not_taken_for_one_vector():
+    base = torch.zeros(2)
+    a, b = torch.empty(0).set_(base.untyped_storage(), 0, (1,)), base[1:]
+    assert prepared._joined([a, b], a.device) is not None
+    other = torch.from_numpy(np.zeros(2, dtype=np.float32))
+    assert prepared._joined([other[:1], torch.from_numpy(other.numpy()[1:])], a.device) is None
