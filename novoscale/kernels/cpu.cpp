@@ -1,0 +1,280 @@
+// Both passes over the elements, for tensors in a CPU's memory. reference.py is the definition; cpu.py
+// builds this file, fills the tables and calls the two functions at the end.
+//
+// A thread works through chunks by tiles. A tile of another format than float32 is widened into a
+// buffer in the first-level cache and narrowed from there, so the arithmetic is written once, for float32.
+//
+// Flags that matter: -ffp-contract=off (each product and each sum is rounded), -fno-trapping-math
+// (conditional values become vector code); never -ffast-math.
+
+#include <omp.h>
+
+#include <cstdint>
+#include <cstring>
+
+// One library for every x86-64; the variant is chosen when it is loaded. Needs glibc's loader.
+#if defined(__x86_64__) && defined(__GLIBC__)
+#define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define VARIANTS
+#endif
+
+namespace {
+
+constexpr int64_t TILE = 1024;
+constexpr int64_t SMALL = 1 << 15;  // elements that are done before other threads would have started
+
+enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
+enum Decay : int32_t { NO_DECAY, INSIDE, OUTSIDE };  // of the first moment
+
+// One tensor with its options. As in cpu.py.
+struct Shard {
+  void *param, *grad, *exp_avg;  // exp_avg is null where none is kept
+  int32_t param_format, grad_format, exp_avg_format;
+  int32_t norm_type, decay;
+  float beta1, beta3, weight_decay;
+};
+
+// Elements start..stop of a shard, of one layer; `end` elements are in the chunks up to this one.
+struct Chunk {
+  int64_t shard, start, stop, layer, end;
+};
+
+struct Table {
+  const Shard *shards;
+  const Chunk *chunks;
+  int64_t count;
+};
+
+// ---- Formats ----
+//
+// Without branches, so that loops over them become vector code. To add one: its two loops, and a case
+// in `load` and in `store`.
+
+uint32_t bits_of(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+VARIANTS void widen_bfloat16(const uint16_t *from, float *to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = float_of(static_cast<uint32_t>(from[i]) << 16);
+}
+
+VARIANTS void narrow_bfloat16(const float *from, uint16_t *to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t bits = bits_of(from[i]);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    to[i] = static_cast<uint16_t>(nan ? 0x7fc0 : rounded);
+  }
+}
+
+VARIANTS void widen_float16(const uint16_t *from, float *to, int64_t n) {
+  constexpr uint32_t REBIAS = (127 - 15) << 23, SMALLEST_NORMAL = (127 - 14) << 23;
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t sign = static_cast<uint32_t>(from[i] & 0x8000) << 16;
+    const uint32_t magnitude = static_cast<uint32_t>(from[i] & 0x7fff) << 13;
+    const uint32_t normal = magnitude + REBIAS;
+    const uint32_t special = magnitude | 0x7f800000;  // infinity and NaN
+    // A subnormal is its fraction put onto the smallest normal number, less that number.
+    const uint32_t subnormal = bits_of(float_of(magnitude + SMALLEST_NORMAL) - float_of(SMALLEST_NORMAL));
+    const uint32_t finite = magnitude < 1 << 23 ? subnormal : normal;
+    to[i] = float_of(sign | (magnitude < 31 << 23 ? finite : special));
+  }
+}
+
+VARIANTS void narrow_float16(const float *from, uint16_t *to, int64_t n) {
+  constexpr uint32_t REBIAS = (127 - 15) << 23, SMALLEST_NORMAL = (127 - 14) << 23;
+  constexpr uint32_t OVERFLOW = 0x477ff000;  // 65520, from which on the nearest is infinity
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t sign = bits_of(from[i]) >> 16 & 0x8000;
+    const uint32_t magnitude = bits_of(from[i]) & 0x7fffffff;
+    const uint32_t normal = (magnitude - REBIAS + 0xfff + (magnitude >> 13 & 1)) >> 13;  // as above
+    // Float32 next to 0.5 is spaced as float16's subnormals are: the addition rounds.
+    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+    const uint32_t finite = magnitude < SMALLEST_NORMAL ? subnormal : normal;
+    const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+    to[i] = static_cast<uint16_t>(sign | (magnitude < OVERFLOW ? finite : special));
+  }
+}
+
+// n elements from `start` on as float32: where they lie, or in the buffer.
+float *load(void *tensor, int32_t format, int64_t start, int64_t n, float *buffer) {
+  const uint16_t *halves = static_cast<const uint16_t *>(tensor) + start;
+  switch (format) {
+    case BFLOAT16:
+      widen_bfloat16(halves, buffer, n);
+      return buffer;
+    case FLOAT16:
+      widen_float16(halves, buffer, n);
+      return buffer;
+    default:
+      return static_cast<float *>(tensor) + start;
+  }
+}
+
+// Write back what `load` returned; float32 was changed where it lies.
+void store(const float *values, void *tensor, int32_t format, int64_t start, int64_t n) {
+  uint16_t *halves = static_cast<uint16_t *>(tensor) + start;
+  switch (format) {
+    case BFLOAT16:
+      return narrow_bfloat16(values, halves, n);
+    case FLOAT16:
+      return narrow_float16(values, halves, n);
+  }
+}
+
+// ---- The arithmetic of a tile ----
+
+// Sums side by side, put together in a fixed order: the same bits whatever the vectors' width.
+VARIANTS double sum_of_squares(const float *g, int64_t n) {
+  constexpr int64_t LANES = 16;
+  double sums[LANES] = {};
+  double sum = 0;
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    for (int64_t k = 0; k < LANES; k++) {
+      const double value = g[i + k];
+      sums[k] += value * value;
+    }
+  }
+  for (; i < n; i++) {
+    const double value = g[i];
+    sum += value * value;
+  }
+  for (int64_t k = 0; k < LANES; k++) sum += sums[k];
+  return sum;
+}
+
+// Magnitudes are ordered as their bits are, NaN above all.
+VARIANTS float largest_magnitude(const float *g, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t magnitude = bits_of(g[i]) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return float_of(largest);
+}
+
+struct Step {
+  float grad_scale, step_size, outside_decay, beta1, beta3, weight_decay;
+  int32_t decay;
+};
+
+VARIANTS void step(float *w, const float *g, float *m, int64_t n, const Step s) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; i++) {
+    float moment = g[i] * s.grad_scale;
+    if (s.decay == INSIDE) moment += w[i] * s.weight_decay;
+    moment *= s.beta3;
+    if (m) {
+      moment += m[i] * s.beta1;
+      m[i] = moment;
+    }
+    float change = moment * s.step_size;
+    if (s.decay == OUTSIDE) change += w[i] * s.outside_decay;
+    w[i] -= change;
+  }
+}
+
+// ---- The passes over a chunk ----
+
+// Two statistics of a layer as one.
+double combine(double a, double b, int32_t norm_type) {
+  if (norm_type == 2) return a + b;
+  return b > a || b != b ? b : a;  // a NaN stays
+}
+
+double statistic(const Shard &shard, const Chunk &chunk) {
+  alignas(64) float buffer[TILE];
+  double result = 0;
+  for (int64_t start = chunk.start; start < chunk.stop; start += TILE) {
+    const int64_t n = chunk.stop - start < TILE ? chunk.stop - start : TILE;
+    const float *g = load(shard.grad, shard.grad_format, start, n, buffer);
+    const double tile = shard.norm_type == 2 ? sum_of_squares(g, n) : largest_magnitude(g, n);
+    result = combine(result, tile, shard.norm_type);
+  }
+  return result;
+}
+
+void update(const Shard &shard, const Chunk &chunk, const Step &s) {
+  alignas(64) float buffers[3][TILE];
+  for (int64_t start = chunk.start; start < chunk.stop; start += TILE) {
+    const int64_t n = chunk.stop - start < TILE ? chunk.stop - start : TILE;
+    const float *g = load(shard.grad, shard.grad_format, start, n, buffers[0]);
+    float *w = load(shard.param, shard.param_format, start, n, buffers[1]);
+    float *m = shard.exp_avg ? load(shard.exp_avg, shard.exp_avg_format, start, n, buffers[2]) : nullptr;
+    step(w, g, m, n, s);
+    store(w, shard.param, shard.param_format, start, n);
+    if (m) store(m, shard.exp_avg, shard.exp_avg_format, start, n);
+  }
+}
+
+// ---- The threads ----
+
+// The number of chunks that end within the first `elements`.
+int64_t chunks_within(const Table &table, int64_t elements) {
+  int64_t low = 0, high = table.count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (table.chunks[middle].end <= elements) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Call visit(index) for every chunk. Each thread has a stretch of them, of about as many elements as any
+// other's and the same in both passes, so that a gradient is read twice by the same core.
+template <typename Visit>
+void each_chunk(const Table &table, int64_t threads, const Visit &visit) {
+  const int64_t total = table.count ? table.chunks[table.count - 1].end : 0;
+  // One or all: libgomp would end the threads that a smaller team leaves out, and start them again.
+#pragma omp parallel num_threads(total <= SMALL ? 1 : threads)
+  {
+    const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
+    const int64_t first = chunks_within(table, total * thread / team);
+    const int64_t last = chunks_within(table, total * (thread + 1) / team);
+    for (int64_t index = first; index < last; index++) visit(index);
+  }
+}
+
+}  // namespace
+
+// The statistic of each of `layers` layers; `partial` has room for one number per chunk.
+extern "C" void novoscale_sum_of_squares(const Shard *shards, const Chunk *chunks, int64_t count,
+                                         double *partial, double *result, int64_t layers, int64_t threads) {
+  each_chunk({shards, chunks, count}, threads, [&](int64_t index) {
+    partial[index] = statistic(shards[chunks[index].shard], chunks[index]);
+  });
+  // In the order of the table, so the bits do not depend on the threads.
+  std::memset(result, 0, layers * sizeof *result);
+  for (int64_t index = 0; index < count; index++) {
+    double &slot = result[chunks[index].layer];
+    slot = combine(slot, partial[index], shards[chunks[index].shard].norm_type);
+  }
+}
+
+// The vectors have one element per layer. What they hold enters the arithmetic as float32.
+extern "C" void novoscale_update(const Shard *shards, const Chunk *chunks, int64_t count,
+                                 const double *grad_scale, const double *step_size, const double *decay,
+                                 const bool *active, int64_t threads) {
+  each_chunk({shards, chunks, count}, threads, [&](int64_t index) {
+    const Chunk &chunk = chunks[index];
+    const Shard &shard = shards[chunk.shard];
+    const int64_t layer = chunk.layer;
+    if (!active[layer]) return;
+    update(shard, chunk,
+           {static_cast<float>(grad_scale[layer]), static_cast<float>(step_size[layer]),
+            static_cast<float>(decay[layer]), shard.beta1, shard.beta3, shard.weight_decay, shard.decay});
+  });
+}

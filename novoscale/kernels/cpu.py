@@ -1,0 +1,224 @@
+"""Both passes fused, for tensors in a CPU's memory (ZeRO-Offload): ``cpu.cpp``, built at first use.
+
+The C++ source knows nothing of torch: it is called with addresses, so it compiles in a second and serves
+every version of torch. The library is kept in ``$XDG_CACHE_HOME/novoscale`` (``~/.cache/novoscale``) under a
+name made of all that it depends on. It chooses between the instruction sets of its kind of processor when
+it is loaded, so a home folder may be shared by different machines.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import tempfile
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from novoscale.kernels.shards import Coefficients, Shard, chunks
+
+CHUNK = 1 << 16  # elements: what a thread does at once, and the unit of the sums
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+    # Each product and each sum rounded, as the reference does.
+    "-ffp-contract=off",
+    # Nobody asks for floating-point exceptions; without them conditional values become vector code.
+    "-fno-trapping-math",
+)
+
+# These three as in cpu.cpp.
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NO_DECAY, INSIDE, OUTSIDE = 0, 1, 2
+
+
+class _Shard(ctypes.Structure):
+    _fields_ = (
+        ("param", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("exp_avg", ctypes.c_void_p),
+        ("param_format", ctypes.c_int32),
+        ("grad_format", ctypes.c_int32),
+        ("exp_avg_format", ctypes.c_int32),
+        ("norm_type", ctypes.c_int32),
+        ("decay", ctypes.c_int32),
+        ("beta1", ctypes.c_float),
+        ("beta3", ctypes.c_float),
+        ("weight_decay", ctypes.c_float),
+    )
+
+
+class BuildError(RuntimeError):
+    """This kernel cannot be built or loaded on this machine; the message says why."""
+
+
+class Kernels:
+    """Both passes, for tensors that :func:`supports` allows.
+
+    Holds addresses only and keeps no tensor alive: it must not be used after one of the tensors has been
+    freed or given other memory.
+
+    Args:
+        shards: the tensors.
+        device: of the vectors that have one element per layer.
+        layers: how many layers there are.
+
+    Raises:
+        BuildError: see :func:`load`.
+    """
+
+    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
+        self._library, self._device, self._layers = load(), device, layers
+        self._shards = (_Shard * len(shards))(*map(_entry, shards))
+        table, end = array("q"), 0
+        for chunk in chunks(shards, CHUNK):
+            end += chunk.stop - chunk.start
+            table.extend((*chunk, end))
+        count = len(table) // 5
+        self._chunks, self._partial = table, array("d", bytes(8 * count))
+        self._tables = (ctypes.addressof(self._shards), table.buffer_info()[0], count)
+
+    def sum_of_squares(self) -> Tensor:
+        """This rank's part of each layer's statistic: see ``reference.sum_of_squares``.
+
+        Returns:
+            float64 ``[layers]``. The bits do not depend on the number of threads.
+        """
+        result = torch.empty(self._layers, dtype=torch.float64)
+        partial, _ = self._partial.buffer_info()
+        self._library.novoscale_sum_of_squares(
+            *self._tables, partial, result.data_ptr(), self._layers, torch.get_num_threads()
+        )
+        return result.to(self._device)
+
+    def update(self, coefficients: Coefficients) -> None:
+        """m and w of every active layer, in place: the bits of ``reference.update``."""
+        c = coefficients
+        vectors = [v.to("cpu", torch.float64).contiguous() for v in (c.grad_scale, c.step_size, c.decay)]
+        vectors.append(c.active.to("cpu", torch.bool).contiguous())
+        self._library.novoscale_update(
+            *self._tables, *(v.data_ptr() for v in vectors), torch.get_num_threads()
+        )
+
+
+def supports(shard: Shard) -> bool:
+    """Whether :class:`Kernels` can do this shard; if not, the reference can.
+
+    Its tensors must be in a CPU's memory, float32, bfloat16 or float16 (``exp_avg``: float32 or bfloat16),
+    and either contiguous or laid out alike, without gaps, and of one layer as a whole.
+    """
+    tensors = [shard.param, shard.grad] + ([] if shard.exp_avg is None else [shard.exp_avg])
+    if any(t.device.type != "cpu" or t.layout != torch.strided or t.dtype not in FORMATS for t in tensors):
+        return False
+    if shard.exp_avg is not None and shard.exp_avg.dtype == torch.float16:
+        return False
+    if all(t.is_contiguous() for t in tensors):
+        return True
+    # The order of the elements in memory serves where it is the same and all are of one layer.
+    return (
+        all(t.stride() == shard.param.stride() and _dense(t) for t in tensors)
+        and len(shard.segments) == 1
+        and shard.segments[0].numel == shard.param.numel()
+    )
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, each once."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _entry(shard: Shard) -> _Shard:
+    where = INSIDE if shard.reg_inside_moment else OUTSIDE
+    return _Shard(
+        shard.param.data_ptr(),
+        shard.grad.data_ptr(),
+        None if shard.exp_avg is None else shard.exp_avg.data_ptr(),
+        FORMATS[shard.param.dtype],
+        FORMATS[shard.grad.dtype],
+        0 if shard.exp_avg is None else FORMATS[shard.exp_avg.dtype],
+        shard.norm_type,
+        where if shard.weight_decay != 0 else NO_DECAY,
+        shard.beta1,
+        shard.beta3,
+        shard.weight_decay,
+    )
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library; built by ``$CXX`` (``c++``) if the cache has none.
+
+    Raises:
+        BuildError: there is no compiler, it fails (``-fopenmp`` not known, for one), or its library does
+            not load. A failure is not remembered: ask once.
+    """
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    version = _run([*compiler, "--version"])
+    identity = [SOURCE.read_text(), *compiler, version, *FLAGS, platform.machine()]
+    name = f"cpu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:20]}.so"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    try:
+        if home.is_absolute():
+            return _open(home / "novoscale" / name, compiler)
+    except OSError:  # it cannot be written to, or nothing in it may be executed
+        pass
+    try:
+        with tempfile.TemporaryDirectory(prefix="novoscale-") as folder:
+            return _open(Path(folder, name), compiler)  # stays loaded when the file is gone
+    except OSError as error:
+        raise BuildError(f"novoscale's CPU kernel cannot be loaded: {error}") from error
+
+
+def _open(path: Path, compiler: Sequence[str]) -> ctypes.CDLL:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Under a name of its own, then moved: several ranks may build at once, and a build that is
+        # killed blocks nobody.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            built = Path(folder, path.name)
+            _run([*compiler, *FLAGS, str(SOURCE), "-o", str(built)])
+            built.replace(path)
+    library = ctypes.CDLL(str(path))
+    address, integer = ctypes.c_void_p, ctypes.c_int64
+    library.novoscale_sum_of_squares.argtypes = [
+        address,
+        address,
+        integer,
+        address,
+        address,
+        integer,
+        integer,
+    ]
+    library.novoscale_update.argtypes = [address, address, integer, *[address] * 4, integer]
+    library.novoscale_sum_of_squares.restype = library.novoscale_update.restype = None
+    return library
+
+
+def _run(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise BuildError(f"novoscale's CPU kernel needs a C++ compiler: {error}") from error
+    except subprocess.CalledProcessError as error:
+        message = f"novoscale's CPU kernel: {shlex.join(command)} failed:\n{error.stderr}"
+        raise BuildError(message) from error
+    return done.stdout

@@ -1,0 +1,319 @@
+"""The fused CPU kernel against the reference: the update bit for bit, the sums to float64's rounding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from novoscale.kernels import Coefficients, Shard, cpu, reference
+from novoscale.layout import Segment
+
+try:
+    cpu.load()
+except cpu.BuildError as error:
+    pytest.skip(f"no CPU kernel here: {error}", allow_module_level=True)
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+# The terms are exact and none is negative: adding n of them in any order is off by at most n roundings.
+SUM_BOUND = 2.0**-52
+
+
+def same_bits(a, b):
+    """Equal bits; a NaN is a NaN (torch itself writes different ones with and without vector code)."""
+    return torch.equal(a.isnan(), b.isnan()) and torch.equal(
+        a.view(BITS[a.dtype])[~a.isnan()], b.view(BITS[b.dtype])[~b.isnan()]
+    )
+
+
+def values(shape, dtype, seed, special=0.0, shift=0):
+    """Values of many magnitudes, a part of them special, in a storage that they do not begin or fill."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.empty(torch.Size(shape).numel() + shift + 3, dtype=dtype)
+    exponent = torch.empty(base.shape).uniform_(-12, 3, generator=generator)
+    base.copy_(torch.randn(base.shape, generator=generator) * 10**exponent)
+    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -6e-8, 65519.0, 65520.0, 3e38])
+    places = torch.rand(base.shape, generator=generator) < special
+    base[places] = odd[torch.randint(len(odd), base.shape, generator=generator)][places].to(dtype)
+    return base[shift : shift + torch.Size(shape).numel()].view(shape)
+
+
+@st.composite
+def steps(draw):
+    """Shards over common layers, with padding, and the number of layers."""
+    seed = draw(st.integers(0, 2**31))
+    special = draw(st.sampled_from([0.0, 0.05, 1.0]))
+    layers = draw(st.integers(1, 6))
+    norm_types = draw(st.lists(st.sampled_from([2, 0]), min_size=layers, max_size=layers))
+    offsets = [0] * layers
+    shards = []
+    for index in range(draw(st.integers(1, 5))):
+        # All layers of a tensor have one norm type, but may go on in another tensor.
+        norm_type = draw(st.sampled_from(norm_types))
+        own = [layer for layer in range(layers) if norm_types[layer] == norm_type]
+        segments, end = [], 0
+        for _ in range(draw(st.integers(0, 5))):
+            start = end + draw(st.sampled_from([0, 0, 1, 7]))
+            end = start + draw(st.sampled_from([1, 2, 15, 16, 17, 63, 200, 1023, 1024, 1025, 3000]))
+            layer = draw(st.sampled_from(own))
+            segments.append(Segment(start, end, layer, offsets[layer]))
+            offsets[layer] += end - start
+        numel = end + draw(st.sampled_from([0, 1, 5]))
+        param, grad, exp_avg = (
+            values(
+                (numel,),
+                draw(st.sampled_from(dtypes)),
+                seed + 3 * index + i,
+                special,
+                draw(st.integers(0, 3)),
+            )
+            if dtypes
+            else None
+            for i, dtypes in enumerate((DTYPES, DTYPES, draw(st.sampled_from([DTYPES[:1], DTYPES[1:2], []]))))
+        )
+        options = {
+            "beta1": draw(st.sampled_from([0.0, 0.9, 0.95])) if exp_avg is not None else 0.0,
+            "beta3": draw(st.sampled_from([1.0, 0.05])),
+            "weight_decay": draw(st.sampled_from([0.0, 0.01, 1e-60])),
+            "reg_inside_moment": draw(st.booleans()),
+        }
+        shards.append(Shard(param, grad, exp_avg, tuple(segments), first=0, norm_type=norm_type, **options))
+    return shards, layers
+
+
+def coefficients(layers, seed):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = [torch.rand(layers, dtype=torch.float64, generator=generator) for _ in range(3)]
+    return Coefficients(*vectors, active=torch.rand(layers, generator=generator) < 0.7)
+
+
+def copies(shards):
+    def copy(t):
+        if t is None:
+            return None
+        whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).clone()
+        return whole.as_strided(t.shape, t.stride(), t.storage_offset())
+
+    fields = ("segments", "first", "norm_type", "beta1", "beta3", "weight_decay", "reg_inside_moment")
+    return [
+        Shard(copy(s.param), copy(s.grad), copy(s.exp_avg), **{f: getattr(s, f) for f in fields})
+        for s in shards
+    ]
+
+
+def check_update(shards, layers, seed=0):
+    """Of the whole storages, so that a write beside the segments shows."""
+    expected, c = copies(shards), coefficients(layers, seed)
+    reference.update(expected, c)
+    cpu.Kernels(shards, CPU, layers).update(c)
+    for a, b in zip(shards, expected, strict=True):
+        for t, e in ((a.param, b.param), (a.grad, b.grad), (a.exp_avg, b.exp_avg)):
+            if t is not None:
+                whole = [torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()) for x in (t, e)]
+                assert same_bits(*whole)
+
+
+def check_sums(shards, layers):
+    found = cpu.Kernels(shards, CPU, layers).sum_of_squares()
+    expected = reference.sum_of_squares(shards, CPU, layers)
+    assert found.dtype == torch.float64
+    assert found.shape == (layers,)
+    numel, exact = [0] * layers, [False] * layers
+    for shard in shards:
+        for segment in shard.segments:
+            numel[shard.first + segment.layer] += segment.numel
+            exact[shard.first + segment.layer] = shard.norm_type == 0
+    bound = torch.tensor([0.0 if e else 2 * n * SUM_BOUND for n, e in zip(numel, exact, strict=True)])
+    close = (found - expected).abs() <= bound * expected.abs()
+    assert (close | (found == expected) | (found.isnan() & expected.isnan())).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(steps(), st.integers(0, 100))
+def test_any_layout_gives_what_the_reference_gives(case, seed):
+    shards, layers = case
+    assert all(map(cpu.supports, shards))
+    check_sums(shards, layers)
+    check_update(shards, layers, seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_every_number_of_16_bits_and_its_neighbours_are_converted_as_torch_does(dtype):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
+    bits = every.view(torch.int32)
+    # Halfway to the next, and the float32 before and after that.
+    half = 1 << (15 if dtype == torch.bfloat16 else 12)
+    g = torch.cat([(bits + d).view(torch.float32) for d in (-1, 0, 1, half - 1, half, half + 1)])
+    g = torch.cat([g, torch.arange(-2048.5, 2048.5, 0.25) * 2.0**-24, torch.tensor([65519.996, 65520.0])])
+    # w - (-1*g) with w = -0 is g in all its bits.
+    one = torch.ones(1, dtype=torch.float64)
+    c = Coefficients(one, -one, one, one > 0)
+    narrowed = _simple(torch.full_like(g, -0.0, dtype=dtype), g, None)
+    widened = _simple(torch.full_like(every, -0.0), every.to(dtype), None)
+    cpu.Kernels([narrowed], CPU, 1).update(c)
+    cpu.Kernels([widened], CPU, 1).update(c)
+    assert same_bits(narrowed.param, g.to(dtype))
+    assert same_bits(widened.param, every)
+
+
+def _simple(param, grad, exp_avg, **options):
+    defaults = {"beta1": 0.9, "beta3": 1.0, "weight_decay": 0.0, "reg_inside_moment": True}
+    numel = param.numel()
+    segments = (Segment(0, numel, 0),) if numel else ()
+    return Shard(param, grad, exp_avg, segments, **{"first": 0, "norm_type": 2, **defaults, **options})
+
+
+def test_a_large_layer_gives_the_same_bits_for_every_number_of_threads():
+    shards = [
+        _simple(
+            *(values((numel,), torch.float32, numel + i) for i in range(3)), weight_decay=0.1, first=first
+        )
+        for first, numel in enumerate((1_000_001, 5, 300_000))
+    ]
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            own = copies(shards)
+            kernels = cpu.Kernels(own, CPU, 3)
+            sums = kernels.sum_of_squares()
+            kernels.update(coefficients(3, 1))
+            results.append([sums, *(s.param for s in own), *(s.exp_avg for s in own)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    check_sums(shards, 3)
+    check_update(shards, 3)
+
+
+def test_a_thousand_layers_and_a_large_one():
+    sizes = [256] * 1000 + [200_000, 0, 1]
+    shards = [
+        _simple(*(values((n,), torch.float32, i) for _ in range(3)), first=i) for i, n in enumerate(sizes)
+    ]
+    check_sums(shards, len(sizes))
+    check_update(shards, len(sizes))
+    assert cpu.Kernels(shards, CPU, len(sizes)).sum_of_squares()[-2] == 0
+
+
+def test_no_shards_and_no_layers():
+    kernels = cpu.Kernels([], CPU, 0)
+    assert kernels.sum_of_squares().numel() == 0
+    kernels.update(coefficients(0, 0))
+    assert cpu.Kernels([], CPU, 2).sum_of_squares().tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("norm_type", [2, 0])
+def test_a_nan_shows_in_its_layer_only(norm_type):
+    g = torch.ones(200_000)
+    g[70_000], g[150_000] = torch.nan, torch.inf
+    segments = (Segment(0, 100_000, 0), Segment(100_000, 160_000, 1), Segment(160_000, 200_000, 2))
+    shard = Shard(g, g, None, segments, 0, norm_type, 0.0, 1.0, 0.0, True)
+    nan, inf, rest = cpu.Kernels([shard], CPU, 3).sum_of_squares().tolist()
+    assert (nan != nan, inf, rest) == (True, float("inf"), 40_000.0 if norm_type == 2 else 1.0)
+
+
+@pytest.mark.parametrize("moment", [None, torch.bfloat16])
+def test_elements_beyond_two_to_the_31(moment):
+    numel = 2**31 + 1000  # bfloat16 pages that nobody touches take no memory
+    param, grad = (torch.empty(numel, dtype=torch.bfloat16) for _ in range(2))
+    exp_avg = None if moment is None else torch.empty(numel, dtype=moment)
+    segment = Segment(2**31 + 7, 2**31 + 900, 0)
+    part = slice(segment.start - 5, segment.stop + 5)
+    for i, t in enumerate((param, grad, exp_avg)):
+        if t is not None:
+            t[part] = values((segment.numel + 10,), t.dtype, i)
+    options = (0, 2, 0.9, 1.0, 0.1, True)
+    shard = Shard(param, grad, exp_avg, (segment,), *options)
+    small = [None if t is None else t[part].clone() for t in (param, grad, exp_avg)]
+    expected = Shard(*small, (Segment(5, 5 + segment.numel, 0),), *options)
+    kernels, c = cpu.Kernels([shard], CPU, 1), coefficients(1, 3)
+    c.active.fill_(True)
+    sums = reference.sum_of_squares([expected], CPU, 1)
+    assert torch.allclose(kernels.sum_of_squares(), sums, rtol=2 * segment.numel * SUM_BOUND, atol=0)
+    kernels.update(c)
+    reference.update([expected], c)
+    assert same_bits(param[part], expected.param)
+    assert exp_avg is None or same_bits(exp_avg[part], expected.exp_avg)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_any_order_of_dimensions_where_it_is_the_same_for_all(memory_format):
+    tensors = [
+        values((2, 3, 5, 7), torch.float32, i).contiguous(memory_format=memory_format) for i in range(3)
+    ]
+    shard = _simple(*tensors, weight_decay=0.1, first=0)
+    assert cpu.supports(shard)
+    check_sums([shard], 1)
+    check_update([shard], 1)
+
+
+def test_what_is_not_supported():
+    t = torch.zeros(4, 6)
+    supports = lambda *tensors, **options: cpu.supports(_simple(*tensors, **options))  # noqa: E731
+    assert supports(t, t, None)
+    assert supports(t.t(), t.t(), t.t())
+    assert supports(t, t.half(), t.bfloat16())
+    assert not supports(t.double(), t.double(), None)
+    assert not supports(t, t, t.half())
+    assert not supports(t, t.to_sparse(), None)
+    assert not supports(t.to("meta"), t, None)
+    assert not supports(t.t(), t.view(6, 4), None)
+    assert not supports(t[:, :4], t[:, :4], None)
+    assert not supports(t[:1].expand(4, 6), t[:1].expand(4, 6), None)
+    halves = (Segment(0, 12, 0), Segment(12, 24, 1))
+    assert not cpu.supports(Shard(t.t(), t.t(), None, halves, 0, 2, 0.9, 1.0, 0.0, True))
+    assert not cpu.supports(Shard(t.t(), t.t(), None, halves[:1], 0, 2, 0.9, 1.0, 0.0, True))
+
+
+# ---- Building ----
+
+
+def _load(monkeypatch, **environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    return cpu.load.__wrapped__()
+
+
+@pytest.mark.parametrize(("compiler", "message"), [("/bin/false", "failed"), ("/no/compiler", "needs a C")])
+def test_without_a_compiler_the_message_says_so(tmp_path, monkeypatch, compiler, message):
+    with pytest.raises(cpu.BuildError, match=message):
+        _load(monkeypatch, CXX=compiler, XDG_CACHE_HOME=tmp_path)
+
+
+def test_what_the_compiler_says_is_in_the_message_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-fnonsense"))
+    with pytest.raises(cpu.BuildError, match="nonsense"):
+        _load(monkeypatch, XDG_CACHE_HOME=tmp_path)
+    assert not list((tmp_path / "novoscale").iterdir())
+
+
+@pytest.mark.parametrize("home", ["/proc", "relative"])
+def test_without_a_home_that_can_be_written_to(tmp_path, monkeypatch, home):
+    monkeypatch.chdir(tmp_path)
+    assert _load(monkeypatch, XDG_CACHE_HOME=home).novoscale_update
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_may_build_at_once(tmp_path):
+    code = "from novoscale.kernels import cpu; cpu.load()"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    root = Path(__file__).parents[2]
+    both = [subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=root) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    (library,) = (tmp_path / "novoscale").iterdir()
+    assert library.suffix == ".so"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_threads_are_torchs():
+    torch.ones(1_000_000).sum()
+    maps = Path("/proc/self/maps").read_text().split()
+    assert len({Path(word).resolve() for word in maps if "libgomp" in word}) == 1
