@@ -35,8 +35,9 @@ def zero_1_and_2(zero: Any) -> Iterator[Bound]:
         for layer, p in enumerate(params):
             key = zero.get_param_id(p)
             for holder in zero.param_to_partition_ids[i][key]:
-                start = zero.grad_partition_insertion_offset[i][holder][key]
-                offset = zero.grad_start_offset[i][holder][key]
+                # int: DeepSpeed 0.16 computes with a partition_size that is a float.
+                start = int(zero.grad_partition_insertion_offset[i][holder][key])
+                offset = int(zero.grad_start_offset[i][holder][key])
                 stop = min(start + p.numel() - offset, int(zero.partition_size[i]))
                 pieces[holder].append(Segment(start, stop, layer, offset))
         flat = zero.single_partition_of_fp32_groups[i]

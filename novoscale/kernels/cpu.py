@@ -82,14 +82,21 @@ class Kernels:
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
         self._library, self._device, self._layers = load(), device, layers
-        self._shards = (_Shard * len(shards))(*map(_entry, shards))
         table, end = array("q"), 0
         for chunk in chunks(shards, CHUNK):
             end += chunk.stop - chunk.start
             table.extend((*chunk, end))
-        count = len(table) // 5
-        self._chunks, self._partial = table, array("d", bytes(8 * count))
-        self._tables = (ctypes.addressof(self._shards), table.buffer_info()[0], count)
+        self._chunks, self._partial = table, array("d", bytes(8 * (len(table) // 5)))
+        self.moved(shards)
+
+    def moved(self, shards: Sequence[Shard]) -> None:
+        """Go on with tensors that differ from the first ones in their addresses only."""
+        self._shards = (_Shard * len(shards))(*map(_entry, shards))
+        self._tables = (
+            ctypes.addressof(self._shards),
+            self._chunks.buffer_info()[0],
+            len(self._partial),
+        )
 
     def sum_of_squares(self) -> Tensor:
         """This rank's part of each layer's statistic: see ``reference.sum_of_squares``.
