@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+BASELINE = "torch AdamW, fused"
 COLORS = {"AdamW": "#888888", "Adafactor": "#d98032", "NovoGrad": "#1f6fb4"}
 
 
@@ -83,6 +84,38 @@ def others(report: dict[str, Any], path: Path) -> None:
     title = f"ZeRO-2 on 3 ranks, {report['steps']} steps: distance from the same optimizer in one process"
     axis.set_title(title, loc="right", size=11)
     _save(figure, path, report["provenance"])
+
+
+def speed(run: dict[str, Any], path: Path) -> None:
+    """Time of a step over that of torch's fused AdamW, for each shape, without and with clipping."""
+    shapes = list(run["shapes"])
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.6 + 1.1 * len(shapes)), sharey=True)
+    for axis, clip in zip(axes, (False, True), strict=True):
+        times = [
+            {r["optimizer"]: r["ms"] for r in run["shapes"][shape]["rows"] if r["clip"] == clip and "ms" in r}
+            for shape in shapes
+        ]
+        names = [n for n in dict.fromkeys(n for t in times for n in t) if n != "NovoGrad, reference"]
+        height = 0.8 / max(len(names), 1)
+        for k, name in enumerate(names):
+            known = [(i, t[name] / t[BASELINE]) for i, t in enumerate(times) if name in t and BASELINE in t]
+            color = (
+                COLORS["NovoGrad"]
+                if name == "NovoGrad"
+                else plt.get_cmap("Greys")(0.3 + 0.5 * k / len(names))
+            )
+            bars = axis.barh(
+                [i + height * k for i, _ in known], [v for _, v in known], height, color=color, label=name
+            )
+            axis.bar_label(bars, [f" {v:.2f}" for _, v in known], size=6)
+        axis.axvline(1, color="#c0392b", lw=0.8)
+        axis.set_yticks([i + 0.4 - height / 2 for i in range(len(shapes))], shapes, size=8)
+        axis.set_title("with clipping" if clip else "without clipping", size=10)
+        axis.set(xlabel=f"time of a step over {BASELINE}", xscale="log")
+    axes[0].invert_yaxis()
+    axes[1].legend(frameon=False, fontsize=7)
+    figure.suptitle(f"{run['device']}, {run['dtype']} weights and gradients", size=11)
+    _save(figure, path, run["provenance"])
 
 
 def _short(value: float) -> str:

@@ -1,0 +1,253 @@
+"""The time of a step: NovoGrad beside the optimizers of torch and others, in one run.
+
+    make speed
+    python benchmarks/speed.py --shape gpt2-124m --shape flat-64m --dtype bfloat16
+
+Every optimizer gets tensors of its own; they take turns, round after round, so that what disturbs the machine
+disturbs all. Each is also timed with clipping: ``max_grad_norm`` in NovoGrad's step,
+``torch.nn.utils.clip_grad_norm_`` before the others'. The copy bandwidth is measured in the same rounds. A
+run is appended to speed.json, and drawn.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import plots
+from benchmarks.optimizers import CANDIDATES, Candidate
+from benchmarks.provenance import provenance
+from benchmarks.shapes import CATALOGUE, Shapes
+
+# Larger than any norm here: the gradients stay what they are, and the work is the same.
+CLIP = 1e6
+COPY = 1 << 28  # bytes copied to measure the bandwidth: larger than caches
+
+Row = dict[str, Any]
+
+
+def main(
+    shape: Annotated[list[str] | None, typer.Option(help=f"Of: {', '.join(CATALOGUE)}.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of weights and gradients: float32 or bfloat16.")] = "float32",
+    optimizer: Annotated[list[str] | None, typer.Option(help="Those whose name contains this.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda if there is one.")] = None,
+    rounds: Annotated[int, typer.Option(help="Turns of each optimizer.")] = 5,
+    steps: Annotated[int, typer.Option(help="Timed steps of a turn, after two that are not.")] = 5,
+    out: Annotated[Path, typer.Option(help="Folder for speed.json and the plot.")] = Path("runs"),
+) -> None:
+    """Measure, print a table, append to speed.json, draw."""
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    names = [n for n in CANDIDATES if not optimizer or any(part.lower() in n.lower() for part in optimizer)]
+    names = [n for n in names if where in CANDIDATES[n].devices]
+    shapes = shape or [n for n in CATALOGUE if n.startswith("llama") is (where == "cuda") or "-64" not in n]
+    unknown = [name for name in shapes if name not in CATALOGUE]
+    if unknown:
+        raise typer.BadParameter(f"no shape {unknown}; there are {', '.join(CATALOGUE)}")
+    run = {
+        "provenance": provenance(),
+        "device": torch.cuda.get_device_name() if where == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "rounds": rounds,
+        "steps": steps,
+        "shapes": {},
+    }
+    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        for name in shapes:
+            task = progress.add_task(name, total=rounds * len(names) * 2)
+            measured = measure(
+                CATALOGUE[name](), names, where, getattr(torch, dtype), rounds, steps,
+                lambda task=task: progress.advance(task),
+            )  # fmt: skip
+            run["shapes"][name] = measured
+            show(name, measured)
+    out.mkdir(parents=True, exist_ok=True)
+    append(out / "speed.json", run)
+    plots.speed(run, out / f"speed_{where}_{dtype}")
+    print(f"Appended to {out / 'speed.json'}; drawn: {out / f'speed_{where}_{dtype}'}.png, .svg")
+
+
+def measure(
+    shapes: Shapes,
+    names: list[str],
+    device: str,
+    dtype: torch.dtype,
+    rounds: int,
+    steps: int,
+    advance: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Time every optimizer, with and without clipping, in turns."""
+    elements = sum(math.prod(shape) for shape in shapes)
+    rows: dict[tuple[str, bool], Row] = {
+        (name, clip): {"optimizer": name, "clip": clip, "ms": [], "host_ms": []}
+        for name in names
+        for clip in (False, True)
+    }
+    copies: list[float] = []
+    for _ in range(rounds):
+        copies.append(copy_bandwidth(device))
+        for (name, clip), row in rows.items():
+            if "why" not in row:
+                try:
+                    turn(row, CANDIDATES[name], shapes, device, dtype, CLIP if clip else None, steps)
+                except (
+                    ImportError,
+                    RuntimeError,
+                    AssertionError,
+                    ValueError,
+                    torch.OutOfMemoryError,
+                ) as error:
+                    row["why"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            gc.collect()
+            advance()
+    copy = max(copies)
+    size = dtype.itemsize
+    return {
+        "tensors": len(shapes),
+        "elements": elements,
+        "copy_GBps": round(copy / 1e9, 1),
+        "rows": [
+            summary(row, CANDIDATES[name].bytes_moved(elements, size, clip), copy)
+            for (name, clip), row in rows.items()
+        ],
+    }
+
+
+def turn(
+    row: Row,
+    candidate: Candidate,
+    shapes: Shapes,
+    device: str,
+    dtype: torch.dtype,
+    clip: float | None,
+    steps: int,
+) -> None:
+    """One turn of one optimizer; times are added to its row."""
+    params = [nn.Parameter(torch.empty(s, device=device, dtype=dtype).uniform_(-1, 1)) for s in shapes]
+    for p in params:
+        p.grad = torch.empty_like(p).uniform_(-1, 1)
+    optimizer = candidate.make(params, clip)  # type: ignore[arg-type]
+    outside = clip is not None and candidate.clips is None
+
+    def step() -> None:
+        if outside:
+            nn.utils.clip_grad_norm_(params, CLIP)
+        optimizer.step()
+
+    for _ in range(2):
+        step()
+    if device == "cuda":
+        on_gpu(row, step, steps)
+        return
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        row["ms"].append(1e3 * (time.perf_counter() - start))
+
+
+def on_gpu(row: Row, step: Callable[[], None], steps: int) -> None:
+    """Device time by events, host time to the return of the call, transient memory, launches."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(steps):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        called = time.perf_counter()
+        step()
+        row["host_ms"].append(1e3 * (time.perf_counter() - called))
+        end.record()
+        torch.cuda.synchronize()
+        row["ms"].append(start.elapsed_time(end))
+    row["transient_MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    if "launches" not in row:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
+        row["launches"] = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes per second that a copy reads and writes, the best of five."""
+    source = torch.ones(COPY // 4, device=device)
+    target = torch.empty_like(source)
+    best = math.inf
+    for _ in range(6):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * COPY / best
+
+
+def summary(row: Row, moved: float | None, copy: float) -> Row:
+    """The row as it is written: medians and quartiles instead of every time."""
+    if "why" in row or not row["ms"]:
+        return {k: row[k] for k in ("optimizer", "clip", "why") if k in row}
+    ms = statistics.median(row["ms"])
+    low, _, high = statistics.quantiles(row["ms"], n=4) if len(row["ms"]) > 1 else (ms, ms, ms)
+    digits = lambda value: None if value is None else float(f"{value:.4g}")  # noqa: E731
+    return {
+        "optimizer": row["optimizer"],
+        "clip": row["clip"],
+        "ms": digits(ms),
+        "quartiles_ms": [digits(low), digits(high)],
+        "best_ms": digits(min(row["ms"])),
+        "bytes_moved": moved,
+        "GBps": digits(None if moved is None else moved / ms / 1e6),
+        "of_copy_bandwidth": digits(None if moved is None else moved / ms * 1e3 / copy),
+        # Not measured on a CPU, where the call returns when the work is done.
+        "host_ms": digits(statistics.median(row["host_ms"]) if row["host_ms"] else None),
+        "launches": row.get("launches"),
+        "transient_MiB": digits(row.get("transient_MiB")),
+    }
+
+
+def show(name: str, measured: dict[str, Any]) -> None:
+    """Print the table of one shape."""
+    title = f"{name}: {measured['elements'] / 1e6:.4g}M elements in {measured['tensors']} tensors"
+    table = Table(title=f"{title}; copy {measured['copy_GBps']} GB/s", title_justify="left")
+    table.add_column("optimizer", no_wrap=True)
+    for column in ("clip", "ms", "quartiles", "of AdamW fused", "GB/s", "of copy", "host ms", "launches"):
+        table.add_column(column, justify="right", no_wrap=True)
+    base = {r["clip"]: r.get("ms") for r in measured["rows"] if r["optimizer"] == plots.BASELINE}
+    for row in measured["rows"]:
+        clip = "yes" if row["clip"] else ""
+        if "why" in row:
+            table.add_row(row["optimizer"], clip, row["why"][:60])
+            continue
+        relative = f"{row['ms'] / base[row['clip']]:.2f}" if base.get(row["clip"]) else ""
+        cells = [f"{row['ms']:.4g}", "{:.4g} to {:.4g}".format(*row["quartiles_ms"]), relative]
+        cells += ["" if row[k] is None else f"{row[k]:.3g}" for k in ("GBps", "of_copy_bandwidth", "host_ms")]
+        table.add_row(row["optimizer"], clip, *cells, str(row["launches"] or ""))
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(table)
+
+
+def append(path: Path, run: dict[str, Any]) -> None:
+    """Add a run to the file that holds all of them."""
+    runs = json.loads(path.read_text()) if path.exists() else []
+    path.write_text(json.dumps([*runs, run], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
