@@ -1,8 +1,8 @@
 // Both passes over the elements, for tensors in a CPU's memory. reference.py is the definition; cpu.py
 // builds this file, fills the tables and calls the two functions at the end.
 //
-// A thread works through chunks by tiles. A tile of another format than float32 is widened into a
-// buffer in the first-level cache and narrowed from there, so the arithmetic is written once, for float32.
+// The update of a chunk goes by tiles: what is not float32 is widened into a buffer in the first-level
+// cache and narrowed from there, so the arithmetic is written once, for float32.
 //
 // Flags that matter: -ffp-contract=off (each product and each sum is rounded), -fno-trapping-math
 // (conditional values become vector code); never -ffast-math.
@@ -19,9 +19,12 @@
 #define VARIANTS
 #endif
 
+#define INLINE inline __attribute__((always_inline))
+
 namespace {
 
-constexpr int64_t TILE = 1024;
+// A few KiB: with 1024 elements the update of bfloat16 took half as long again.
+constexpr int64_t TILE = 256;
 constexpr int64_t SMALL = 1 << 15;  // elements that are done before other threads would have started
 
 enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16 };
@@ -48,72 +51,164 @@ struct Table {
 
 // ---- Formats ----
 //
-// Without branches, so that loops over them become vector code. To add one: its two loops, and a case
-// in `load` and in `store`.
+// Without branches, so that loops over them become vector code. To add one: `widen` and `narrow`, and a
+// case in `load`, `store` and, for gradients, `statistic`.
 
-uint32_t bits_of(float value) {
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+INLINE uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-float float_of(uint32_t bits) {
+INLINE float float_of(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-VARIANTS void widen_bfloat16(const uint16_t *from, float *to, int64_t n) {
-  for (int64_t i = 0; i < n; i++) to[i] = float_of(static_cast<uint32_t>(from[i]) << 16);
+INLINE float widen(float value) { return value; }
+
+INLINE float widen(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+
+INLINE void narrow(float value, BFloat16 &to) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  to.bits = static_cast<uint16_t>(nan ? 0x7fc0 : rounded);
 }
 
-VARIANTS void narrow_bfloat16(const float *from, uint16_t *to, int64_t n) {
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t bits = bits_of(from[i]);
-    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;  // to nearest, ties to even
-    const bool nan = (bits & 0x7fffffff) > 0x7f800000;
-    to[i] = static_cast<uint16_t>(nan ? 0x7fc0 : rounded);
-  }
+// Float16's exponents as float32 has them: what to add to one, and the smallest of a normal number.
+constexpr uint32_t REBIAS = (127 - 15) << 23, SMALLEST_NORMAL = (127 - 14) << 23;
+
+INLINE float widen(Float16 value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(value.bits & 0x7fff) << 13;
+  const uint32_t normal = magnitude + REBIAS;
+  const uint32_t special = magnitude | 0x7f800000;  // infinity and NaN
+  // A subnormal is its fraction put onto the smallest normal number, less that number.
+  const uint32_t subnormal = bits_of(float_of(magnitude + SMALLEST_NORMAL) - float_of(SMALLEST_NORMAL));
+  const uint32_t finite = magnitude < 1 << 23 ? subnormal : normal;
+  return float_of(sign | (magnitude < 31 << 23 ? finite : special));
 }
 
-VARIANTS void widen_float16(const uint16_t *from, float *to, int64_t n) {
-  constexpr uint32_t REBIAS = (127 - 15) << 23, SMALLEST_NORMAL = (127 - 14) << 23;
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t sign = static_cast<uint32_t>(from[i] & 0x8000) << 16;
-    const uint32_t magnitude = static_cast<uint32_t>(from[i] & 0x7fff) << 13;
-    const uint32_t normal = magnitude + REBIAS;
-    const uint32_t special = magnitude | 0x7f800000;  // infinity and NaN
-    // A subnormal is its fraction put onto the smallest normal number, less that number.
-    const uint32_t subnormal = bits_of(float_of(magnitude + SMALLEST_NORMAL) - float_of(SMALLEST_NORMAL));
-    const uint32_t finite = magnitude < 1 << 23 ? subnormal : normal;
-    to[i] = float_of(sign | (magnitude < 31 << 23 ? finite : special));
-  }
-}
-
-VARIANTS void narrow_float16(const float *from, uint16_t *to, int64_t n) {
-  constexpr uint32_t REBIAS = (127 - 15) << 23, SMALLEST_NORMAL = (127 - 14) << 23;
+INLINE void narrow(float value, Float16 &to) {
   constexpr uint32_t OVERFLOW = 0x477ff000;  // 65520, from which on the nearest is infinity
+  const uint32_t sign = bits_of(value) >> 16 & 0x8000;
+  const uint32_t magnitude = bits_of(value) & 0x7fffffff;
+  const uint32_t normal = (magnitude - REBIAS + 0xfff + (magnitude >> 13 & 1)) >> 13;  // as above
+  // Float32 next to 0.5 is spaced as float16's subnormals are: the addition rounds.
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t finite = magnitude < SMALLEST_NORMAL ? subnormal : normal;
+  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
+  to.bits = static_cast<uint16_t>(sign | (magnitude < OVERFLOW ? finite : special));
+}
+
+VARIANTS void widen(const BFloat16 *from, float *to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = widen(from[i]);
+}
+
+VARIANTS void widen(const Float16 *from, float *to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] = widen(from[i]);
+}
+
+VARIANTS void narrow(const float *from, BFloat16 *to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) narrow(from[i], to[i]);
+}
+
+VARIANTS void narrow(const float *from, Float16 *to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) narrow(from[i], to[i]);
+}
+
+// ---- The first pass over a chunk ----
+
+// Sixteen sums in each of four streams, put together in a fixed order: the same bits whatever the vectors'
+// width. The streams run through a quarter of the chunk each: a single one would wait for memory at
+// each new page.
+template <typename T>
+INLINE double sum_of_squares(const T *g, int64_t n) {
+  constexpr int64_t STREAMS = 4, LANES = 16;
+  const int64_t length = n / (STREAMS * LANES) * LANES;  // of a stream
+  double sums[STREAMS][LANES] = {};
+  for (int64_t i = 0; i < length; i += LANES) {
+    for (int64_t stream = 0; stream < STREAMS; stream++) {
+      for (int64_t lane = 0; lane < LANES; lane++) {
+        const double value = widen(g[stream * length + i + lane]);
+        sums[stream][lane] += value * value;
+      }
+    }
+  }
+  double sum = 0;
+  for (int64_t i = STREAMS * length; i < n; i++) {
+    const double value = widen(g[i]);
+    sum += value * value;
+  }
+  // By halves: a chain of additions would take longer than the squares of a small layer.
+  double *sums_of_all = sums[0];
+  for (int64_t width = STREAMS * LANES / 2; width > 0; width /= 2) {
+    for (int64_t k = 0; k < width; k++) sums_of_all[k] += sums_of_all[k + width];
+  }
+  return sum + sums_of_all[0];
+}
+
+// Magnitudes are ordered as their bits are, NaN above all.
+template <typename T>
+INLINE double largest_magnitude(const T *g, int64_t n) {
+  uint32_t largest = 0;
   for (int64_t i = 0; i < n; i++) {
-    const uint32_t sign = bits_of(from[i]) >> 16 & 0x8000;
-    const uint32_t magnitude = bits_of(from[i]) & 0x7fffffff;
-    const uint32_t normal = (magnitude - REBIAS + 0xfff + (magnitude >> 13 & 1)) >> 13;  // as above
-    // Float32 next to 0.5 is spaced as float16's subnormals are: the addition rounds.
-    const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
-    const uint32_t finite = magnitude < SMALLEST_NORMAL ? subnormal : normal;
-    const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-    to[i] = static_cast<uint16_t>(sign | (magnitude < OVERFLOW ? finite : special));
+    const uint32_t magnitude = bits_of(widen(g[i])) & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return float_of(largest);
+}
+
+VARIANTS double statistic(const float *g, int64_t n, int32_t norm_type) {
+  return norm_type == 2 ? sum_of_squares(g, n) : largest_magnitude(g, n);
+}
+
+VARIANTS double statistic(const BFloat16 *g, int64_t n, int32_t norm_type) {
+  return norm_type == 2 ? sum_of_squares(g, n) : largest_magnitude(g, n);
+}
+
+VARIANTS double statistic(const Float16 *g, int64_t n, int32_t norm_type) {
+  return norm_type == 2 ? sum_of_squares(g, n) : largest_magnitude(g, n);
+}
+
+double statistic(const Shard &shard, const Chunk &chunk) {
+  const int64_t n = chunk.stop - chunk.start;
+  switch (shard.grad_format) {
+    case BFLOAT16:
+      return statistic(static_cast<const BFloat16 *>(shard.grad) + chunk.start, n, shard.norm_type);
+    case FLOAT16:
+      return statistic(static_cast<const Float16 *>(shard.grad) + chunk.start, n, shard.norm_type);
+    default:
+      return statistic(static_cast<const float *>(shard.grad) + chunk.start, n, shard.norm_type);
   }
 }
+
+// Two statistics of a layer as one.
+double combine(double a, double b, int32_t norm_type) {
+  if (norm_type == 2) return a + b;
+  return b > a || b != b ? b : a;  // a NaN stays
+}
+
+// ---- The second pass over a chunk ----
 
 // n elements from `start` on as float32: where they lie, or in the buffer.
 float *load(void *tensor, int32_t format, int64_t start, int64_t n, float *buffer) {
-  const uint16_t *halves = static_cast<const uint16_t *>(tensor) + start;
   switch (format) {
     case BFLOAT16:
-      widen_bfloat16(halves, buffer, n);
+      widen(static_cast<const BFloat16 *>(tensor) + start, buffer, n);
       return buffer;
     case FLOAT16:
-      widen_float16(halves, buffer, n);
+      widen(static_cast<const Float16 *>(tensor) + start, buffer, n);
       return buffer;
     default:
       return static_cast<float *>(tensor) + start;
@@ -122,45 +217,12 @@ float *load(void *tensor, int32_t format, int64_t start, int64_t n, float *buffe
 
 // Write back what `load` returned; float32 was changed where it lies.
 void store(const float *values, void *tensor, int32_t format, int64_t start, int64_t n) {
-  uint16_t *halves = static_cast<uint16_t *>(tensor) + start;
   switch (format) {
     case BFLOAT16:
-      return narrow_bfloat16(values, halves, n);
+      return narrow(values, static_cast<BFloat16 *>(tensor) + start, n);
     case FLOAT16:
-      return narrow_float16(values, halves, n);
+      return narrow(values, static_cast<Float16 *>(tensor) + start, n);
   }
-}
-
-// ---- The arithmetic of a tile ----
-
-// Sums side by side, put together in a fixed order: the same bits whatever the vectors' width.
-VARIANTS double sum_of_squares(const float *g, int64_t n) {
-  constexpr int64_t LANES = 16;
-  double sums[LANES] = {};
-  double sum = 0;
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    for (int64_t k = 0; k < LANES; k++) {
-      const double value = g[i + k];
-      sums[k] += value * value;
-    }
-  }
-  for (; i < n; i++) {
-    const double value = g[i];
-    sum += value * value;
-  }
-  for (int64_t k = 0; k < LANES; k++) sum += sums[k];
-  return sum;
-}
-
-// Magnitudes are ordered as their bits are, NaN above all.
-VARIANTS float largest_magnitude(const float *g, int64_t n) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < n; i++) {
-    const uint32_t magnitude = bits_of(g[i]) & 0x7fffffff;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return float_of(largest);
 }
 
 struct Step {
@@ -168,7 +230,7 @@ struct Step {
   int32_t decay;
 };
 
-VARIANTS void step(float *w, const float *g, float *m, int64_t n, const Step s) {
+INLINE void step_piece(float *w, const float *g, float *m, int64_t n, const Step &s) {
 #pragma omp simd
   for (int64_t i = 0; i < n; i++) {
     float moment = g[i] * s.grad_scale;
@@ -184,30 +246,27 @@ VARIANTS void step(float *w, const float *g, float *m, int64_t n, const Step s) 
   }
 }
 
-// ---- The passes over a chunk ----
-
-// Two statistics of a layer as one.
-double combine(double a, double b, int32_t norm_type) {
-  if (norm_type == 2) return a + b;
-  return b > a || b != b ? b : a;  // a NaN stays
-}
-
-double statistic(const Shard &shard, const Chunk &chunk) {
-  alignas(64) float buffer[TILE];
-  double result = 0;
-  for (int64_t start = chunk.start; start < chunk.stop; start += TILE) {
-    const int64_t n = chunk.stop - start < TILE ? chunk.stop - start : TILE;
-    const float *g = load(shard.grad, shard.grad_format, start, n, buffer);
-    const double tile = shard.norm_type == 2 ? sum_of_squares(g, n) : largest_magnitude(g, n);
-    result = combine(result, tile, shard.norm_type);
+// In two streams, for the same reason as the sums.
+VARIANTS void step(float *w, const float *g, float *m, int64_t n, const Step s) {
+  constexpr int64_t STREAMS = 2, PIECE = 64;
+  const int64_t length = n / (STREAMS * PIECE) * PIECE;  // of a stream
+  for (int64_t i = 0; i < length; i += PIECE) {
+    for (int64_t stream = 0; stream < STREAMS; stream++) {
+      const int64_t at = stream * length + i;
+      step_piece(w + at, g + at, m ? m + at : nullptr, PIECE, s);
+    }
   }
-  return result;
+  const int64_t rest = STREAMS * length;
+  step_piece(w + rest, g + rest, m ? m + rest : nullptr, n - rest, s);
 }
 
 void update(const Shard &shard, const Chunk &chunk, const Step &s) {
   alignas(64) float buffers[3][TILE];
-  for (int64_t start = chunk.start; start < chunk.stop; start += TILE) {
-    const int64_t n = chunk.stop - start < TILE ? chunk.stop - start : TILE;
+  const bool in_place = shard.param_format == FLOAT32 && shard.grad_format == FLOAT32 &&
+                        shard.exp_avg_format == FLOAT32;
+  const int64_t tile = in_place ? chunk.stop - chunk.start : TILE;
+  for (int64_t start = chunk.start; start < chunk.stop; start += tile) {
+    const int64_t n = chunk.stop - start < tile ? chunk.stop - start : tile;
     const float *g = load(shard.grad, shard.grad_format, start, n, buffers[0]);
     float *w = load(shard.param, shard.param_format, start, n, buffers[1]);
     float *m = shard.exp_avg ? load(shard.exp_avg, shard.exp_avg_format, start, n, buffers[2]) : nullptr;

@@ -16,7 +16,6 @@ import platform
 import shlex
 import subprocess
 import tempfile
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,21 +81,16 @@ class Kernels:
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
         self._library, self._device, self._layers = load(), device, layers
-        table, end = array("q"), 0
-        for chunk in chunks(shards, CHUNK):
-            end += chunk.stop - chunk.start
-            table.extend((*chunk, end))
-        self._chunks, self._partial = table, array("d", bytes(8 * (len(table) // 5)))
+        table = chunks(shards, CHUNK)
+        ends = (table[:, 2] - table[:, 1]).cumsum(0)
+        self._chunks = torch.cat((table, ends[:, None]), dim=1).contiguous()
+        self._partial = torch.empty(len(table), dtype=torch.float64, device="cpu")
         self.moved(shards)
 
     def moved(self, shards: Sequence[Shard]) -> None:
         """Go on with tensors that differ from the first ones in their addresses only."""
         self._shards = (_Shard * len(shards))(*map(_entry, shards))
-        self._tables = (
-            ctypes.addressof(self._shards),
-            self._chunks.buffer_info()[0],
-            len(self._partial),
-        )
+        self._tables = (ctypes.addressof(self._shards), self._chunks.data_ptr(), len(self._chunks))
 
     def sum_of_squares(self) -> Tensor:
         """This rank's part of each layer's statistic: see ``reference.sum_of_squares``.
@@ -105,9 +99,12 @@ class Kernels:
             float64 ``[layers]``. The bits do not depend on the number of threads.
         """
         result = torch.empty(self._layers, dtype=torch.float64)
-        partial, _ = self._partial.buffer_info()
         self._library.novoscale_sum_of_squares(
-            *self._tables, partial, result.data_ptr(), self._layers, torch.get_num_threads()
+            *self._tables,
+            self._partial.data_ptr(),
+            result.data_ptr(),
+            self._layers,
+            torch.get_num_threads(),
         )
         return result.to(self._device)
 

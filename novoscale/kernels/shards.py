@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,29 +67,16 @@ class Coefficients:
         )
 
 
-class Chunk(NamedTuple):
-    """Elements ``start..stop`` of the tensor of shard ``shard`` belong to layer ``layer`` of all layers."""
-
-    shard: int
-    start: int
-    stop: int
-    layer: int
-
-
-def chunks(shards: Sequence[Shard], size: int) -> list[Chunk]:
+def chunks(shards: Sequence[Shard], size: int) -> Tensor:
     """The elements of all shards in chunks of at most ``size``, those of a layer next to each other.
 
     Chunks begin at multiples of ``size`` in their tensor (but for the first of a segment), so that they are
-    aligned where the tensor is, and a layer's chunks follow in the order of its elements.
-    """
-    return [Chunk(*row) for row in chunk_table(shards, size).tolist()]
+    aligned where the tensor is, and a layer's chunks follow in the order of its elements. Made without a
+    loop over chunks: a billion elements are tens of thousands.
 
-
-def chunk_table(shards: Sequence[Shard], size: int) -> Tensor:
-    """The same as :func:`chunks`, as int64 ``[chunks, 4]`` on the CPU: made without a loop over chunks.
-
-    A billion elements are tens of thousands of chunks, and a framework that gives gradients new addresses
-    has the table made anew.
+    Returns:
+        int64 ``[chunks, 4]`` on the CPU: index of the shard, first element, end (exclusive), layer of all
+        layers.
     """
     placed = sorted(
         (shard.first + segment.layer, segment.offset, index, segment.start, segment.stop)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from novoscale.kernels.shards import Coefficients, Shard, chunk_table
+from novoscale.kernels.shards import Coefficients, Shard, chunks
 
 # Elements of a chunk, the work of one program: enough of them to fill a GPU from models of a few million
 # elements on (an H100 runs about two thousand programs at a time), and a table of 64 bytes in 16384
@@ -230,6 +230,15 @@ def _update(
                 )  # fmt: skip
 
 
+def load() -> None:
+    """Find out whether Triton can compile for the GPU of this machine.
+
+    Raises:
+        RuntimeError: it has no driver for it.
+    """
+    triton.runtime.driver.active.get_current_target()
+
+
 def supports(shard: Shard) -> bool:
     """Whether these kernels can take a tensor that is on a GPU; others are for ``reference``.
 
@@ -294,7 +303,7 @@ def _options(shard: Shard) -> _Options:
 class Kernels:
     """Both passes, for tensors that stay where they are. Holds their addresses, and does not keep them alive.
 
-    To be made anew when a tensor moves or an option of its param group changes. The passes do not wait for
+    To be made anew when an option of a param group changes; see :meth:`moved`. The passes do not wait for
     the device and can be captured in a CUDA graph, once they have run and Triton has compiled them.
 
     Args:
@@ -308,15 +317,15 @@ class Kernels:
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
         self._layers, self._device = layers, device
-        chunks = chunk_table(shards, CHUNK)
-        partials = torch.empty(len(chunks), dtype=torch.float64, device=device)
+        self._chunks = chunks(shards, CHUNK)
+        partials = torch.empty(len(self._chunks), dtype=torch.float64, device=device)
         for shard in shards:
             if not supports(shard) or shard.param.device != partials.device:
                 where = f"of strides {shard.param.stride()} on {shard.param.device}"
                 raise ValueError(f"the Triton kernels on {device} cannot take {_options(shard)} {where}")
         self._index = partials.get_device()
-        options = [_options(shard) for shard in shards]
-        rows, launches = _rows(shards, options, chunks)
+        self._options = [_options(shard) for shard in shards]
+        rows, launches = _rows(shards, self._options, self._chunks)
         self._table = _to(device, rows)
         self._partials = [
             partial(
@@ -332,7 +341,7 @@ class Kernels:
         ]
         self._statistic = partial(
             _layer_statistic[(layers,)],
-            _to(device, _layer_rows(chunks, _int64([s.norm_type for s in shards]), layers)),
+            _to(device, _layer_rows(self._chunks, _int64([s.norm_type for s in shards]), layers)),
             partials,
             block=BLOCK,
             **LAUNCH,
@@ -354,6 +363,11 @@ class Kernels:
             )
             for o, start, stop in reversed(launches)
         ]
+
+    def moved(self, shards: Sequence[Shard]) -> None:
+        """Go on with tensors that differ from the first ones in their addresses only."""
+        rows, _ = _rows(shards, self._options, self._chunks)
+        self._table.copy_(rows.pin_memory() if self._table.is_cuda else rows, non_blocking=True)
 
     def sum_of_squares(self) -> Tensor:
         """See :func:`novoscale.kernels.reference.sum_of_squares`."""
