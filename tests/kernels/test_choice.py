@@ -1,0 +1,148 @@
+"""Which kernel a tensor goes to, and what is said where there is none."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from novoscale import NovoGrad, kernels
+from novoscale.kernels import reference
+
+needs_compiler = pytest.mark.skipif(kernels.fused("cpu") is None, reason="no C++ compiler")
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    caches = (kernels._load, kernels._say_once)
+    if kernels.fused("cpu") is not None:
+        caches += (kernels.fused("cpu").load,)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    monkeypatch.undo()
+    for cache in caches:
+        cache.cache_clear()
+
+
+def parameter(dtype=torch.float32, shape=(5, 4)):
+    p = nn.Parameter(torch.ones(shape, dtype=dtype))
+    p.grad = torch.full_like(p, 0.5)
+    return p
+
+
+def used(p, **options):
+    """The modules that a step used."""
+    optimizer = NovoGrad([p], lr=0.1, **options)
+    optimizer.step()
+    ready = next(iter(optimizer._prepared.values()))
+    return {module.__name__.split(".")[-1] for module, _ in ready.kernels._places}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fused", [None, True])
+def test_cpu_tensors_go_to_the_cpu_kernel(dtype, fused):
+    assert used(parameter(dtype), fused=fused) == {"cpu"}
+
+
+@pytest.mark.parametrize("options", [{"fused": False}, {"foreach": True}])
+def test_the_reference_when_it_is_asked_for(options):
+    assert used(parameter(), **options) == {"reference"}
+
+
+def test_what_the_fused_kernel_does_not_take_goes_to_the_reference():
+    assert used(parameter(torch.float64)) == {"reference"}
+    p = parameter()
+    p.grad = torch.full((4, 5), 0.5).t()
+    assert used(p) == {"reference"}
+
+
+@needs_compiler
+def test_tensors_of_one_step_may_go_to_different_kernels():
+    plain, wide = parameter(), parameter(torch.float64)
+    optimizer = NovoGrad([plain, wide], lr=0.1, max_grad_norm=0.1)
+    alone = NovoGrad(
+        [a := parameter(), b := parameter(torch.float64)], lr=0.1, max_grad_norm=0.1, fused=False
+    )
+    for o in (optimizer, alone):
+        for _ in range(3):
+            o.step()
+    assert torch.equal(plain, a)
+    assert torch.equal(wide, b)
+
+
+@needs_compiler
+def test_all_kernels_give_the_same_bits_over_a_training():
+    def train(fused):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(33, 17), nn.GELU(), nn.LayerNorm(17), nn.Linear(17, 5))
+        optimizer = NovoGrad(model.parameters(), lr=0.05, weight_decay=0.01, max_grad_norm=0.5, fused=fused)
+        for step in range(20):
+            optimizer.zero_grad()
+            x = torch.randn(8, 33, generator=torch.Generator().manual_seed(step))
+            model(x).square().mean().backward()
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(train(True), train(False), strict=True))
+
+
+def test_without_a_compiler_the_reference_serves_and_that_is_said_once(no_compiler):
+    with pytest.warns(UserWarning, match="fused kernel for cpu cannot be used: .*compiler"):
+        assert used(parameter()) == {"reference"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert used(parameter()) == {"reference"}
+
+
+def test_without_a_compiler_fused_true_is_an_error_that_says_why(no_compiler):
+    with pytest.raises(RuntimeError, match=r"param group 0: `fused=True`: .*needs a C\+\+ compiler"):
+        NovoGrad([parameter()], fused=True)
+
+
+def test_fused_and_foreach_as_torch_words_it():
+    with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
+        NovoGrad([parameter()], fused=True, foreach=True)
+
+
+@pytest.mark.parametrize(
+    ("p", "says"),
+    [
+        (parameter(torch.float64), "float64 on cpu"),
+        (nn.Parameter(torch.ones(3, device="meta")), "float32 on meta"),
+    ],
+)
+def test_fused_true_where_there_is_no_fused_kernel(p, says):
+    with pytest.raises(RuntimeError, match=f"`fused=True` requires all the params to be .*{says}"):
+        NovoGrad([p], fused=True)
+
+
+@needs_compiler
+def test_fused_true_with_a_gradient_of_other_strides_is_an_error_before_anything_is_changed():
+    p = parameter()
+    p.grad = torch.full((4, 5), 0.5).t()
+    with pytest.raises(RuntimeError, match=r"`fused=True`: the fused kernel takes .*equal strides"):
+        NovoGrad([p], lr=0.1, fused=True).step()
+    assert torch.equal(p, torch.ones(5, 4))
+
+
+def test_a_param_group_that_was_refused_is_not_added():
+    optimizer = NovoGrad([parameter()])
+    with pytest.raises(TypeError, match="fused must be True, False or None"):
+        optimizer.add_param_group({"params": [parameter()], "fused": "yes"})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_the_statistics_of_parts_are_put_together():
+    a, b = parameter(), parameter(torch.float64)
+    segments = (kernels.shards.Segment(0, 20, 0),)
+    shards = [
+        kernels.Shard(p, p.grad, None, segments, first, 2, 0.0, 1.0, 0.0, True)
+        for first, p in enumerate((a, b))
+    ]
+    device = torch.device("cpu")
+    found = kernels.Kernels(shards, device, 2).sum_of_squares()
+    assert torch.equal(found, reference.sum_of_squares(shards, device, 2))
