@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts format clean
+.PHONY: demo test lint cuts speed format clean
 
 demo: $(VENV)/.installed
 	$(RUN) python benchmarks/demo.py $(ARGS)
@@ -21,6 +21,9 @@ lint: $(VENV)/.installed
 
 cuts: $(VENV)/.rivals
 	$(RUN) python benchmarks/cuts.py $(ARGS)
+
+speed: $(VENV)/.installed
+	$(RUN) python benchmarks/speed.py $(ARGS)
 
 format: $(VENV)/.installed
 	$(RUN) ruff check --fix .

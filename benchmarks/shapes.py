@@ -39,3 +39,10 @@ CATALOGUE: dict[str, Callable[[], Shapes]] = {
     "16x4m": lambda: [(2048, 2048)] * 16,
     "flat-64m": lambda: [(1 << 26,)],
 }
+
+# What is measured unless told otherwise, by type of device.
+COMMON = ["gpt2-124m", "1000-small", "16x4m", "flat-64m"]
+DEFAULT = {
+    "cpu": [*COMMON, "llama-1b-rank-of-16", "llama-7b-rank-of-64"],
+    "cuda": [*COMMON, "llama-1b", "llama-7b-rank-of-8"],
+}

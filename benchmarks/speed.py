@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import plots
 from benchmarks.optimizers import CANDIDATES, Candidate
 from benchmarks.provenance import provenance
-from benchmarks.shapes import CATALOGUE, Shapes
+from benchmarks.shapes import CATALOGUE, DEFAULT, Shapes
 
 # Larger than any norm here: the gradients stay what they are, and the work is the same.
 CLIP = 1e6
@@ -55,7 +55,7 @@ def main(
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     names = [n for n in CANDIDATES if not optimizer or any(part.lower() in n.lower() for part in optimizer)]
     names = [n for n in names if where in CANDIDATES[n].devices]
-    shapes = shape or [n for n in CATALOGUE if n.startswith("llama") is (where == "cuda") or "-64" not in n]
+    shapes = shape or DEFAULT[where]
     unknown = [name for name in shapes if name not in CATALOGUE]
     if unknown:
         raise typer.BadParameter(f"no shape {unknown}; there are {', '.join(CATALOGUE)}")

@@ -153,8 +153,7 @@ class NovoGrad(Optimizer):
             inverse_scale, veto = self._amp()
             statistic = ready.kernels.sum_of_squares()
             if inverse_scale is not None:
-                for (group, _), S in zip(groups, ready.by_group(statistic), strict=True):
-                    S.mul_(inverse_scale if group["norm_type"] == 0 else inverse_scale.square())
+                ready.unscale(statistic, groups, inverse_scale)
             finite = ready.plan.complete(statistic, veto)
             coefficients = self._second_moment(groups, ready, statistic, finite, inverse_scale)
             ready.kernels.update(coefficients)
@@ -171,8 +170,8 @@ class NovoGrad(Optimizer):
     ) -> kernels.Coefficients:
         """Update v of every layer; return what the update of m and w needs to know of it."""
         clip = second_moment.clip_coefficient(statistic, checks.one_max_grad_norm(self.param_groups))
-        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         scale = clip if inverse_scale is None else inverse_scale if clip is None else clip * inverse_scale
+        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         sums = ready.by_group(statistic)
         for (group, _), S, v, t in zip(groups, sums, ready.second_moments, ready.steps, strict=True):
             if clip is not None:
@@ -234,7 +233,7 @@ class NovoGrad(Optimizer):
 
     def _check(self, groups: Groups) -> list[list[Layout]]:
         """The layouts of the tensors of a step, by param group; raises if one cannot be stepped."""
-        stepped = {id(group): ids for group, params in groups for ids in [{id(p) for p in params}]}
+        stepped = {id(group): set(map(id, params)) for group, params in groups}
         layouts: list[list[Layout]] = []
         for index, group in enumerate(self.param_groups):
             ids = stepped.get(id(group), set())
@@ -252,9 +251,10 @@ class NovoGrad(Optimizer):
         if isinstance(p, DTensor):
             # It says itself how it is cut. Accelerate puts them in place of the parameters that were given.
             mesh, placements, layout = self._sharded.get(id(p), (None, None, None))
-            if layout is None or mesh is not p.device_mesh or placements != p.placements:
+            cut = (p.device_mesh, p.placements)
+            if layout is None or (mesh, placements) != cut or layout.layers[0].numel != p.numel():
                 layout = sharded(self._name(index, position), p)
-                self._sharded[id(p)] = (p.device_mesh, p.placements, layout)
+                self._sharded[id(p)] = (*cut, layout)
                 self._prepared.clear()  # they know layouts by id
             return layout
         known = self._layouts.get(id(p))

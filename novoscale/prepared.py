@@ -19,7 +19,15 @@ Groups = list[tuple[Group, list[Tensor]]]  # the tensors to step, by param group
 State = Mapping[Tensor, dict[str, Any]]
 
 # Options of a param group that the tables contain.
-OPTIONS = ("betas", "weight_decay", "norm_type", "grad_averaging", "reg_inside_moment", "fused", "foreach")
+OPTIONS = (
+    "betas",
+    "weight_decay",
+    "bias_correction",
+    "grad_averaging",
+    "reg_inside_moment",
+    "fused",
+    "foreach",
+)
 
 
 @dataclass
@@ -34,7 +42,8 @@ class Prepared:
         steps: the same of ``step``, where the group has one.
         addresses: where everything lay when the tables were made; empty if they serve one step only.
         first_layout: id of the layout of the first tensor.
-        signature: what the tables depend on beside the addresses.
+        options: those of the param groups that the tables contain.
+        signature: what else the tables depend on beside the addresses.
         held: what has to live to the end of the step for which the tables were made.
     """
 
@@ -44,19 +53,26 @@ class Prepared:
     steps: list[Tensor | None]
     addresses: list[int]
     first_layout: int
+    options: list[Any]
     signature: list[Any]
     held: list[Tensor]
 
     def stands(self, groups: Groups, state: State) -> bool:
-        """Whether the tables are right for the coming step: nothing has moved."""
+        """Whether the tables are right for the coming step: nothing has moved or changed."""
         try:
-            return bool(self.addresses) and self.addresses == addresses(groups, state)
+            same = self.options == options(groups)
+            return same and bool(self.addresses) and self.addresses == addresses(groups, state)
         except RuntimeError:  # a gradient without an address is sparse: for checks to say
             return False
 
     def by_group(self, vector: Tensor) -> Sequence[Tensor]:
         """The parts of a vector with one element per layer that belong to each param group."""
         return torch.split(vector, [len(v) for v in self.second_moments])
+
+    def unscale(self, statistic: Tensor, groups: Groups, inverse_scale: Tensor) -> None:
+        """Make the statistic of scaled gradients that of the gradients, in place."""
+        for (group, _), S in zip(groups, self.by_group(statistic), strict=True):
+            S.mul_(inverse_scale if group["norm_type"] == 0 else inverse_scale.square())
 
     def release(self) -> None:
         """Let go of tensors, at the end of a step."""
@@ -81,10 +97,11 @@ def build(
         join(params, state, "step", device) if group["bias_correction"] else None for group, params in groups
     ]
     made = shards(groups, layouts, state)
-    first_layout, signature = id(layouts[0][0]), _signature(made, device)
-    if before is not None and before.kernels.reusable and before.signature == signature:
-        before.kernels.moved(made)
+    present, signature = options(groups), _signature(made, device)
+    only_moved = before is not None and (before.options, before.signature) == (present, signature)
+    if before is not None and only_moved and before.kernels.reusable:
         tables = before.kernels
+        tables.moved(made)
     else:
         tables = kernels.Kernels(made, device, sum(map(len, second_moments)))
     # A gradient that had to be redistributed belongs to this step alone.
@@ -94,12 +111,14 @@ def build(
         if grad is not None
     )
     return Prepared(
+        # The ranks compare their layers when a plan is made: not again when a tensor has moved.
         plan=plan(groups, layouts, device) if before is None else before.plan,
         kernels=tables,
         second_moments=second_moments,
         steps=steps,
         addresses=addresses(groups, state) if direct and tables.reusable else [],
-        first_layout=first_layout,
+        first_layout=id(layouts[0][0]),
+        options=present,
         signature=signature,
         held=[] if direct else [shard.grad for shard in made],
     )
@@ -112,8 +131,13 @@ def _signature(made: Sequence[kernels.Shard], device: torch.device) -> list[Any]
 
 
 def key(groups: Groups) -> tuple[Any, ...]:
-    """Which tensors are stepped, and with which options. Tensors by id: no reference is kept."""
-    return tuple((tuple(group[o] for o in OPTIONS), tuple(map(id, params))) for group, params in groups)
+    """Which tensors are stepped, and what their statistic is. Tensors by id: no reference is kept."""
+    return tuple((group["norm_type"], *map(id, params)) for group, params in groups)
+
+
+def options(groups: Groups) -> list[Any]:
+    """The options that tables contain."""
+    return [group[name] for group, _ in groups for name in OPTIONS]
 
 
 def addresses(groups: Groups, state: State) -> list[int]:

@@ -123,6 +123,19 @@ def test_options_and_the_set_of_gradients_may_change_from_step_to_step():
         assert deviation(p.detach().numpy(), oracle.weights[0]) < 4e-6
 
 
+def test_a_schedule_of_an_option_makes_no_new_plan():
+    params = parameters()
+    optimizer = NovoGrad(params, lr=0.1)
+    with mock.patch.object(prepared, "plan", wraps=prepared.plan) as plans:
+        for step in range(5):
+            optimizer.param_groups[0]["weight_decay"] = 0.1 * step
+            for p, g in zip(params, gradients(step), strict=True):
+                p.grad = g
+            optimizer.step()
+    assert plans.call_count == 1
+    assert len(optimizer._prepared) == 1
+
+
 @pytest.mark.skipif(kernels.fused("cpu") is None, reason="no C++ compiler")
 def test_tables_are_made_once():
     params = parameters()
