@@ -189,8 +189,9 @@ class NovoGrad(Optimizer):
     def _count(self, ready: Prepared, statistic: Tensor, finite: Tensor) -> None:
         """Note what the step has shown: see ``skipped_steps`` and ``layer_norms``."""
         ready.plan.record(statistic, finite)
-        count = self._skipped.setdefault(ready.first_layout, torch.zeros_like(finite, dtype=torch.int64))
-        count.add_(~finite)
+        if ready.first_layout not in self._skipped:
+            self._skipped[ready.first_layout] = torch.zeros_like(finite, dtype=torch.int64)
+        self._skipped[ready.first_layout].add_(~finite)  # in place, for CUDA graphs
 
     # ---- mixed precision ------------------------------------------------------------------------
 

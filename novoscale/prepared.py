@@ -51,7 +51,7 @@ class Prepared:
     kernels: kernels.Kernels
     second_moments: list[Tensor]
     steps: list[Tensor | None]
-    addresses: list[int]
+    addresses: list[Any]
     first_layout: int
     options: list[Any]
     signature: list[Any]
@@ -106,9 +106,10 @@ def build(
         tables = kernels.Kernels(made, device, sum(map(len, second_moments)))
     # A gradient that had to be redistributed belongs to this step alone.
     direct = all(
-        shard.grad.data_ptr() == local_tensor(grad).data_ptr()
-        for shard, grad in zip(made, (p.grad for _, params in groups for p in params), strict=True)
-        if grad is not None
+        p.grad.placements == p.placements
+        for _, params in groups
+        for p in params
+        if isinstance(p, DTensor) and isinstance(p.grad, DTensor)
     )
     return Prepared(
         # The ranks compare their layers when a plan is made: not again when a tensor has moved.
@@ -140,18 +141,25 @@ def options(groups: Groups) -> list[Any]:
     return [group[name] for group, _ in groups for name in OPTIONS]
 
 
-def addresses(groups: Groups, state: State) -> list[int]:
+def addresses(groups: Groups, state: State) -> list[Any]:
     """Where the tensors of a step lie, and all states; if none has moved, tables are still right.
+
+    Of DTensor gradients also how they are placed: a partial sum may lie where a shard has lain.
 
     Raises:
         RuntimeError: a gradient has no address (it is sparse).
     """
-    found = [*map(id, state)]
+    found: list[Any] = [*map(id, state)]
     for _, params in groups:
         grads = [p.grad for p in params]
         found += _addresses(params)
         found += _addresses(grads)
+        # Other tensors may come to lie at the same address.
+        found += map(Tensor.numel, params)
+        found += [t.dtype for t in (*params, *grads)]  # type: ignore[union-attr]
         found += [g.is_contiguous() for g in grads]  # type: ignore[union-attr]
+        if _has_dtensors(grads):
+            found += [g.placements for g in grads if isinstance(g, DTensor)]
     for name in ("exp_avg", "exp_avg_sq", "step"):
         found += _addresses([s[name] for s in state.values() if name in s])
     return found
@@ -159,9 +167,13 @@ def addresses(groups: Groups, state: State) -> list[int]:
 
 def _addresses(tensors: list[Any]) -> list[int]:
     # Once a step for each tensor: for 1,000 layers this is most of the step's time.
-    if any(issubclass(kind, DTensor) for kind in set(map(type, tensors))):
+    if _has_dtensors(tensors):
         tensors = [*map(local_tensor, tensors)]
     return [*map(Tensor.data_ptr, tensors)]
+
+
+def _has_dtensors(tensors: list[Any]) -> bool:
+    return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
 def shards(groups: Groups, layouts: Sequence[Sequence[Layout]], state: State) -> list[kernels.Shard]:

@@ -1,12 +1,6 @@
 import os
 from pathlib import Path
 
-import torch
-
-# Before anything imports Triton: without a GPU its kernels are run by its interpreter.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 # Before anything imports DeepSpeed, and for every rank that a test starts. Tests of distribution run on
 # the CPU with gloo also where there is a GPU.
 os.environ["DS_ACCELERATOR"] = "cpu"
@@ -20,3 +14,9 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
         *filter(None, [os.environ.get("PYTHONPATH")]),
     ]
 )
+
+import torch  # after OMP_NUM_THREADS
+
+# Before anything imports Triton: without a GPU its kernels are run by its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -105,6 +105,19 @@ def test_a_cleared_state_starts_anew():
     assert all(deviation(p.detach().numpy(), w) < 2e-6 for p, w in zip(params, oracle.weights, strict=True))
 
 
+def test_a_parameter_that_shrinks_in_place_is_refused_by_name():
+    params = parameters()
+    optimizer = NovoGrad([(f"p{i}", p) for i, p in enumerate(params)], lr=0.1)
+    for p, g in zip(params, gradients(0), strict=True):
+        p.grad = g
+    optimizer.step()
+    params[1].grad = None
+    params[1].data = params[1].data[:3]  # at the same address
+    params[1].grad = torch.ones(3)
+    with pytest.raises(RuntimeError, match="p1: the tensor in param_groups had 5 elements .* and has 3 now"):
+        optimizer.step()
+
+
 def test_options_and_the_set_of_gradients_may_change_from_step_to_step():
     params = parameters()
     optimizer = NovoGrad(params, lr=0.1)

@@ -36,6 +36,10 @@ def test_parameters_placed_in_any_way():
     assert max(run_ranks(torch_ranks.any_placement, 4)) < 2e-6
 
 
+def test_a_partial_sum_in_the_memory_of_an_earlier_gradient():
+    assert max(run_ranks(torch_ranks.partial_sum_where_the_gradient_was, 2)) < 2e-6
+
+
 @pytest.mark.parametrize("kind", ["ddp", "zero redundancy"])
 def test_data_parallel(kind):
     for weights in run_ranks(torch_ranks.data_parallel, 3, kind):

@@ -163,6 +163,23 @@ def any_placement() -> float:
     return worst
 
 
+def partial_sum_where_the_gradient_was() -> float:
+    """A partial gradient in the memory of an earlier one that was whole: it must be summed all the same."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    p = nn.Parameter(distribute_tensor(torch.ones(6, 5), mesh, [Replicate()]))
+    oracle = Oracle([torch.ones(6, 5).numpy()], lr=LR)
+    optimizer = NovoGrad([("p", p)], lr=LR)
+    memory = torch.empty(6, 5)
+    for step in range(6):
+        grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
+        partial = step % 2 == 1
+        memory.copy_(grad / dist.get_world_size() if partial else grad)
+        p.grad = DTensor.from_local(memory, mesh, [Partial() if partial else Replicate()])
+        oracle.step([grad.numpy()])
+        optimizer.step()
+    return deviation(full(p), oracle.weights[0])
+
+
 # ---- what is promised beside the trajectory ------------------------------------------------------------
 
 
