@@ -114,7 +114,7 @@ def test_a_parameter_that_shrinks_in_place_is_refused_by_name():
     params[1].grad = None
     params[1].data = params[1].data[:3]  # at the same address
     params[1].grad = torch.ones(3)
-    with pytest.raises(RuntimeError, match="p1: the tensor in param_groups had 5 elements .* and has 3 now"):
+    with pytest.raises(RuntimeError, match=r"p1: the tensor in param_groups had 5 elements .* and has 3 now"):
         optimizer.step()
 
 
