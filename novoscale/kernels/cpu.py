@@ -26,7 +26,7 @@ from novoscale.kernels.shards import Coefficients, Shard, chunks
 
 CHUNK = 1 << 16  # elements: what a thread does at once, and the unit of the sums
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCE, FORMATS_HEADER = (Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_formats.h"))
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -39,7 +39,7 @@ FLAGS = (
     "-fno-trapping-math",
 )
 
-# These three as in cpu.cpp.
+# As in cpu.cpp and cpu_formats.h.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_DECAY, INSIDE, OUTSIDE = 0, 1, 2
 
@@ -177,7 +177,14 @@ def load() -> ctypes.CDLL:
     """
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     version = _run([*compiler, "--version"])
-    identity = [SOURCE.read_text(), *compiler, version, *FLAGS, platform.machine()]
+    identity = [
+        SOURCE.read_text(),
+        FORMATS_HEADER.read_text(),
+        *compiler,
+        version,
+        *FLAGS,
+        platform.machine(),
+    ]
     name = f"cpu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:20]}.so"
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     try:

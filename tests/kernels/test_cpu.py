@@ -1,10 +1,5 @@
 """The fused CPU kernel against the reference: the update bit for bit, the sums to float64's rounding."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -271,49 +266,3 @@ def test_what_is_not_supported():
     halves = (Segment(0, 12, 0), Segment(12, 24, 1))
     assert not cpu.supports(Shard(t.t(), t.t(), None, halves, 0, 2, 0.9, 1.0, 0.0, True))
     assert not cpu.supports(Shard(t.t(), t.t(), None, halves[:1], 0, 2, 0.9, 1.0, 0.0, True))
-
-
-# ---- Building ----
-
-
-def _load(monkeypatch, **environment):
-    for name, value in environment.items():
-        monkeypatch.setenv(name, str(value))
-    return cpu.load.__wrapped__()
-
-
-@pytest.mark.parametrize(("compiler", "message"), [("/bin/false", "failed"), ("/no/compiler", "needs a C")])
-def test_without_a_compiler_the_message_says_so(tmp_path, monkeypatch, compiler, message):
-    with pytest.raises(cpu.BuildError, match=message):
-        _load(monkeypatch, CXX=compiler, XDG_CACHE_HOME=tmp_path)
-
-
-def test_what_the_compiler_says_is_in_the_message_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu, "FLAGS", (*cpu.FLAGS, "-fnonsense"))
-    with pytest.raises(cpu.BuildError, match="nonsense"):
-        _load(monkeypatch, XDG_CACHE_HOME=tmp_path)
-    assert not list((tmp_path / "novoscale").iterdir())
-
-
-@pytest.mark.parametrize("home", ["/proc", "relative"])
-def test_without_a_home_that_can_be_written_to(tmp_path, monkeypatch, home):
-    monkeypatch.chdir(tmp_path)
-    assert _load(monkeypatch, XDG_CACHE_HOME=home).novoscale_update
-    assert not list(tmp_path.iterdir())
-
-
-def test_two_processes_may_build_at_once(tmp_path):
-    code = "from novoscale.kernels import cpu; cpu.load()"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    root = Path(__file__).parents[2]
-    both = [subprocess.Popen([sys.executable, "-c", code], env=environment, cwd=root) for _ in range(2)]
-    assert [process.wait() for process in both] == [0, 0]
-    (library,) = (tmp_path / "novoscale").iterdir()
-    assert library.suffix == ".so"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_threads_are_torchs():
-    torch.ones(1_000_000).sum()
-    maps = Path("/proc/self/maps").read_text().split()
-    assert len({Path(word).resolve() for word in maps if "libgomp" in word}) == 1
