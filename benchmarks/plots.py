@@ -89,33 +89,37 @@ def others(report: dict[str, Any], path: Path) -> None:
 def speed(run: dict[str, Any], path: Path) -> None:
     """Time of a step over that of torch's fused AdamW, for each shape, without and with clipping."""
     shapes = list(run["shapes"])
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.6 + 1.1 * len(shapes)), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.8 + 1.1 * len(shapes)), sharey=True)
     for axis, clip in zip(axes, (False, True), strict=True):
         times = [
             {r["optimizer"]: r["ms"] for r in run["shapes"][shape]["rows"] if r["clip"] == clip and "ms" in r}
             for shape in shapes
         ]
-        names = [n for n in dict.fromkeys(n for t in times for n in t) if n != "NovoGrad, reference"]
-        height = 0.8 / max(len(names), 1)
-        for k, name in enumerate(names):
-            known = [(i, t[name] / t[BASELINE]) for i, t in enumerate(times) if name in t and BASELINE in t]
-            color = (
-                COLORS["NovoGrad"]
-                if name == "NovoGrad"
-                else plt.get_cmap("Greys")(0.3 + 0.5 * k / len(names))
-            )
-            bars = axis.barh(
-                [i + height * k for i, _ in known], [v for _, v in known], height, color=color, label=name
-            )
-            axis.bar_label(bars, [f" {v:.2f}" for _, v in known], size=6)
-        axis.axvline(1, color="#c0392b", lw=0.8)
-        axis.set_yticks([i + 0.4 - height / 2 for i in range(len(shapes))], shapes, size=8)
+        _bars(axis, [{n: t[n] / t[BASELINE] for n in t} if BASELINE in t else {} for t in times])
+        axis.set_yticks(range(len(shapes)), shapes, size=8)
         axis.set_title("with clipping" if clip else "without clipping", size=10)
-        axis.set(xlabel=f"time of a step over {BASELINE}", xscale="log")
+        axis.set(xlabel=f"time of a step over {BASELINE}")
     axes[0].invert_yaxis()
-    axes[1].legend(frameon=False, fontsize=7)
     figure.suptitle(f"{run['device']}, {run['dtype']} weights and gradients", size=11)
-    _save(figure, path, run["provenance"])
+    handles, labels = axes[0].get_legend_handles_labels()
+    place = {"loc": "lower left", "bbox_to_anchor": (0, 0.02)}
+    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=min(len(labels), 6), **place)
+    _save(figure, path, run["provenance"], bottom=0.5 / figure.get_figheight())
+
+
+def _bars(axis: Any, values: list[dict[str, float]]) -> None:
+    """Horizontal bars of every optimizer, one group for each entry of ``values``, on a logarithmic scale."""
+    names = [n for n in dict.fromkeys(n for v in values for n in v) if n != "NovoGrad, reference"]
+    height = 0.8 / max(len(names), 1)
+    for k, name in enumerate(names):
+        known = [(i + height * (k + 0.5) - 0.4, v[name]) for i, v in enumerate(values) if name in v]
+        color = COLORS["NovoGrad"] if name == "NovoGrad" else plt.get_cmap("Set2")(k - 1)
+        bars = axis.barh([y for y, _ in known], [v for _, v in known], height, color=color, label=name)
+        axis.bar_label(bars, [f" {v:.2f}" for _, v in known], size=6)
+    axis.axvline(1, color="#777777", lw=0.8)
+    axis.set_xscale("log", base=2)
+    axis.margins(x=0.15)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
 
 
 def _short(value: float) -> str:
@@ -129,14 +133,14 @@ def _smooth(values: list[float], width: int = 10) -> list[float]:
     ]
 
 
-def _save(figure: Any, path: Path, provenance: dict[str, Any]) -> None:
+def _save(figure: Any, path: Path, provenance: dict[str, Any], bottom: float = 0.02) -> None:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     versions = ", ".join(f"{k} {v}" for k, v in provenance["versions"].items() if k in ("torch", "deepspeed"))
     figure.text(
         0.995, 0.005, f"{provenance['command']}; {versions}", ha="right", va="bottom", size=6, color="#777777"
     )
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
+    figure.tight_layout(rect=(0, bottom, 1, 1))
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=150)
     plt.close(figure)
