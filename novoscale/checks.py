@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from novoscale import kernels
+from novoscale.layout import Layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -141,6 +142,22 @@ def check_gradient(name: str, p: Tensor) -> None:
             f"{name}: its gradient ({grad.dtype}, shape {tuple(grad.shape)}, on {grad.device}) does not fit "
             f"the parameter ({p.dtype}, shape {tuple(p.shape)}, on {p.device})"
         )
+
+
+def unknown_layers(name: str, tensor: Tensor, known: Layout | None, wrapper: str | None) -> str:
+    """What to say of a tensor whose layers are not known: ``known`` is what they were, if anything."""
+    if known is not None and known.numel != tensor.numel():
+        what = f"had {known.numel} elements when NovoGrad was given it and has {tensor.numel()} now"
+    else:
+        what = f"({tensor.numel()} elements) is not what NovoGrad was given"
+    return (
+        f"{name}: the tensor in param_groups {what}{f' by {wrapper}' if wrapper else ''}. "
+        "Which layers its elements belong to is not known, and a norm taken over it would be wrong. "
+        "If a framework flattened the parameters: under DeepSpeed, "
+        "`import novoscale.integrations.deepspeed` before deepspeed.initialize; FSDP1 is not "
+        "supported, use FSDP2 (fully_shard). If the model was changed, or the optimizer copied after it "
+        "was wrapped: make a new optimizer from the model's present parameters."
+    )
 
 
 def check_fused(group: Mapping[str, Any], where: str) -> None:

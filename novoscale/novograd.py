@@ -214,23 +214,23 @@ class NovoGrad(Optimizer):
         return found
 
     def _prepare(self, groups: Groups) -> Prepared:
-        """The tables of a set of tensors; made anew if anything has moved since they were made."""
+        """The tables of a set of tensors; made anew if anything but the gradients has moved.
+
+        Refuses by name what cannot be stepped, before anything is changed.
+        """
+        gradients = prepared.local_gradients(groups)
         key = prepared.key(groups)
         ready = self._prepared.pop(key, None)
-        if ready is None or not ready.stands(groups, self.state):
-            ready = self._build(groups, ready)
+        if ready is None or not ready.serves(groups, gradients, self.state):
+            layouts = self._check(groups)
+            for (group, params), known in zip(groups, layouts, strict=True):
+                for p, layout in zip(params, known, strict=True):
+                    self._init_state(p, layout, group)
+            ready = prepared.build(groups, layouts, gradients, self.state, before=ready)
         self._prepared[key] = ready
         if len(self._prepared) > MAX_PREPARED:
             del self._prepared[next(iter(self._prepared))]
         return ready
-
-    def _build(self, groups: Groups, before: Prepared | None) -> Prepared:
-        """Make tables. Refuses by name what cannot be stepped, before anything is changed."""
-        layouts = self._check(groups)
-        for (group, params), known in zip(groups, layouts, strict=True):
-            for p, layout in zip(params, known, strict=True):
-                self._init_state(p, layout, group)
-        return prepared.build(groups, layouts, self.state, before)
 
     def _check(self, groups: Groups) -> list[list[Layout]]:
         """The layouts of the tensors of a step, by param group; raises if one cannot be stepped."""
@@ -260,22 +260,9 @@ class NovoGrad(Optimizer):
             return layout
         known = self._layouts.get(id(p))
         if known is None or known.numel != p.numel() or _is_fsdp1(p):
-            raise RuntimeError(self._unknown_layers(self._name(index, position), p, known))
+            name = self._name(index, position)
+            raise RuntimeError(checks.unknown_layers(name, p, known, self._wrapper))
         return known
-
-    def _unknown_layers(self, name: str, tensor: Tensor, known: Layout | None) -> str:
-        if known is not None and known.numel != tensor.numel():
-            what = f"had {known.numel} elements when NovoGrad was given it and has {tensor.numel()} now"
-        else:
-            what = f"({tensor.numel()} elements) is not what NovoGrad was given"
-        return (
-            f"{name}: the tensor in param_groups {what}{f' by {self._wrapper}' if self._wrapper else ''}. "
-            "Which layers its elements belong to is not known, and a norm taken over it would be wrong. "
-            "If a framework flattened the parameters: under DeepSpeed, "
-            "`import novoscale.integrations.deepspeed` before deepspeed.initialize; FSDP1 is not "
-            "supported, use FSDP2 (fully_shard). If the model was changed, or the optimizer copied after it "
-            "was wrapped: make a new optimizer from the model's present parameters."
-        )
 
     def _init_state(self, p: Tensor, layout: Layout, group: Group) -> None:
         state = self.state[p]

@@ -32,7 +32,7 @@ OPTIONS = (
 
 @dataclass
 class Prepared:
-    """Tables for a set of tensors that is stepped together. Keeps no parameter and no gradient alive.
+    """Tables for a set of tensors that is stepped together. Keeps no tensor alive beyond a step.
 
     Attributes:
         plan: which layers have to be completed over which process groups.
@@ -40,30 +40,33 @@ class Prepared:
         second_moments: for each param group v of all its layers, float32; the ``exp_avg_sq`` of its tensors
             are views of it, so that a step need not gather them.
         steps: the same of ``step``, where the group has one.
-        addresses: where everything lay when the tables were made; empty if they serve one step only.
         first_layout: id of the layout of the first tensor.
-        options: those of the param groups that the tables contain.
-        signature: what else the tables depend on beside the addresses.
-        held: what has to live to the end of the step for which the tables were made.
+        gradients: of the present step, in the order of the tensors.
+        addresses: where the tables have the gradients.
+        facts: what else the tables rest on, see :func:`facts`; empty if they serve one step only.
     """
 
     plan: Plan
     kernels: kernels.Kernels
     second_moments: list[Tensor]
     steps: list[Tensor | None]
-    addresses: list[Any]
     first_layout: int
-    options: list[Any]
-    signature: list[Any]
-    held: list[Tensor]
+    gradients: list[Tensor]
+    addresses: list[int]
+    facts: list[Any]
 
-    def stands(self, groups: Groups, state: State) -> bool:
-        """Whether the tables are right for the coming step: nothing has moved or changed."""
+    def serves(self, groups: Groups, gradients: list[Tensor], state: State) -> bool:
+        """Whether the tables are right for the coming step. Gradients may have moved: that is mended."""
         try:
-            same = self.options == options(groups)
-            return same and bool(self.addresses) and self.addresses == addresses(groups, state)
+            if not self.facts or self.facts != facts(groups, gradients, state):
+                return False
         except RuntimeError:  # a gradient without an address is sparse: for checks to say
             return False
+        self.gradients, addresses = gradients, _addresses(gradients)
+        if addresses != self.addresses:
+            self.addresses = addresses
+            self.kernels.moved(addresses)
+        return True
 
     def by_group(self, vector: Tensor) -> Sequence[Tensor]:
         """The parts of a vector with one element per layer that belong to each param group."""
@@ -76,59 +79,44 @@ class Prepared:
 
     def release(self) -> None:
         """Let go of tensors, at the end of a step."""
-        self.held = []
+        self.gradients = []
         self.kernels.release()
 
 
 def build(
-    groups: Groups, layouts: Sequence[Sequence[Layout]], state: State, before: Prepared | None
+    groups: Groups,
+    layouts: Sequence[Sequence[Layout]],
+    gradients: list[Tensor],
+    state: State,
+    before: Prepared | None,
 ) -> Prepared:
     """Make the tables of a set of tensors.
 
     Args:
         groups: the tensors, by param group.
         layouts: of each tensor.
+        gradients: see :func:`local_gradients`.
         state: of the optimizer, which has one for every tensor; see :func:`join`.
-        before: what was made for the same tensors earlier; used again as far as possible.
+        before: what was made for the same tensors earlier.
     """
     device = local_tensor(groups[0][1][0]).device
     second_moments = [join(params, state, "exp_avg_sq", device) for _, params in groups]
     steps = [
         join(params, state, "step", device) if group["bias_correction"] else None for group, params in groups
     ]
-    made = shards(groups, layouts, state)
-    present, signature = options(groups), _signature(made, device)
-    only_moved = before is not None and (before.options, before.signature) == (present, signature)
-    if before is not None and only_moved and before.kernels.reusable:
-        tables = before.kernels
-        tables.moved(made)
-    else:
-        tables = kernels.Kernels(made, device, sum(map(len, second_moments)))
-    # A gradient that had to be redistributed belongs to this step alone.
-    direct = all(
-        p.grad.placements == p.placements
-        for _, params in groups
-        for p in params
-        if isinstance(p, DTensor) and isinstance(p.grad, DTensor)
-    )
+    made = shards(groups, layouts, gradients, state)
+    tables = kernels.Kernels(made, device, sum(map(len, second_moments)))
     return Prepared(
         # The ranks compare their layers when a plan is made: not again when a tensor has moved.
-        plan=plan(groups, layouts, device) if before is None else before.plan,
+        plan=plan(made, layouts, device) if before is None else before.plan,
         kernels=tables,
         second_moments=second_moments,
         steps=steps,
-        addresses=addresses(groups, state) if direct and tables.reusable else [],
         first_layout=id(layouts[0][0]),
-        options=present,
-        signature=signature,
-        held=[] if direct else [shard.grad for shard in made],
+        gradients=gradients,
+        addresses=_addresses(gradients) if tables.reusable else [],
+        facts=facts(groups, gradients, state) if tables.reusable else [],
     )
-
-
-def _signature(made: Sequence[kernels.Shard], device: torch.device) -> list[Any]:
-    """What tables depend on beside the addresses and what is in :func:`key`."""
-    tensors = [t for shard in made for t in (shard.param, shard.grad, shard.exp_avg) if t is not None]
-    return [device, *((t.dtype, t.device, t.stride(), type(t)) for t in tensors)]
 
 
 def key(groups: Groups) -> tuple[Any, ...]:
@@ -136,30 +124,29 @@ def key(groups: Groups) -> tuple[Any, ...]:
     return tuple((group["norm_type"], *map(id, params)) for group, params in groups)
 
 
-def options(groups: Groups) -> list[Any]:
-    """The options that tables contain."""
-    return [group[name] for group, _ in groups for name in OPTIONS]
+def local_gradients(groups: Groups) -> list[Tensor]:
+    """This rank's part of the gradient of every tensor, in order. A collective for those to redistribute."""
+    params = [p for _, members in groups for p in members]
+    if _has_dtensors(params):
+        return [*map(local_gradient, params)]
+    return [p.grad for p in params]  # type: ignore[misc]
 
 
-def addresses(groups: Groups, state: State) -> list[Any]:
-    """Where the tensors of a step lie, and all states; if none has moved, tables are still right.
-
-    Of DTensor gradients also how they are placed: a partial sum may lie where a shard has lain.
+def facts(groups: Groups, gradients: list[Tensor], state: State) -> list[Any]:
+    """What tables rest on, beside the addresses of the gradients: options, and where all else lies.
 
     Raises:
-        RuntimeError: a gradient has no address (it is sparse).
+        RuntimeError: a gradient is not dense.
     """
-    found: list[Any] = [*map(id, state)]
+    found: list[Any] = [group[name] for group, _ in groups for name in OPTIONS]
     for _, params in groups:
-        grads = [p.grad for p in params]
         found += _addresses(params)
-        found += _addresses(grads)
         # Other tensors may come to lie at the same address.
         found += map(Tensor.numel, params)
-        found += [t.dtype for t in (*params, *grads)]  # type: ignore[union-attr]
-        found += [g.is_contiguous() for g in grads]  # type: ignore[union-attr]
-        if _has_dtensors(grads):
-            found += [g.placements for g in grads if isinstance(g, DTensor)]
+        found += [p.dtype for p in params]
+    found += [g.dtype for g in gradients]
+    found += map(Tensor.is_contiguous, gradients)
+    found += map(id, state)
     for name in ("exp_avg", "exp_avg_sq", "step"):
         found += _addresses([s[name] for s in state.values() if name in s])
     return found
@@ -176,19 +163,20 @@ def _has_dtensors(tensors: list[Any]) -> bool:
     return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
-def shards(groups: Groups, layouts: Sequence[Sequence[Layout]], state: State) -> list[kernels.Shard]:
+def shards(
+    groups: Groups, layouts: Sequence[Sequence[Layout]], gradients: Sequence[Tensor], state: State
+) -> list[kernels.Shard]:
     """Make the tensors of a step known to the kernels, and place their layers in one vector."""
     made: list[kernels.Shard] = []
     first = 0
     for (group, params), known in zip(groups, layouts, strict=True):
         beta1 = group["betas"][0]
-        fused = False if group["foreach"] else group["fused"]
         for p, layout in zip(params, known, strict=True):
             exp_avg = state[p].get("exp_avg") if beta1 != 0 else None
             made.append(
                 kernels.Shard(
                     param=local_tensor(p),
-                    grad=local_gradient(p),
+                    grad=gradients[len(made)],
                     exp_avg=None if exp_avg is None else local_tensor(exp_avg),
                     segments=layout.segments,
                     first=first,
@@ -197,22 +185,18 @@ def shards(groups: Groups, layouts: Sequence[Sequence[Layout]], state: State) ->
                     beta3=1 - beta1 if group["grad_averaging"] else 1.0,
                     weight_decay=group["weight_decay"],
                     reg_inside_moment=group["reg_inside_moment"],
-                    fused=fused,
+                    fused=False if group["foreach"] else group["fused"],
                 )
             )
             first += len(layout.layers)
     return made
 
 
-def plan(groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.device) -> Plan:
-    """The plan of the layers of a step, in the order of :func:`shards`."""
-    placed: list[Placed] = []
-    first = 0
-    for (group, _), known in zip(groups, layouts, strict=True):
-        op = dist.ReduceOp.SUM if group["norm_type"] == 2 else dist.ReduceOp.MAX
-        for layout in known:
-            placed.append(Placed(layout, first, op))
-            first += len(layout.layers)
+def plan(made: Sequence[kernels.Shard], layouts: Sequence[Sequence[Layout]], device: torch.device) -> Plan:
+    """The plan of the layers of a step."""
+    ops = {2: dist.ReduceOp.SUM, 0: dist.ReduceOp.MAX}
+    known = [layout for group in layouts for layout in group]
+    placed = [Placed(x, s.first, ops[s.norm_type]) for x, s in zip(known, made, strict=True)]
     return Plan(placed, device)
 
 

@@ -51,17 +51,15 @@ class Kernels:
         ]
         self.reusable = all(module is not reference for module, _ in self._places)
 
-    def moved(self, shards: Sequence[Shard]) -> None:
-        """Go on with tensors that differ from the first ones in their addresses only."""
+    def moved(self, gradients: Sequence[int]) -> None:
+        """Go on with gradients at other addresses. Only if ``reusable``."""
         for (_, kernel), places in zip(self._parts, self._places.values(), strict=True):
-            kernel.moved([shards[i] for i in places])
+            kernel.moved([gradients[i] for i in places])
 
     def release(self) -> None:
-        """Let go of tensors that are held as such and not by address."""
+        """Let go of tensors that are held as such and not by address: the end of these tables."""
         if not self.reusable:
-            for (module, _), (_, kernel) in zip(self._places, self._parts, strict=True):
-                if module is reference:
-                    kernel.moved([])
+            self._parts = []
 
     def sum_of_squares(self) -> Tensor:
         """This rank's part of each layer's statistic: see ``reference.sum_of_squares``."""
@@ -84,13 +82,12 @@ def kernel_of(shard: Shard) -> ModuleType:
     if shard.fused is False:
         return reference
     module = fused(shard.param.device.type)
-    tensors = [t for t in (shard.param, shard.grad, shard.exp_avg) if t is not None]
-    if module is not None and all(type(t) in PLAIN for t in tensors) and module.supports(shard):
+    if module is not None and all(type(t) in PLAIN for t in shard.tensors) and module.supports(shard):
         return module
     if shard.fused:
         raise RuntimeError(
             "`fused=True`: the fused kernel takes dense tensors of float32, bfloat16 or float16 and equal "
-            f"strides on devices {list(FUSED_DEVICES)}, got {_described(tensors)}. Leave fused out"
+            f"strides on devices {list(FUSED_DEVICES)}, got {_described(shard.tensors)}. Leave fused out"
         )
     if module is None and shard.param.device.type in FUSED_DEVICES:
         _say_once(shard.param.device.type)

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from novoscale.kernels.shards import Coefficients, Shard, chunks
+from novoscale.kernels.shards import Coefficients, Shard, chunks, in_one_order
 
 CHUNK = 1 << 16  # elements: what a thread does at once, and the unit of the sums
 
@@ -39,9 +39,11 @@ FLAGS = (
     "-fno-trapping-math",
 )
 
-# As in cpu.cpp and cpu_formats.h.
+# Numbered as in cpu.cpp and cpu_formats.h.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NO_DECAY, INSIDE, OUTSIDE = 0, 1, 2
+
+MOMENTS = (torch.float32, torch.bfloat16)  # of the formats, those of the first moment
 
 
 class _Shard(ctypes.Structure):
@@ -85,12 +87,13 @@ class Kernels:
         ends = (table[:, 2] - table[:, 1]).cumsum(0)
         self._chunks = torch.cat((table, ends[:, None]), dim=1).contiguous()
         self._partial = torch.empty(len(table), dtype=torch.float64, device="cpu")
-        self.moved(shards)
-
-    def moved(self, shards: Sequence[Shard]) -> None:
-        """Go on with tensors that differ from the first ones in their addresses only."""
         self._shards = (_Shard * len(shards))(*map(_entry, shards))
         self._tables = (ctypes.addressof(self._shards), self._chunks.data_ptr(), len(self._chunks))
+
+    def moved(self, gradients: Sequence[int]) -> None:
+        """Go on with gradients at other addresses."""
+        for entry, address in zip(self._shards, gradients, strict=True):
+            entry.grad = address
 
     def sum_of_squares(self) -> Tensor:
         """This rank's part of each layer's statistic: see ``reference.sum_of_squares``.
@@ -122,32 +125,15 @@ def supports(shard: Shard) -> bool:
     """Whether :class:`Kernels` can do this shard; if not, the reference can.
 
     Its tensors must be in a CPU's memory, float32, bfloat16 or float16 (``exp_avg``: float32 or bfloat16),
-    and either contiguous or laid out alike, without gaps, and of one layer as a whole.
+    and in one order: see ``shards.in_one_order``.
     """
-    tensors = [shard.param, shard.grad] + ([] if shard.exp_avg is None else [shard.exp_avg])
-    if any(t.device.type != "cpu" or t.layout != torch.strided or t.dtype not in FORMATS for t in tensors):
+    if any(
+        t.device.type != "cpu" or t.layout != torch.strided or t.dtype not in FORMATS for t in shard.tensors
+    ):
         return False
-    if shard.exp_avg is not None and shard.exp_avg.dtype == torch.float16:
+    if shard.exp_avg is not None and shard.exp_avg.dtype not in MOMENTS:
         return False
-    if all(t.is_contiguous() for t in tensors):
-        return True
-    # The order of the elements in memory serves where it is the same and all are of one layer.
-    return (
-        all(t.stride() == shard.param.stride() and _dense(t) for t in tensors)
-        and len(shard.segments) == 1
-        and shard.segments[0].numel == shard.param.numel()
-    )
-
-
-def _dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, each once."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    return in_one_order(shard)
 
 
 def _entry(shard: Shard) -> _Shard:

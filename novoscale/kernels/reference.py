@@ -16,7 +16,8 @@ TILE = 1 << 16
 
 
 class Kernels:
-    """Both passes, for the tensors of a step. Every kernel has this class.
+    """Both passes, for the tensors of a step. Every kernel has this class; those that work from addresses
+    also ``moved``, to go on with gradients at other addresses.
 
     Args:
         shards: the tensors.
@@ -26,10 +27,6 @@ class Kernels:
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
         self._shards, self._device, self._layers = shards, device, layers
-
-    def moved(self, shards: Sequence[Shard]) -> None:
-        """Go on with tensors that differ from the first ones in their addresses only."""
-        self._shards = shards
 
     def sum_of_squares(self) -> Tensor:
         """See :func:`sum_of_squares`."""

@@ -41,6 +41,11 @@ class Shard:
     reg_inside_moment: bool
     fused: bool | None = None
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """``param``, ``grad`` and, if there is one, ``exp_avg``."""
+        return [t for t in (self.param, self.grad, self.exp_avg) if t is not None]
+
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
@@ -65,6 +70,30 @@ class Coefficients:
         return Coefficients(
             *(t.to(device) for t in (self.grad_scale, self.step_size, self.decay, self.active))
         )
+
+
+def in_one_order(shard: Shard) -> bool:
+    """Whether memory order serves as element order, in all tensors of a shard alike.
+
+    They are contiguous; or they have no gaps and the same strides, and one segment has the whole tensor, so
+    that it does not matter which of its elements comes first.
+    """
+    if all(t.is_contiguous() for t in shard.tensors):
+        return True
+    whole = [(s.start, s.stop) for s in shard.segments] == [(0, shard.param.numel())]
+    order = _order(shard.param)
+    return whole and order is not None and all(_order(t) == order for t in shard.tensors)
+
+
+def _order(tensor: Tensor) -> list[tuple[int, int]] | None:
+    """Which dimension has which stride, from the innermost on; None if there are gaps or overlaps."""
+    dimensions = sorted((step, d) for d, step in enumerate(tensor.stride()) if tensor.shape[d] != 1)
+    expected = 1
+    for step, d in dimensions:
+        if step != expected:
+            return None
+        expected *= tensor.shape[d]
+    return dimensions
 
 
 def chunks(shards: Sequence[Shard], size: int) -> Tensor:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from novoscale.kernels.shards import Coefficients, Shard, chunks
+from novoscale.kernels.shards import Coefficients, Shard, chunks, in_one_order
 
 # Elements of a chunk, the work of one program: enough of them to fill a GPU from models of a few million
 # elements on (an H100 runs about two thousand programs at a time), and a table of 64 bytes in 16384
@@ -242,36 +242,14 @@ def load() -> None:
 def supports(shard: Shard) -> bool:
     """Whether these kernels can take a tensor that is on a GPU; others are for ``reference``.
 
-    Its weights, gradient and first moment have to be of the formats above, on one device, and their elements
-    in the order of the segments: contiguous, or without gaps and of the same strides in all of them where
-    one segment has the whole tensor, so that it does not matter which of its elements comes first.
+    Its weights, gradient and first moment have to be of the formats above, on one device, and in one order:
+    see ``shards.in_one_order``.
     """
-    tensors = _tensors(shard)
-    if any(t.dtype not in FORMATS or t.device != shard.param.device for t in tensors):
+    if any(t.dtype not in FORMATS or t.device != shard.param.device for t in shard.tensors):
         return False
     if shard.exp_avg is not None and shard.exp_avg.dtype not in MOMENTS:
         return False
-    if all(t.is_contiguous() for t in tensors):
-        return True
-    whole = [(s.start, s.stop) for s in shard.segments] == [(0, shard.param.numel())]
-    order = _order(shard.param)
-    return whole and order is not None and all(_order(t) == order for t in tensors)
-
-
-def _tensors(shard: Shard) -> list[Tensor]:
-    return [t for t in (shard.param, shard.grad, shard.exp_avg) if t is not None]
-
-
-def _order(tensor: Tensor) -> list[tuple[int, int]] | None:
-    """Which dimension has which stride, from the innermost on; None if there are gaps or overlaps."""
-    dimensions = [(step, d) for d, step in enumerate(tensor.stride()) if tensor.shape[d] != 1]
-    dimensions.sort()
-    expected = 1
-    for step, d in dimensions:
-        if step != expected:
-            return None
-        expected *= tensor.shape[d]
-    return dimensions
+    return in_one_order(shard)
 
 
 class _Options(NamedTuple):
@@ -303,7 +281,8 @@ def _options(shard: Shard) -> _Options:
 class Kernels:
     """Both passes, for tensors that stay where they are. Holds their addresses, and does not keep them alive.
 
-    To be made anew when an option of a param group changes; see :meth:`moved`. The passes do not wait for
+    To be made anew when an option of a param group changes or a tensor moves; for gradients, which move in
+    ordinary training, there is :meth:`moved`. The passes do not wait for
     the device and can be captured in a CUDA graph, once they have run and Triton has compiled them.
 
     Args:
@@ -317,15 +296,15 @@ class Kernels:
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
         self._layers, self._device = layers, device
-        self._chunks = chunks(shards, CHUNK)
-        partials = torch.empty(len(self._chunks), dtype=torch.float64, device=device)
+        table = chunks(shards, CHUNK)
+        partials = torch.empty(len(table), dtype=torch.float64, device=device)
         for shard in shards:
             if not supports(shard) or shard.param.device != partials.device:
                 where = f"of strides {shard.param.stride()} on {shard.param.device}"
                 raise ValueError(f"the Triton kernels on {device} cannot take {_options(shard)} {where}")
         self._index = partials.get_device()
-        self._options = [_options(shard) for shard in shards]
-        rows, launches = _rows(shards, self._options, self._chunks)
+        rows, launches, self._shard_of = _rows(shards, table)
+        self._from_grad = rows[:, _GRAD.value] - _int64([s.grad.data_ptr() for s in shards])[self._shard_of]
         self._table = _to(device, rows)
         self._partials = [
             partial(
@@ -341,7 +320,7 @@ class Kernels:
         ]
         self._statistic = partial(
             _layer_statistic[(layers,)],
-            _to(device, _layer_rows(self._chunks, _int64([s.norm_type for s in shards]), layers)),
+            _to(device, _layer_rows(table, _int64([s.norm_type for s in shards]), layers)),
             partials,
             block=BLOCK,
             **LAUNCH,
@@ -364,10 +343,10 @@ class Kernels:
             for o, start, stop in reversed(launches)
         ]
 
-    def moved(self, shards: Sequence[Shard]) -> None:
-        """Go on with tensors that differ from the first ones in their addresses only."""
-        rows, _ = _rows(shards, self._options, self._chunks)
-        self._table.copy_(rows.pin_memory() if self._table.is_cuda else rows, non_blocking=True)
+    def moved(self, gradients: Sequence[int]) -> None:
+        """Go on with gradients at other addresses."""
+        column = _int64(gradients)[self._shard_of] + self._from_grad
+        self._table[:, _GRAD.value] = _to(self._device, column)
 
     def sum_of_squares(self) -> Tensor:
         """See :func:`novoscale.kernels.reference.sum_of_squares`."""
@@ -391,10 +370,9 @@ class Kernels:
                 launch(*vectors)
 
 
-def _rows(
-    shards: Sequence[Shard], options: Sequence[_Options], chunks: Tensor
-) -> tuple[Tensor, list[tuple[_Options, int, int]]]:
-    """The table, the chunks of one launch next to each other, and which rows each launch has."""
+def _rows(shards: Sequence[Shard], chunks: Tensor) -> tuple[Tensor, list[tuple[_Options, int, int]], Tensor]:
+    """The table, the chunks of one launch next to each other; each launch's rows; each row's shard."""
+    options = [_options(shard) for shard in shards]
     # By name, for dtypes have no order; it puts those together that have the first options in common.
     kinds = sorted(set(options), key=str)
     kind = {o: i for i, o in enumerate(kinds)}
@@ -413,7 +391,8 @@ def _rows(
     kind_of = _int64([kind[o] for o in options])[shard_of]
     bounds = [0, *torch.bincount(kind_of, minlength=len(kinds)).cumsum(0).tolist()]
     launches = [(o, a, b) for o, a, b in zip(kinds, bounds[:-1], bounds[1:], strict=True) if a < b]
-    return rows[torch.argsort(kind_of, stable=True)], launches
+    order = torch.argsort(kind_of, stable=True)
+    return rows[order], launches, shard_of[order]
 
 
 def _merged(launches: list[tuple[_Options, int, int]]) -> list[tuple[tuple[int, torch.dtype], int, int]]:

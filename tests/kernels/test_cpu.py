@@ -3,6 +3,17 @@
 import hypothesis.strategies as st
 import pytest
 import torch
+from against_reference import (
+    CPU,
+    DTYPES,
+    assert_as_reference,
+    assert_follows_gradients,
+    assert_same_statistic,
+    bits,
+    copied,
+    random_coefficients,
+    values,
+)
 from hypothesis import given, settings
 
 from novoscale.kernels import Coefficients, Shard, cpu, reference
@@ -13,42 +24,17 @@ try:
 except cpu.BuildError as error:
     pytest.skip(f"no CPU kernel here: {error}", allow_module_level=True)
 
-CPU = torch.device("cpu")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-# The terms are exact and none is negative: adding n of them in any order is off by at most n roundings.
-SUM_BOUND = 2.0**-52
-
-
-def same_bits(a, b):
-    """Equal bits; a NaN is a NaN (torch itself writes different ones with and without vector code)."""
-    return torch.equal(a.isnan(), b.isnan()) and torch.equal(
-        a.view(BITS[a.dtype])[~a.isnan()], b.view(BITS[b.dtype])[~b.isnan()]
-    )
-
-
-def values(shape, dtype, seed, special=0.0, shift=0):
-    """Values of many magnitudes, a part of them special, in a storage that they do not begin or fill."""
-    generator = torch.Generator().manual_seed(seed)
-    base = torch.empty(torch.Size(shape).numel() + shift + 3, dtype=dtype)
-    exponent = torch.empty(base.shape).uniform_(-12, 3, generator=generator)
-    base.copy_(torch.randn(base.shape, generator=generator) * 10**exponent)
-    odd = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -6e-8, 65519.0, 65520.0, 3e38])
-    places = torch.rand(base.shape, generator=generator) < special
-    base[places] = odd[torch.randint(len(odd), base.shape, generator=generator)][places].to(dtype)
-    return base[shift : shift + torch.Size(shape).numel()].view(shape)
-
 
 @st.composite
 def steps(draw):
     """Shards over common layers, with padding, and the number of layers."""
-    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     special = draw(st.sampled_from([0.0, 0.05, 1.0]))
     layers = draw(st.integers(1, 6))
     norm_types = draw(st.lists(st.sampled_from([2, 0]), min_size=layers, max_size=layers))
     offsets = [0] * layers
     shards = []
-    for index in range(draw(st.integers(1, 5))):
+    for _ in range(draw(st.integers(1, 5))):
         # All layers of a tensor have one norm type, but may go on in another tensor.
         norm_type = draw(st.sampled_from(norm_types))
         own = [layer for layer in range(layers) if norm_types[layer] == norm_type]
@@ -60,17 +46,12 @@ def steps(draw):
             segments.append(Segment(start, end, layer, offsets[layer]))
             offsets[layer] += end - start
         numel = end + draw(st.sampled_from([0, 1, 5]))
+        moments = draw(st.sampled_from([DTYPES[:1], DTYPES[1:2], []]))
         param, grad, exp_avg = (
-            values(
-                (numel,),
-                draw(st.sampled_from(dtypes)),
-                seed + 3 * index + i,
-                special,
-                draw(st.integers(0, 3)),
-            )
+            values((numel,), draw(st.sampled_from(dtypes)), generator, draw(st.integers(0, 3)), special)
             if dtypes
             else None
-            for i, dtypes in enumerate((DTYPES, DTYPES, draw(st.sampled_from([DTYPES[:1], DTYPES[1:2], []]))))
+            for dtypes in (DTYPES, DTYPES, moments)
         )
         options = {
             "beta1": draw(st.sampled_from([0.0, 0.9, 0.95])) if exp_avg is not None else 0.0,
@@ -82,51 +63,8 @@ def steps(draw):
     return shards, layers
 
 
-def coefficients(layers, seed):
-    generator = torch.Generator().manual_seed(seed)
-    vectors = [torch.rand(layers, dtype=torch.float64, generator=generator) for _ in range(3)]
-    return Coefficients(*vectors, active=torch.rand(layers, generator=generator) < 0.7)
-
-
-def copies(shards):
-    def copy(t):
-        if t is None:
-            return None
-        whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).clone()
-        return whole.as_strided(t.shape, t.stride(), t.storage_offset())
-
-    fields = ("segments", "first", "norm_type", "beta1", "beta3", "weight_decay", "reg_inside_moment")
-    return [
-        Shard(copy(s.param), copy(s.grad), copy(s.exp_avg), **{f: getattr(s, f) for f in fields})
-        for s in shards
-    ]
-
-
-def check_update(shards, layers, seed=0):
-    """Of the whole storages, so that a write beside the segments shows."""
-    expected, c = copies(shards), coefficients(layers, seed)
-    reference.update(expected, c)
-    cpu.Kernels(shards, CPU, layers).update(c)
-    for a, b in zip(shards, expected, strict=True):
-        for t, e in ((a.param, b.param), (a.grad, b.grad), (a.exp_avg, b.exp_avg)):
-            if t is not None:
-                whole = [torch.empty(0, dtype=x.dtype).set_(x.untyped_storage()) for x in (t, e)]
-                assert same_bits(*whole)
-
-
-def check_sums(shards, layers):
-    found = cpu.Kernels(shards, CPU, layers).sum_of_squares()
-    expected = reference.sum_of_squares(shards, CPU, layers)
-    assert found.dtype == torch.float64
-    assert found.shape == (layers,)
-    numel, exact = [0] * layers, [False] * layers
-    for shard in shards:
-        for segment in shard.segments:
-            numel[shard.first + segment.layer] += segment.numel
-            exact[shard.first + segment.layer] = shard.norm_type == 0
-    bound = torch.tensor([0.0 if e else 2 * n * SUM_BOUND for n, e in zip(numel, exact, strict=True)])
-    close = (found - expected).abs() <= bound * expected.abs()
-    assert (close | (found == expected) | (found.isnan() & expected.isnan())).all()
+def random(layers, seed=0):
+    return random_coefficients(layers, torch.Generator().manual_seed(seed))
 
 
 @settings(max_examples=150, deadline=None)
@@ -134,17 +72,16 @@ def check_sums(shards, layers):
 def test_any_layout_gives_what_the_reference_gives(case, seed):
     shards, layers = case
     assert all(map(cpu.supports, shards))
-    check_sums(shards, layers)
-    check_update(shards, layers, seed)
+    assert_as_reference(cpu, shards, layers, random(layers, seed))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 def test_every_number_of_16_bits_and_its_neighbours_are_converted_as_torch_does(dtype):
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).float()
-    bits = every.view(torch.int32)
+    exact = every.view(torch.int32)
     # Halfway to the next, and the float32 before and after that.
     half = 1 << (15 if dtype == torch.bfloat16 else 12)
-    g = torch.cat([(bits + d).view(torch.float32) for d in (-1, 0, 1, half - 1, half, half + 1)])
+    g = torch.cat([(exact + d).view(torch.float32) for d in (-1, 0, 1, half - 1, half, half + 1)])
     g = torch.cat([g, torch.arange(-2048.5, 2048.5, 0.25) * 2.0**-24, torch.tensor([65519.996, 65520.0])])
     # w - (-1*g) with w = -0 is g in all its bits.
     one = torch.ones(1, dtype=torch.float64)
@@ -153,8 +90,8 @@ def test_every_number_of_16_bits_and_its_neighbours_are_converted_as_torch_does(
     widened = _simple(torch.full_like(every, -0.0), every.to(dtype), None)
     cpu.Kernels([narrowed], CPU, 1).update(c)
     cpu.Kernels([widened], CPU, 1).update(c)
-    assert same_bits(narrowed.param, g.to(dtype))
-    assert same_bits(widened.param, every)
+    assert torch.equal(bits(narrowed.param), bits(g.to(dtype)))
+    assert torch.equal(bits(widened.param), bits(every))
 
 
 def _simple(param, grad, exp_avg, **options):
@@ -165,9 +102,10 @@ def _simple(param, grad, exp_avg, **options):
 
 
 def test_a_large_layer_gives_the_same_bits_for_every_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
     shards = [
         _simple(
-            *(values((numel,), torch.float32, numel + i) for i in range(3)), weight_decay=0.1, first=first
+            *(values((numel,), torch.float32, generator) for _ in range(3)), weight_decay=0.1, first=first
         )
         for first, numel in enumerate((1_000_001, 5, 300_000))
     ]
@@ -176,32 +114,32 @@ def test_a_large_layer_gives_the_same_bits_for_every_number_of_threads():
     try:
         for threads in (1, 2, 3, 3):
             torch.set_num_threads(threads)
-            own = copies(shards)
+            own = copied(shards, CPU)
             kernels = cpu.Kernels(own, CPU, 3)
             sums = kernels.sum_of_squares()
-            kernels.update(coefficients(3, 1))
+            kernels.update(random(3))
             results.append([sums, *(s.param for s in own), *(s.exp_avg for s in own)])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-    check_sums(shards, 3)
-    check_update(shards, 3)
+    assert_as_reference(cpu, shards, 3, random(3))
 
 
 def test_a_thousand_layers_and_a_large_one():
     sizes = [256] * 1000 + [200_000, 0, 1]
+    generator = torch.Generator().manual_seed(0)
     shards = [
-        _simple(*(values((n,), torch.float32, i) for _ in range(3)), first=i) for i, n in enumerate(sizes)
+        _simple(*(values((n,), torch.float32, generator) for _ in range(3)), first=i)
+        for i, n in enumerate(sizes)
     ]
-    check_sums(shards, len(sizes))
-    check_update(shards, len(sizes))
+    assert_as_reference(cpu, shards, len(sizes), random(len(sizes)))
     assert cpu.Kernels(shards, CPU, len(sizes)).sum_of_squares()[-2] == 0
 
 
 def test_no_shards_and_no_layers():
     kernels = cpu.Kernels([], CPU, 0)
     assert kernels.sum_of_squares().numel() == 0
-    kernels.update(coefficients(0, 0))
+    kernels.update(random(0))
     assert cpu.Kernels([], CPU, 2).sum_of_squares().tolist() == [0.0, 0.0]
 
 
@@ -222,32 +160,43 @@ def test_elements_beyond_two_to_the_31(moment):
     exp_avg = None if moment is None else torch.empty(numel, dtype=moment)
     segment = Segment(2**31 + 7, 2**31 + 900, 0)
     part = slice(segment.start - 5, segment.stop + 5)
-    for i, t in enumerate((param, grad, exp_avg)):
+    generator = torch.Generator().manual_seed(0)
+    for t in (param, grad, exp_avg):
         if t is not None:
-            t[part] = values((segment.numel + 10,), t.dtype, i)
+            t[part] = values((segment.numel + 10,), t.dtype, generator)
     options = (0, 2, 0.9, 1.0, 0.1, True)
     shard = Shard(param, grad, exp_avg, (segment,), *options)
     small = [None if t is None else t[part].clone() for t in (param, grad, exp_avg)]
     expected = Shard(*small, (Segment(5, 5 + segment.numel, 0),), *options)
-    kernels, c = cpu.Kernels([shard], CPU, 1), coefficients(1, 3)
+    kernels, c = cpu.Kernels([shard], CPU, 1), random(1)
     c.active.fill_(True)
-    sums = reference.sum_of_squares([expected], CPU, 1)
-    assert torch.allclose(kernels.sum_of_squares(), sums, rtol=2 * segment.numel * SUM_BOUND, atol=0)
+    assert_same_statistic(kernels.sum_of_squares(), [expected], 1)
     kernels.update(c)
     reference.update([expected], c)
-    assert same_bits(param[part], expected.param)
-    assert exp_avg is None or same_bits(exp_avg[part], expected.exp_avg)
+    assert torch.equal(bits(param[part]), bits(expected.param))
+    assert exp_avg is None or torch.equal(bits(exp_avg[part]), bits(expected.exp_avg))
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 def test_any_order_of_dimensions_where_it_is_the_same_for_all(memory_format):
+    generator = torch.Generator().manual_seed(0)
     tensors = [
-        values((2, 3, 5, 7), torch.float32, i).contiguous(memory_format=memory_format) for i in range(3)
+        values((2, 3, 5, 7), torch.float32, generator).contiguous(memory_format=memory_format)
+        for _ in range(3)
     ]
     shard = _simple(*tensors, weight_decay=0.1, first=0)
     assert cpu.supports(shard)
-    check_sums([shard], 1)
-    check_update([shard], 1)
+    assert_as_reference(cpu, [shard], 1, random(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_may_move(dtype):
+    generator = torch.Generator().manual_seed(0)
+    shards = [
+        _simple(*(values((n,), d, generator) for d in (dtype, dtype, torch.float32)), first=i)
+        for i, n in enumerate((300, 1, 0, 70_000))
+    ]
+    assert_follows_gradients(cpu, shards)
 
 
 def test_what_is_not_supported():

@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import hypothesis.strategies as st
 import torch
+from against_reference import cut
 from hypothesis import given, settings
 
 from novoscale.kernels import Shard
@@ -21,14 +22,7 @@ def layouts(draw):
     """Shards with random cuts, gaps and layers of several segments."""
     shards, first = [], 0
     for _ in range(draw(st.integers(0, 4))):
-        bounds = sorted(draw(st.lists(st.integers(0, 200), max_size=8)))
-        layers = draw(st.integers(1, 3))
-        offsets, segments = [0] * layers, []
-        for start, stop in pairwise(bounds):
-            layer = draw(st.integers(-1, layers - 1))
-            if layer >= 0:
-                segments.append(Segment(start, stop, layer, offsets[layer]))
-                offsets[layer] += stop - start
+        segments, layers = cut(draw, sorted(draw(st.lists(st.integers(0, 200), max_size=8))))
         shards.append(shard_of(segments, first))
         first += layers
     return shards

@@ -1,9 +1,4 @@
-"""The Triton kernels give the reference's bits: on a GPU, or without one in Triton's interpreter.
-
-The statistic is a sum in float64 in another order. The squares are exact, and a sum of n numbers of one
-sign is off by at most n * 2**-53 of itself, to first order, in whatever order: two of them differ by at
-most n * 2**-52.
-"""
+"""The Triton kernels give the reference's bits: on a GPU, or without one in Triton's interpreter."""
 
 import gc
 import json
@@ -11,13 +6,22 @@ import os
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
 import torch
+from against_reference import (
+    CPU,
+    DTYPES,
+    assert_as_reference,
+    assert_follows_gradients,
+    assert_same_bits,
+    copied,
+    cut,
+    random_coefficients,
+    values,
+)
 from hypothesis import HealthCheck, Phase, given, settings
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -31,8 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-CPU = torch.device("cpu")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 OPTIONS = [  # beta1, beta3, weight_decay, reg_inside_moment
     (0.95, 1.0, 0.0, True),
     (0.9, 0.1, 0.01, True),
@@ -50,26 +52,6 @@ def small(monkeypatch):
 # ---- cases ----------------------------------------------------------------------------------------------
 
 
-def values(numel, dtype, offset, generator):
-    """Numbers of all magnitudes, subnormal ones too, at an offset from an aligned address."""
-    exponent = torch.randint(-45, 5, (numel + offset + 3,), generator=generator)
-    base = torch.randn(len(exponent), generator=generator) * 10.0 ** torch.where(exponent < -40, exponent, 0)
-    return base.to(dtype)[offset : offset + numel]
-
-
-def cut(draw, numel):
-    """Segments with padding before, between and behind, and how many layers they belong to."""
-    layers = draw(st.integers(1, 3))
-    bounds = sorted(draw(st.lists(st.integers(0, numel), min_size=2, max_size=5)))
-    offsets, segments = [0] * layers, []
-    for start, stop in pairwise(bounds):
-        layer = draw(st.integers(-1, layers - 1))
-        if layer >= 0:
-            segments.append(Segment(start, stop, layer, offsets[layer]))
-            offsets[layer] += stop - start
-    return tuple(segments), layers
-
-
 @st.composite
 def cases(draw):
     """Shards on the CPU, the number of layers, and coefficients."""
@@ -78,79 +60,22 @@ def cases(draw):
     for _ in range(draw(st.integers(1, 4))):
         numel = draw(st.one_of(st.sampled_from([0, 1, 64, 96, 160]), st.integers(0, 170)))
         param, grad, exp_avg = (
-            values(numel, draw(st.sampled_from(dtypes)), draw(st.sampled_from([0, 0, 0, 1, 8, 3])), generator)
+            values(
+                (numel,), draw(st.sampled_from(dtypes)), generator, draw(st.sampled_from([0, 0, 0, 1, 8, 3]))
+            )
             for dtypes in (DTYPES, DTYPES, kernels.MOMENTS)
         )
         if numel and draw(st.integers(0, 3)) == 0:
             at = draw(st.integers(0, numel - 1))
             grad[at] = draw(st.sampled_from([float("nan"), float("inf"), float("-inf"), -0.0]))
         exp_avg = exp_avg if draw(st.booleans()) else None
-        segments, layers = cut(draw, numel)
+        bounds = draw(st.lists(st.integers(0, numel), min_size=2, max_size=5))
+        segments, layers = cut(draw, sorted(bounds))
         options = draw(st.sampled_from(OPTIONS))
         norm_type = draw(st.sampled_from([2, 0]))
         shards.append(Shard(param, grad, exp_avg, segments, first, norm_type, *options))
         first += layers
     return shards, first, random_coefficients(first, generator)
-
-
-def random_coefficients(layers, generator):
-    vectors = [torch.rand(layers, generator=generator, dtype=torch.float64) for _ in range(4)]
-    return Coefficients(100 * vectors[0], *vectors[1:3], vectors[3] > 0.2)
-
-
-def copied(shards, device):
-    """The same on a device, with all of the memory that the tensors are views of."""
-
-    def copy(t):
-        if t is None:
-            return None
-        whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(device, copy=True)
-        return whole.as_strided(t.shape, t.stride(), t.storage_offset())
-
-    return [replace(s, param=copy(s.param), grad=copy(s.grad), exp_avg=copy(s.exp_avg)) for s in shards]
-
-
-def moved(coefficients, device):
-    fields = ("grad_scale", "step_size", "decay", "active")
-    return Coefficients(*(getattr(coefficients, name).to(device) for name in fields))
-
-
-def memory(tensor):
-    """The bits of all of the memory that a tensor is a view of; of NaN only that it is one."""
-    whole = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(tensor.untyped_storage()).cpu()
-    bits = whole.view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
-    return torch.where(whole.isnan(), -1, bits)
-
-
-def assert_same_bits(shards, expected):
-    for shard, other in zip(shards, expected, strict=True):
-        for name in ("param", "grad", "exp_avg"):
-            mine, its = getattr(shard, name), getattr(other, name)
-            assert its is None or torch.equal(memory(mine), memory(its)), name
-
-
-def assert_same_statistic(statistic, shards, layers):
-    expected = reference.sum_of_squares(shards, CPU, layers)
-    numel, largest = torch.zeros(layers, dtype=torch.float64), torch.zeros(layers, dtype=torch.bool)
-    for shard in shards:
-        for segment in shard.segments:
-            numel[shard.first + segment.layer] += segment.numel
-            largest[shard.first + segment.layer] = shard.norm_type == 0
-    bound = torch.where(largest, 0.0, numel * 2.0**-52) * expected
-    difference = (statistic.cpu() - expected).abs()
-    same = (statistic.cpu() == expected) | (statistic.cpu().isnan() & expected.isnan())
-    assert (same | (difference <= bound)).all(), (statistic, expected)
-
-
-def assert_as_reference(shards, layers, coefficients):
-    mine = copied(shards, DEVICE)
-    passes = kernels.Kernels(mine, DEVICE, layers)
-    assert_same_statistic(passes.sum_of_squares(), shards, layers)
-    assert_same_bits(mine, shards)
-    expected = copied(shards, CPU)
-    reference.update(expected, coefficients)
-    passes.update(moved(coefficients, DEVICE))
-    assert_same_bits(mine, expected)
 
 
 # ---- both passes ----------------------------------------------------------------------------------------
@@ -164,7 +89,7 @@ def assert_as_reference(shards, layers, coefficients):
 )
 @given(case=cases())
 def test_any_layout_gives_the_bits_of_the_reference(small, case):
-    assert_as_reference(*case)
+    assert_as_reference(kernels, *case, DEVICE)
 
 
 @pytest.mark.parametrize("norm_type", [2, 0])
@@ -173,9 +98,9 @@ def test_any_layout_gives_the_bits_of_the_reference(small, case):
 @pytest.mark.parametrize("param", DTYPES)
 def test_every_mix_of_dtypes(small, param, grad, exp_avg, norm_type):
     generator = torch.Generator().manual_seed(0)
-    tensors = [None if t is None else values(80, t, 0, generator) for t in (param, grad, exp_avg)]
+    tensors = [None if t is None else values((80,), t, generator) for t in (param, grad, exp_avg)]
     shard = Shard(*tensors, (Segment(0, 77, 0),), 0, norm_type, 0.9, 0.1, 0.01, True)
-    assert_as_reference([shard], 1, random_coefficients(1, generator))
+    assert_as_reference(kernels, [shard], 1, random_coefficients(1, generator), DEVICE)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -183,8 +108,12 @@ def test_with_chunks_and_blocks_as_they_are(offset):
     generator = torch.Generator().manual_seed(0)
     numel = 2 * kernels.CHUNK + 5 * kernels.BLOCK + 100
     segments = (Segment(0, 3, 0), Segment(35, numel - 7, 1))
-    tensors = [values(numel, t, offset, generator) for t in (torch.bfloat16, torch.float32, torch.bfloat16)]
-    assert_as_reference([Shard(*tensors, segments, 0, 2, *OPTIONS[2])], 2, random_coefficients(2, generator))
+    tensors = [
+        values((numel,), t, generator, offset) for t in (torch.bfloat16, torch.float32, torch.bfloat16)
+    ]
+    assert_as_reference(
+        kernels, [Shard(*tensors, segments, 0, 2, *OPTIONS[2])], 2, random_coefficients(2, generator), DEVICE
+    )
 
 
 def test_rounding_to_bfloat16_is_to_nearest_even(small):
@@ -227,6 +156,17 @@ def test_chunks_are_aligned_where_the_tensor_is_and_the_segment_is_not(small):
     assert (addresses - addresses[0]).tolist() == [[0, 0], [4 * 48] * 2, [4 * 112] * 2]
 
 
+def test_gradients_may_move(small):
+    generator = torch.Generator().manual_seed(0)
+    shards = []
+    for first, (numel, option) in enumerate(((200, 1), (1, 0), (0, 0), (90, 2), (130, 1))):
+        dtypes = (torch.float32, DTYPES[first % 3], torch.float32)
+        tensors = [values((numel,), t, generator) for t in dtypes]
+        segments = (Segment(0, numel, 0),) if numel else ()
+        shards.append(Shard(*tensors, segments, first, 2, *OPTIONS[option]))
+    assert_follows_gradients(kernels, shards, DEVICE)
+
+
 def test_layers_without_elements_are_zero():
     assert kernels.Kernels([], DEVICE, 3).sum_of_squares().tolist() == [0.0, 0.0, 0.0]
     assert kernels.Kernels([], DEVICE, 0).sum_of_squares().tolist() == []
@@ -234,9 +174,9 @@ def test_layers_without_elements_are_zero():
 
 def test_two_runs_give_the_same_bits(small):
     generator = torch.Generator().manual_seed(0)
-    tensors = [values(500, torch.float32, 0, generator) for _ in range(3)]
+    tensors = [values((500,), torch.float32, generator) for _ in range(3)]
     shard = Shard(*tensors, (Segment(0, 300, 0), Segment(300, 500, 1)), 0, 2, *OPTIONS[1])
-    coefficients = moved(random_coefficients(2, generator), DEVICE)
+    coefficients = random_coefficients(2, generator).to(DEVICE)
     runs = []
     for _ in range(2):
         (mine,) = copied([shard], DEVICE)
@@ -303,12 +243,12 @@ def shard_like(param, grad, exp_avg, segments=None):
 
 def test_dense_strides_are_taken_where_one_segment_has_the_tensor(small):
     generator = torch.Generator().manual_seed(0)
-    tensors = [values(120, torch.float32, 0, generator).view(4, 5, 6).permute(2, 0, 1) for _ in range(3)]
+    tensors = [values((4, 5, 6), torch.float32, generator).permute(2, 0, 1) for _ in range(3)]
     shard = shard_like(*tensors)
     assert kernels.supports(shard)
     mine, expected = copied([shard], DEVICE), copied([shard], CPU)
     coefficients = random_coefficients(1, generator)
-    kernels.Kernels(mine, DEVICE, 1).update(moved(coefficients, DEVICE))
+    kernels.Kernels(mine, DEVICE, 1).update(coefficients.to(DEVICE))
     reference.update(expected, coefficients)
     assert_same_bits(mine, expected)
 
