@@ -1,48 +1,16 @@
 """NovoGrad in one process: Algorithm 1, its rules, and what torch's users expect of an optimizer."""
 
 import copy
-import io
 import itertools
-import pickle
 
-import numpy as np
 import pytest
 import torch
 from oracle import Oracle, clipped, deviation
+from stepping import gradients, parameters, run, set_gradients, worst
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
 from novoscale import NovoGrad
-
-SHAPES = [(5, 7), (7,), (3, 2, 2), (1,), (), (300, 401)]  # the last is more than one tile
-
-
-def parameters(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    return [nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in SHAPES]
-
-
-def gradients(step, shapes=SHAPES):
-    rng = np.random.default_rng(100 + step)
-    return [rng.standard_normal(shape) * 10 ** rng.uniform(-3, 2) for shape in shapes]
-
-
-def set_gradients(params, grads):
-    for p, g in zip(params, grads, strict=True):
-        p.grad = torch.as_tensor(np.asarray(g)).to(p.dtype).reshape(p.shape)
-    return [p.grad.double().numpy().copy() for p in params]
-
-
-def run(params, optimizer, oracle, steps=10, clip=None):
-    for step in range(steps):
-        grads = set_gradients(params, gradients(step))
-        optimizer.step()
-        oracle.step(clipped(grads, clip) if clip else grads)
-
-
-def worst(params, oracle):
-    return max(deviation(p.detach().double().numpy(), w) for p, w in zip(params, oracle.weights, strict=True))
-
 
 # ---- Algorithm 1 ----------------------------------------------------------------------------------
 
@@ -330,81 +298,6 @@ def test_added_group_is_stepped():
     assert worst(params, oracle) < 2e-6
 
 
-@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle", "torch.save"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resuming_gives_the_same_bits_as_not_stopping(how, dtype):
-    params = parameters(dtype)
-    options = {"lr": 0.03, "weight_decay": 0.1, "bias_correction": True}
-    optimizer = NovoGrad(params, **options)
-    for step in range(3):
-        set_gradients(params, gradients(step))
-        optimizer.step()
-    if how in ("deepcopy", "pickle"):
-        clone = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
-        others = clone.param_groups[0]["params"]
-    else:
-        others = copy.deepcopy(params)
-        clone = NovoGrad(others, lr=1.0)
-        saved = optimizer.state_dict()
-        if how == "torch.save":
-            buffer = io.BytesIO()
-            torch.save(saved, buffer)
-            buffer.seek(0)
-            saved = torch.load(buffer, weights_only=True)
-        clone.load_state_dict(saved)
-    for p, q in zip(params, others, strict=True):
-        for key, value in optimizer.state[p].items():
-            assert clone.state[q][key].dtype == value.dtype == torch.float32
-            assert torch.equal(clone.state[q][key], value)
-            assert clone.state[q][key] is not value
-    for step in range(3, 6):
-        for ps, o in ((params, optimizer), (others, clone)):
-            set_gradients(ps, gradients(step))
-            o.step()
-    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
-
-
-def test_load_state_dict_hooks_see_and_may_change_what_is_loaded():
-    params = parameters(torch.bfloat16)
-    optimizer = NovoGrad(params, lr=0.03)
-    set_gradients(params, gradients(0))
-    optimizer.step()
-    saved = optimizer.state_dict()
-    other = NovoGrad(parameters(torch.bfloat16), lr=1.0)
-
-    def double(_, state_dict):
-        state = {k: {**v, "exp_avg": v["exp_avg"] * 2} for k, v in state_dict["state"].items()}
-        return {**state_dict, "state": state}
-
-    seen = []
-    other.register_load_state_dict_pre_hook(double)
-    other.register_load_state_dict_post_hook(lambda o: seen.append(next(iter(o.state.values()))["exp_avg"]))
-    other.load_state_dict(saved)
-    assert seen[0].dtype == torch.float32
-    assert torch.equal(seen[0], 2 * saved["state"][0]["exp_avg"])
-
-
-def test_state_of_a_jasper_family_novograd_loads():
-    params = parameters()[:2]
-    optimizer = NovoGrad(params, lr=0.1)
-    state = {
-        i: {"step": 3, "exp_avg": torch.randn_like(p), "exp_avg_sq": torch.tensor(float(i + 1))}
-        for i, p in enumerate(params)
-    }
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    assert [optimizer.state[p]["exp_avg_sq"].tolist() for p in params] == [[1.0], [2.0]]
-    set_gradients(params, gradients(0, SHAPES[:2]))
-    optimizer.step()
-
-
-def test_only_private_attributes_are_not_copied():
-    # torch's own conformance test: deepcopy keeps defaults, state and param_groups.
-    optimizer = NovoGrad(parameters(), lr=0.1)
-    public = lambda o: {k for k in vars(o) if not k.startswith("_")}  # noqa: E731
-    assert public(optimizer) == public(copy.deepcopy(optimizer)) == {"defaults", "state", "param_groups"}
-    assert "NovoGrad" in repr(optimizer)
-
-
 def test_optimizer_keeps_no_parameter_alive():
     import gc
     import weakref
@@ -419,117 +312,6 @@ def test_optimizer_keeps_no_parameter_alive():
     del p
     gc.collect()
     assert gone() is None
-
-
-# ---- bad input ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "says"),
-    [
-        ({"lr": -1.0}, ValueError, "lr must be a finite number of at least 0, got -1.0"),
-        ({"lr": float("nan")}, ValueError, "lr must be"),
-        ({"lr": "1e-3"}, TypeError, "lr must be a number, got '1e-3'"),
-        ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element"),
-        ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] must be at least 0 and below 1"),
-        ({"betas": (0.9, -0.1)}, ValueError, r"betas\[1\]"),
-        ({"betas": 0.9}, TypeError, "betas must be two numbers"),
-        ({"eps": -1e-8}, ValueError, "eps must be"),
-        ({"weight_decay": -0.1}, ValueError, "weight_decay must be"),
-        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be"),
-        ({"max_grad_norm": 1.0, "norm_type": 0}, ValueError, "max_grad_norm needs norm_type=2"),
-        ({"norm_type": 1}, ValueError, "norm_type must be 2"),
-        ({"grad_averaging": "false"}, TypeError, "grad_averaging must be True or False"),
-        ({"beta": 0.9}, TypeError, "no option 'beta': did you mean 'betas'"),
-        ({"amsgrad": True}, TypeError, "no AMSGrad variant"),
-    ],
-    ids=str,
-)
-def test_bad_option_is_named(options, error, says):
-    with pytest.raises(error, match=says):
-        NovoGrad([nn.Parameter(torch.ones(2))], **options)
-    if "lr" in options or "betas" in options:
-        with pytest.raises(error, match=says):
-            NovoGrad([{"params": [nn.Parameter(torch.ones(2))], **options}])
-
-
-@pytest.mark.parametrize(
-    ("parameter", "says"),
-    [
-        (lambda: nn.Parameter(torch.ones(2)) * 2, "non-leaf"),
-        (lambda: torch.ones(2, dtype=torch.int64), "dtype torch.int64"),
-        (lambda: torch.ones(2, dtype=torch.complex64), "dtype torch.complex64"),
-        (lambda: torch.ones(2).to_sparse(), "not a dense tensor"),
-    ],
-)
-def test_bad_parameter_is_named_and_not_added(parameter, says):
-    good = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match=f"parameter 1 of param group 0.*{says}"):
-        NovoGrad([good, parameter()])
-    optimizer = NovoGrad([("good", good)])
-    with pytest.raises(ValueError, match=f"odd.*{says}"):
-        optimizer.add_param_group({"params": [("odd", parameter())]})
-    assert len(optimizer.param_groups) == 1
-
-
-def test_bad_gradient_is_named_and_nothing_changed():
-    embedding = nn.Embedding(5, 3, sparse=True)
-    other = nn.Parameter(torch.ones(2))
-    optimizer = NovoGrad([("other", other), ("table", embedding.weight)], lr=0.1)
-    other.grad = torch.ones(2)
-    embedding(torch.tensor([1])).sum().backward()
-    with pytest.raises(RuntimeError, match="table: NovoGrad does not support sparse gradients"):
-        optimizer.step()
-    assert torch.equal(other, torch.ones(2))
-    assert not optimizer.state
-
-
-def test_groups_that_disagree_on_max_grad_norm_are_refused():
-    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="max_grad_norm clips the gradient of the whole model"):
-        NovoGrad([{"params": [a], "max_grad_norm": 1.0}, {"params": [b], "max_grad_norm": 2.0}])
-
-
-@pytest.mark.parametrize("numel", [6, 9])
-def test_flat_tensor_of_unknown_origin_is_refused(numel):
-    model = nn.Linear(2, 2)
-    optimizer = NovoGrad(model.named_parameters(), lr=0.1)
-    flat = torch.zeros(numel, requires_grad=True)
-    flat.grad = torch.ones(numel)
-    optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(
-        RuntimeError, match=r"weight: .* is not what NovoGrad was given.*novoscale.integrations.deepspeed"
-    ):
-        optimizer.step()
-    assert not flat.any()
-    assert not optimizer.state
-
-
-def test_parameter_that_changed_its_size_is_refused():
-    p = nn.Parameter(torch.ones(4))
-    optimizer = NovoGrad([("p", p)], lr=0.1)
-    p.data = torch.ones(6)
-    p.grad = torch.ones(6)
-    with pytest.raises(RuntimeError, match=r"p: .*had 4 elements when NovoGrad was given it and has 6 now"):
-        optimizer.step()
-
-
-def test_state_of_another_optimizer_or_model_is_refused_and_nothing_changed():
-    p = nn.Parameter(torch.ones(4))
-    adam = torch.optim.AdamW([p])
-    p.grad = torch.ones(4)
-    adam.step()
-    optimizer = NovoGrad([p], lr=0.1)
-    optimizer.step()
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"exp_avg_sq of parameter 0 has 4 elements .* one per layer"):
-        optimizer.load_state_dict({**before, "state": adam.state_dict()["state"]})
-    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(5,\), the parameter \(4,\)"):
-        optimizer.load_state_dict(
-            {**before, "state": {0: {"exp_avg": torch.ones(5), "exp_avg_sq": torch.ones(1)}}}
-        )
-    after = optimizer.state_dict()
-    assert all(torch.equal(after["state"][0][k], before["state"][0][k]) for k in before["state"][0])
 
 
 def test_loss_goes_down_on_a_real_problem():

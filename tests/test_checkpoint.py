@@ -1,0 +1,105 @@
+"""State in and out: the same run goes on, whatever it was carried by; what does not fit is refused."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from stepping import SHAPES, gradients, parameters, set_gradients
+from torch import nn
+
+from novoscale import NovoGrad
+
+
+@pytest.mark.parametrize("how", ["state_dict", "deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resuming_gives_the_same_bits_as_not_stopping(how, dtype):
+    params = parameters(dtype)
+    options = {"lr": 0.03, "weight_decay": 0.1, "bias_correction": True}
+    optimizer = NovoGrad(params, **options)
+    for step in range(3):
+        set_gradients(params, gradients(step))
+        optimizer.step()
+    if how in ("deepcopy", "pickle"):
+        clone = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+        others = clone.param_groups[0]["params"]
+    else:
+        others = copy.deepcopy(params)
+        clone = NovoGrad(others, lr=1.0)
+        saved = optimizer.state_dict()
+        if how == "torch.save":
+            buffer = io.BytesIO()
+            torch.save(saved, buffer)
+            buffer.seek(0)
+            saved = torch.load(buffer, weights_only=True)
+        clone.load_state_dict(saved)
+    for p, q in zip(params, others, strict=True):
+        for key, value in optimizer.state[p].items():
+            assert clone.state[q][key].dtype == value.dtype == torch.float32
+            assert torch.equal(clone.state[q][key], value)
+            assert clone.state[q][key] is not value
+    for step in range(3, 6):
+        for ps, o in ((params, optimizer), (others, clone)):
+            set_gradients(ps, gradients(step))
+            o.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def test_load_state_dict_hooks_see_and_may_change_what_is_loaded():
+    params = parameters(torch.bfloat16)
+    optimizer = NovoGrad(params, lr=0.03)
+    set_gradients(params, gradients(0))
+    optimizer.step()
+    saved = optimizer.state_dict()
+    other = NovoGrad(parameters(torch.bfloat16), lr=1.0)
+
+    def double(_, state_dict):
+        state = {k: {**v, "exp_avg": v["exp_avg"] * 2} for k, v in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    seen = []
+    other.register_load_state_dict_pre_hook(double)
+    other.register_load_state_dict_post_hook(lambda o: seen.append(next(iter(o.state.values()))["exp_avg"]))
+    other.load_state_dict(saved)
+    assert seen[0].dtype == torch.float32
+    assert torch.equal(seen[0], 2 * saved["state"][0]["exp_avg"])
+
+
+def test_state_of_a_jasper_family_novograd_loads():
+    params = parameters()[:2]
+    optimizer = NovoGrad(params, lr=0.1)
+    state = {
+        i: {"step": 3, "exp_avg": torch.randn_like(p), "exp_avg_sq": torch.tensor(float(i + 1))}
+        for i, p in enumerate(params)
+    }
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    assert [optimizer.state[p]["exp_avg_sq"].tolist() for p in params] == [[1.0], [2.0]]
+    set_gradients(params, gradients(0, SHAPES[:2]))
+    optimizer.step()
+
+
+def test_only_private_attributes_are_not_copied():
+    # torch's own conformance test: deepcopy keeps defaults, state and param_groups.
+    optimizer = NovoGrad(parameters(), lr=0.1)
+    public = lambda o: {k for k in vars(o) if not k.startswith("_")}  # noqa: E731
+    assert public(optimizer) == public(copy.deepcopy(optimizer)) == {"defaults", "state", "param_groups"}
+    assert "NovoGrad" in repr(optimizer)
+
+
+def test_state_of_another_optimizer_or_model_is_refused_and_nothing_changed():
+    p = nn.Parameter(torch.ones(4))
+    adam = torch.optim.AdamW([p])
+    p.grad = torch.ones(4)
+    adam.step()
+    optimizer = NovoGrad([p], lr=0.1)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=r"exp_avg_sq of parameter 0 has 4 elements .* one per layer"):
+        optimizer.load_state_dict({**before, "state": adam.state_dict()["state"]})
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 has shape \(5,\), the parameter \(4,\)"):
+        optimizer.load_state_dict(
+            {**before, "state": {0: {"exp_avg": torch.ones(5), "exp_avg_sq": torch.ones(1)}}}
+        )
+    after = optimizer.state_dict()
+    assert all(torch.equal(after["state"][0][k], before["state"][0][k]) for k in before["state"][0])

@@ -1,0 +1,97 @@
+"""Bad input gets one clear error that names it, before anything is changed."""
+
+import pytest
+import torch
+from torch import nn
+
+from novoscale import NovoGrad
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "says"),
+    [
+        ({"lr": -1.0}, ValueError, "lr must be a finite number of at least 0, got -1.0"),
+        ({"lr": float("nan")}, ValueError, "lr must be"),
+        ({"lr": "1e-3"}, TypeError, "lr must be a number, got '1e-3'"),
+        ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element"),
+        ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] must be at least 0 and below 1"),
+        ({"betas": (0.9, -0.1)}, ValueError, r"betas\[1\]"),
+        ({"betas": 0.9}, TypeError, "betas must be two numbers"),
+        ({"eps": -1e-8}, ValueError, "eps must be"),
+        ({"weight_decay": -0.1}, ValueError, "weight_decay must be"),
+        ({"max_grad_norm": -1.0}, ValueError, "max_grad_norm must be"),
+        ({"max_grad_norm": 1.0, "norm_type": 0}, ValueError, "max_grad_norm needs norm_type=2"),
+        ({"norm_type": 1}, ValueError, "norm_type must be 2"),
+        ({"grad_averaging": "false"}, TypeError, "grad_averaging must be True or False"),
+        ({"beta": 0.9}, TypeError, "no option 'beta': did you mean 'betas'"),
+        ({"amsgrad": True}, TypeError, "no AMSGrad variant"),
+    ],
+    ids=str,
+)
+def test_bad_option_is_named(options, error, says):
+    with pytest.raises(error, match=says):
+        NovoGrad([nn.Parameter(torch.ones(2))], **options)
+    if "lr" in options or "betas" in options:
+        with pytest.raises(error, match=says):
+            NovoGrad([{"params": [nn.Parameter(torch.ones(2))], **options}])
+
+
+@pytest.mark.parametrize(
+    ("parameter", "says"),
+    [
+        (lambda: nn.Parameter(torch.ones(2)) * 2, "non-leaf"),
+        (lambda: torch.ones(2, dtype=torch.int64), "dtype torch.int64"),
+        (lambda: torch.ones(2, dtype=torch.complex64), "dtype torch.complex64"),
+        (lambda: torch.ones(2).to_sparse(), "not a dense tensor"),
+    ],
+)
+def test_bad_parameter_is_named_and_not_added(parameter, says):
+    good = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match=f"parameter 1 of param group 0.*{says}"):
+        NovoGrad([good, parameter()])
+    optimizer = NovoGrad([("good", good)])
+    with pytest.raises(ValueError, match=f"odd.*{says}"):
+        optimizer.add_param_group({"params": [("odd", parameter())]})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_bad_gradient_is_named_and_nothing_changed():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    other = nn.Parameter(torch.ones(2))
+    optimizer = NovoGrad([("other", other), ("table", embedding.weight)], lr=0.1)
+    other.grad = torch.ones(2)
+    embedding(torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match="table: NovoGrad does not support sparse gradients"):
+        optimizer.step()
+    assert torch.equal(other, torch.ones(2))
+    assert not optimizer.state
+
+
+def test_groups_that_disagree_on_max_grad_norm_are_refused():
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="max_grad_norm clips the gradient of the whole model"):
+        NovoGrad([{"params": [a], "max_grad_norm": 1.0}, {"params": [b], "max_grad_norm": 2.0}])
+
+
+@pytest.mark.parametrize("numel", [6, 9])
+def test_flat_tensor_of_unknown_origin_is_refused(numel):
+    model = nn.Linear(2, 2)
+    optimizer = NovoGrad(model.named_parameters(), lr=0.1)
+    flat = torch.zeros(numel, requires_grad=True)
+    flat.grad = torch.ones(numel)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(
+        RuntimeError, match=r"weight: .* is not what NovoGrad was given.*novoscale.integrations.deepspeed"
+    ):
+        optimizer.step()
+    assert not flat.any()
+    assert not optimizer.state
+
+
+def test_parameter_that_changed_its_size_is_refused():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = NovoGrad([("p", p)], lr=0.1)
+    p.data = torch.ones(6)
+    p.grad = torch.ones(6)
+    with pytest.raises(RuntimeError, match=r"p: .*had 4 elements when NovoGrad was given it and has 6 now"):
+        optimizer.step()
