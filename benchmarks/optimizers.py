@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ class Candidate:
     clips: str | None = None
     package: str = "torch"
 
-    def make(self, params: list[Tensor], clip: float | None) -> torch.optim.Optimizer:
+    def make(self, params: Sequence[Tensor], clip: float | None) -> torch.optim.Optimizer:
         """The optimizer; raises ImportError where its package is not installed."""
         module, name = self.path.split(":")
         options = {**self.options, **({self.clips: clip} if clip and self.clips else {})}

@@ -25,11 +25,12 @@ from training import reference
 from novoscale.ranks import run_ranks
 
 FLOAT32 = 2e-5
-BF16_MASTER = wrapper_ranks.STEPS * 2**-9  # each step rounds the weight once
-BF16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+Measure = Callable[[int], float]
+# The numbers of ranks that a configuration can be cut over here, its bound, and what measures it.
+Case = tuple[tuple[int, ...], float, Measure]
 
 
-def _trained(function: Callable[..., dict[str, Any]], *args: Any) -> Callable[[int], float]:
+def _trained(function: Callable[..., dict[str, Any]], *args: Any) -> Measure:
     """For a function whose ranks return their weights."""
 
     def measure(ranks: int) -> float:
@@ -40,76 +41,55 @@ def _trained(function: Callable[..., dict[str, Any]], *args: Any) -> Callable[[i
     return measure
 
 
-def _compared(function: Callable[..., Any], *args: Any) -> Callable[[int], float]:
-    """For a function whose ranks return how far they are off, alone or in a pair."""
-
+def _tensor_parallel(data_world: int) -> Measure:
     def measure(ranks: int) -> float:
-        given = [arg(ranks) if callable(arg) else arg for arg in args]
-        found = [
-            next(p for p in (f if isinstance(f, tuple) else (f,)) if isinstance(p, dict))
-            for f in run_ranks(function, ranks, *given)
-        ]
-        return max(max(f.values()) for f in found)
+        found = run_ranks(torch_ranks.tensor_parallel, ranks, data_world)
+        return max(max(deviations.values()) for deviations, _ in found)
 
     return measure
 
 
-def _zero(stage: int, **section: Any) -> Callable[[int], dict[str, Any]]:
-    return lambda ranks: zero_ranks.config(stage, ranks, **section)
+def _wrapped(
+    stage: int, more: dict[str, Any] | None = None, *args: Any, bound: float = FLOAT32, **section: Any
+) -> Case:
+    """A DeepSpeed wrapper; ``args`` are those of ``wrapper_ranks.against_oracle``."""
+
+    def measure(ranks: int) -> float:
+        ds = {**zero_ranks.config(stage, ranks, **section), **(more or {})}
+        found = run_ranks(wrapper_ranks.against_oracle, ranks, ds, *args)
+        return max(max(deviations.values()) for _, deviations in found)
+
+    return (2, 3, 4), bound, measure
 
 
-def _fp16(stage: int) -> Callable[[int], dict[str, Any]]:
-    return lambda ranks: {**zero_ranks.config(stage, ranks), "fp16": {"enabled": True, "loss_scale": 64}}
+def _parallel(
+    function: Callable[..., dict[str, float]], config: Callable[[int, int], dict[str, Any]], stage: int
+) -> Case:
+    """A model that is parallel itself, under DeepSpeed."""
+
+    def measure(ranks: int) -> float:
+        found = run_ranks(function, ranks, config(stage, ranks))
+        return max(max(deviations.values()) for deviations in found)
+
+    return (2, 3, 4), FLOAT32, measure
 
 
-def _bf16(stage: int) -> Callable[[int], dict[str, Any]]:
-    return lambda ranks: {**zero_ranks.config(stage, ranks), "bf16": BF16}
+EXPERTS = (wrapper_ranks.experts_against_oracle, zero_ranks.config)
+MPU = (wrapper_ranks.tensor_parallel_against_oracle, wrapper_ranks.tensor_parallel_config)
 
-
-# configuration: the numbers of ranks that it can be cut over here, bound, and what measures it
-CONFIGURATIONS: dict[str, tuple[tuple[int, ...], float, Callable[[int], float]]] = {
+CONFIGURATIONS: dict[str, Case] = {
     "ZeroRedundancyOptimizer": ((2, 3, 4), FLOAT32, _trained(torch_ranks.data_parallel, "zero redundancy")),
     "HSDP, 2 x 2": ((4,), FLOAT32, _trained(torch_ranks.fsdp2, (2, 2), {})),
-    "tensor parallel, sequence parallel": ((2, 3, 4), FLOAT32, _compared(torch_ranks.tensor_parallel, 1)),
-    "FSDP2 + tensor parallel, 2 x 2": ((4,), FLOAT32, _compared(torch_ranks.tensor_parallel, 2)),
-    "stage 3, zero.Init": (
-        (2, 3, 4),
-        FLOAT32,
-        _compared(wrapper_ranks.against_oracle, _zero(3, sub_group_size=50), torch.float32, True),
-    ),
+    "tensor parallel, sequence parallel": ((2, 3, 4), FLOAT32, _tensor_parallel(data_world=1)),
+    "FSDP2 + tensor parallel, 2 x 2": ((4,), FLOAT32, _tensor_parallel(data_world=2)),
+    "stage 3, zero.Init": _wrapped(3, None, torch.float32, True, sub_group_size=50),
+    **{f"stage {n}, fp16": _wrapped(n, wrapper_ranks.FP16, torch.float16) for n in (0, 1, 2, 3)},
     **{
-        f"stage {stage}, fp16": (
-            (2, 3, 4),
-            FLOAT32,
-            _compared(wrapper_ranks.against_oracle, _fp16(stage), torch.float16),
+        f"stage {n}, bf16 master weights and optimizer states": _wrapped(
+            n, wrapper_ranks.BF16_MASTER, torch.bfloat16, bound=wrapper_ranks.BF16_MASTER_BOUND
         )
-        for stage in (0, 1, 2, 3)
+        for n in (1, 2, 3)
     },
-    **{
-        f"stage {stage}, bf16 master weights and optimizer states": (
-            (2, 3, 4),
-            BF16_MASTER,
-            _compared(wrapper_ranks.against_oracle, _bf16(stage), torch.bfloat16),
-        )
-        for stage in (1, 2, 3)
-    },
-    **{
-        f"stage {stage}, experts (MoE)": (
-            (2, 3, 4),
-            FLOAT32,
-            _compared(wrapper_ranks.experts_against_oracle, _zero(stage)),
-        )
-        for stage in (1, 2)
-    },
-    **{
-        f"stage {stage}, tensor parallel (mpu)": (
-            (2, 3, 4),
-            FLOAT32,
-            _compared(
-                wrapper_ranks.tensor_parallel_against_oracle,
-                lambda ranks, stage=stage: wrapper_ranks.tensor_parallel_config(stage, ranks),
-            ),
-        )
-        for stage in (1, 2)
-    },
+    **{f"stage {n}, experts (MoE)": _parallel(*EXPERTS, n) for n in (1, 2)},
+    **{f"stage {n}, tensor parallel (mpu)": _parallel(*MPU, n) for n in (1, 2)},
 }

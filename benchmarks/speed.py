@@ -37,6 +37,7 @@ from benchmarks.shapes import CATALOGUE, DEFAULT, Shapes
 
 # Larger than any norm here: the gradients stay what they are, and the work is the same.
 CLIP = 1e6
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COPY = 1 << 28  # bytes copied to measure the bandwidth: larger than caches
 
 Row = dict[str, Any]
@@ -59,6 +60,11 @@ def main(
     unknown = [name for name in shapes if name not in CATALOGUE]
     if unknown:
         raise typer.BadParameter(f"no shape {unknown}; there are {', '.join(CATALOGUE)}")
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    out.mkdir(parents=True, exist_ok=True)
+    file, plot = out / "speed.json", out / f"speed_{where}_{dtype}"
+    before = json.loads(file.read_text()) if file.exists() else []
     run = {
         "provenance": provenance(),
         "device": torch.cuda.get_device_name() if where == "cuda" else "cpu",
@@ -72,15 +78,15 @@ def main(
         for name in shapes:
             task = progress.add_task(name, total=rounds * len(names) * 2)
             measured = measure(
-                CATALOGUE[name](), names, where, getattr(torch, dtype), rounds, steps,
+                CATALOGUE[name](), names, where, DTYPES[dtype], rounds, steps,
                 lambda task=task: progress.advance(task),
             )  # fmt: skip
             run["shapes"][name] = measured
             show(name, measured)
-    out.mkdir(parents=True, exist_ok=True)
-    append(out / "speed.json", run)
-    plots.speed(run, out / f"speed_{where}_{dtype}")
-    print(f"Appended to {out / 'speed.json'}; drawn: {out / f'speed_{where}_{dtype}'}.png, .svg")
+            # After each shape: an interrupted run keeps what it has measured.
+            file.write_text(json.dumps([*before, run], indent=1) + "\n")
+            plots.speed(run, plot)
+    print(f"Appended to {file}; drawn: {plot}.png, .svg")
 
 
 def measure(
@@ -106,13 +112,13 @@ def measure(
             if "why" not in row:
                 try:
                     turn(row, CANDIDATES[name], shapes, device, dtype, CLIP if clip else None, steps)
+                except ImportError:
+                    row["why"] = f"not installed: {CANDIDATES[name].package}"
                 except (
-                    ImportError,
                     RuntimeError,
                     AssertionError,
                     ValueError,
-                    torch.OutOfMemoryError,
-                ) as error:
+                ) as error:  # RuntimeError: also out of memory
                     row["why"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             gc.collect()
             advance()
@@ -142,7 +148,7 @@ def turn(
     params = [nn.Parameter(torch.empty(s, device=device, dtype=dtype).uniform_(-1, 1)) for s in shapes]
     for p in params:
         p.grad = torch.empty_like(p).uniform_(-1, 1)
-    optimizer = candidate.make(params, clip)  # type: ignore[arg-type]
+    optimizer = candidate.make(params, clip)
     outside = clip is not None and candidate.clips is None
 
     def step() -> None:
@@ -205,21 +211,24 @@ def summary(row: Row, moved: float | None, copy: float) -> Row:
         return {k: row[k] for k in ("optimizer", "clip", "why") if k in row}
     ms = statistics.median(row["ms"])
     low, _, high = statistics.quantiles(row["ms"], n=4) if len(row["ms"]) > 1 else (ms, ms, ms)
-    digits = lambda value: None if value is None else float(f"{value:.4g}")  # noqa: E731
     return {
         "optimizer": row["optimizer"],
         "clip": row["clip"],
-        "ms": digits(ms),
-        "quartiles_ms": [digits(low), digits(high)],
-        "best_ms": digits(min(row["ms"])),
+        "ms": _digits(ms),
+        "quartiles_ms": [_digits(low), _digits(high)],
+        "best_ms": _digits(min(row["ms"])),
         "bytes_moved": moved,
-        "GBps": digits(None if moved is None else moved / ms / 1e6),
-        "of_copy_bandwidth": digits(None if moved is None else moved / ms * 1e3 / copy),
+        "GBps": _digits(None if moved is None else moved / ms / 1e6),
+        "of_copy_bandwidth": _digits(None if moved is None else moved / ms * 1e3 / copy),
         # Not measured on a CPU, where the call returns when the work is done.
-        "host_ms": digits(statistics.median(row["host_ms"]) if row["host_ms"] else None),
+        "host_ms": _digits(statistics.median(row["host_ms"]) if row["host_ms"] else None),
         "launches": row.get("launches"),
-        "transient_MiB": digits(row.get("transient_MiB")),
+        "transient_MiB": _digits(row.get("transient_MiB")),
     }
+
+
+def _digits(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.4g}")
 
 
 def show(name: str, measured: dict[str, Any]) -> None:
@@ -241,12 +250,6 @@ def show(name: str, measured: dict[str, Any]) -> None:
         table.add_row(row["optimizer"], clip, *cells, str(row["launches"] or ""))
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
-
-
-def append(path: Path, run: dict[str, Any]) -> None:
-    """Add a run to the file that holds all of them."""
-    runs = json.loads(path.read_text()) if path.exists() else []
-    path.write_text(json.dumps([*runs, run], indent=1) + "\n")
 
 
 if __name__ == "__main__":

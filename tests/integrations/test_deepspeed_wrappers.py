@@ -65,18 +65,16 @@ def test_bfloat16_model_with_float32_master(wrapper, change, stage, world_size):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_float16_model_with_float32_master_and_loss_scale(stage):
-    ds = {**config(stage, 2), "fp16": {"enabled": True, "loss_scale": 64}}
+    ds = {**config(stage, 2), **wrapper_ranks.FP16}
     for _, worst in run_ranks(wrapper_ranks.against_oracle, 2, ds, torch.float16):
         assert max(worst.values()) < BOUND, worst
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_master_weights(stage):
-    bf16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-    ds = {**config(stage, 2), "bf16": bf16}
+    ds = {**config(stage, 2), **wrapper_ranks.BF16_MASTER}
     for _, worst in run_ranks(wrapper_ranks.against_oracle, 2, ds, torch.bfloat16):
-        # Each of the 10 steps rounds the weight once: half a unit in the last of 8 bits of it.
-        assert max(worst.values()) < wrapper_ranks.STEPS * 2**-9, worst
+        assert max(worst.values()) < wrapper_ranks.BF16_MASTER_BOUND, worst
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

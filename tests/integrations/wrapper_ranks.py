@@ -20,6 +20,11 @@ from training import OddModel
 from zero_ranks import config, engine, train
 
 STEPS = 10
+FP16 = {"fp16": {"enabled": True, "loss_scale": 64}}
+BF16_MASTER = {
+    "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+}
+BF16_MASTER_BOUND = STEPS * 2**-9  # each step rounds the weight once: half a unit in the last of its 8 bits
 
 
 def grad_of(p: Any) -> torch.Tensor:
