@@ -13,7 +13,7 @@ from typing import Any
 from deepspeed import comm as dist
 from torch import Tensor
 
-from novoscale.layout import Layer, Layout, LayoutError, Segment, partition, whole
+from novoscale.layout import Layout, LayoutError, Parameter, Segment, layers_of, partition, whole
 
 Bound = tuple[int, Tensor, Layout]
 
@@ -29,6 +29,7 @@ def zero_1_and_2(zero: Any) -> Iterator[Bound]:
     Read from the tables by which DeepSpeed copies gradients into the partitions. (``_hp_mapping`` is
     wrong with ``round_robin_gradients``: DeepSpeed 0.19.8, ``link_hp_params``.)
     """
+    number = 0  # of the parameters before this group: the same whatever the wrapper
     for i, params in enumerate(zero.bit16_groups):
         process_group = zero.real_dp_process_group[i]
         pieces: list[list[Segment]] = [[] for _ in range(dist.get_world_size(group=process_group))]
@@ -42,11 +43,13 @@ def zero_1_and_2(zero: Any) -> Iterator[Bound]:
                 pieces[holder].append(Segment(start, stop, layer, offset))
         flat = zero.single_partition_of_fp32_groups[i]
         _check_weights(flat, [p.detach().reshape(-1) for p in params], pieces[_rank(process_group)])
-        yield i, flat, _cut(zero, i, params, pieces, flat, process_group)
+        yield i, flat, _cut(zero, i, params, pieces, flat, process_group, number)
+        number += len(params)
 
 
 def bf16(wrapper: Any) -> Iterator[Bound]:
     """The flat partition of each param group under BF16_Optimizer: the parameters one after another."""
+    number = 0
     for i, params in enumerate(wrapper.bf16_groups):
         process_group = wrapper.real_dp_process_group[i]
         flat = wrapper.fp32_groups_flat_partition[i]
@@ -60,7 +63,8 @@ def bf16(wrapper: Any) -> Iterator[Bound]:
                 pieces[holder].append(Segment(low - holder * size, high - holder * size, layer, low - begin))
             begin = end
         _check_weights(flat, [p.detach().reshape(-1) for p in params], pieces[_rank(process_group)])
-        yield i, flat, _cut(wrapper, i, params, pieces, flat, process_group)
+        yield i, flat, _cut(wrapper, i, params, pieces, flat, process_group, number)
+        number += len(params)
 
 
 def zero_3(zero: Any) -> Iterator[Bound]:
@@ -68,6 +72,7 @@ def zero_3(zero: Any) -> Iterator[Bound]:
 
     The end of the last slices is padding: of the weights uninitialised memory, which no segment covers.
     """
+    number = 0
     for sub_group, params in enumerate(zero.fp16_groups):
         process_group = _process_group_of_sub_group(zero, sub_group)
         world = dist.get_world_size(group=process_group)
@@ -83,21 +88,25 @@ def zero_3(zero: Any) -> Iterator[Bound]:
         # ds_tensor is this rank's slice: put it where the slice lies in the parameter.
         rank = _rank(process_group)
         slices = [p.ds_tensor.detach().reshape(-1) for p in params]
-        mine = [Segment(s.start, s.stop, s.layer) for s in pieces[rank]]
+        mine = [Segment(s.start, s.stop, s.parameter) for s in pieces[rank]]
         _check_weights(flat, slices, mine)
-        yield group, flat, _cut(zero, group, params, pieces, flat, process_group)
+        yield group, flat, _cut(zero, group, params, pieces, flat, process_group, number)
+        number += len(params)
 
 
 def unfused(wrapper: Any) -> Iterator[Bound]:
     """The float32 copies of FP16_UnfusedOptimizer: whole parameters."""
-    names = wrapper.optimizer.param_groups
+    groups = wrapper.optimizer.param_groups
+    number = 0
     for i, copies in enumerate(wrapper.fp32_groups):
         for position, copy in enumerate(copies):
-            known = names[i].get("param_names", ())
+            known = groups[i].get("param_names", ())
             name = (
                 known[position] if len(known) == len(copies) else f"parameter {position} of param group {i}"
             )
-            yield i, copy, whole(name, copy.numel())
+            layers = layers_of(name, copy.shape, groups[i]["granularity"])
+            yield i, copy, whole(Parameter(name, copy.numel(), layers, number))
+            number += 1
 
 
 def _process_group_of_sub_group(zero: Any, sub_group: int) -> Any:
@@ -117,26 +126,56 @@ def _cut(
     pieces: Sequence[Sequence[Segment]],
     flat: Tensor,
     process_group: Any,
+    number: int,
 ) -> Layout:
     # Wrappers of DeepSpeed 0.16 do not all know the names.
     names = getattr(wrapper, "param_names", None)
     if names is None:
         names = {p: name for name, p in wrapper.module.named_parameters()}
-    layers = [
-        Layer(names.get(p, f"parameter {n} of param group {group}"), getattr(p, "ds_numel", p.numel()))
+    granularity = wrapper.optimizer.param_groups[group]["granularity"]
+    parameters = []
+    for n, p in enumerate(params):
+        name = names.get(p, f"parameter {n} of param group {group}")
+        layers = layers_of(name, getattr(p, "ds_shape", p.shape), granularity)
+        parameters.append(Parameter(name, getattr(p, "ds_numel", p.numel()), layers, number + n))
+    parallel = [
+        n
         for n, p in enumerate(params)
+        if is_tensor_parallel(p) and _layers_are_cut(p, parameters[n], granularity)
     ]
-    parallel = [n for n, p in enumerate(params) if is_tensor_parallel(p)]
-    also = [(wrapper.mpu.get_model_parallel_group(), parallel)] if parallel else []
-    return partition(
-        layers, pieces, rank=_rank(process_group), numel=flat.numel(), process_group=process_group, also=also
+    also = (
+        [(wrapper.mpu.get_model_parallel_group(), parallel)] if any(map(is_tensor_parallel, params)) else []
     )
+    return partition(
+        parameters,
+        pieces,
+        rank=_rank(process_group),
+        numel=flat.numel(),
+        process_group=process_group,
+        also=also,
+    )
+
+
+def _layers_are_cut(p: Any, parameter: Parameter, granularity: str | int) -> bool:
+    """Whether the layers of a tensor-parallel parameter are cut over the tensor-parallel group.
+
+    Rows are not if the parameter is cut along its first dimension, as Megatron's ``partition_dim`` says.
+    """
+    if granularity != "row" or parameter.layers == 1:
+        return True
+    dim = getattr(p, "partition_dim", None)
+    if dim is None:
+        raise LayoutError(
+            f"{parameter.name} is tensor-parallel and has no partition_dim: whether its rows are cut is "
+            'not known. Set it, or use granularity="tensor"'
+        )
+    return int(dim) != 0
 
 
 def _check_weights(flat: Tensor, weights: Sequence[Tensor], segments: Sequence[Segment]) -> None:
     """The flat tensor must hold the weights that the layout says it holds, or DeepSpeed has changed."""
     for s in segments:
-        weight = weights[s.layer][s.offset : s.offset + s.numel].to(flat)
+        weight = weights[s.parameter][s.offset : s.offset + s.numel].to(flat)
         held = flat.detach()[s.start : s.stop]
         if not bool(((held == weight) | weight.isnan()).all()):
             raise LayoutError(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from novoscale.layout import Layout
+from novoscale import momentum, second_moment
+from novoscale.layout import Layout, local_tensor
 
 PER_LAYER = ("exp_avg_sq", "step")
+# Options that say what the state is, and not what to do with it.
+STRUCTURE = ("momentum_dtype", "granularity", "allow_lossy_load")
 
 
 @contextmanager
@@ -27,50 +29,79 @@ def recording(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
         handle.remove()
 
 
-def keep_dtypes(state: dict[str, Any], saved: Mapping[str, Any], layouts: Mapping[int, Layout]) -> None:
-    """Put the saved tensors, in the dtype in which they were saved, in place of those that torch cast.
+def keep_structure(
+    loaded_groups: Sequence[dict[str, Any]], present_groups: Sequence[Mapping[str, Any]]
+) -> None:
+    """Have the param groups of a state dict keep the present values of the options that make up the state."""
+    for group, present in zip(loaded_groups, present_groups, strict=True):
+        group.update({option: present[option] for option in STRUCTURE})
 
-    torch casts state to the parameter's dtype before it calls ``__setstate__``.
+
+def loaded(
+    name: str, saved: Mapping[str, Any], p: Tensor, layout: Layout, group: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The state of a tensor, from that in a state dict.
 
     Args:
-        state: what ``__setstate__`` was given; changed in place.
-        saved: the state dict that was loaded.
-        layouts: the layout of each tensor of ``param_groups``, by id.
+        name: of the parameter.
+        saved: its state; left as it is.
+        p: the parameter.
+        layout: its layout.
+        group: its param group.
 
     Raises:
-        ValueError: a state that does not fit its parameter.
+        ValueError: a state that does not fit the parameter.
     """
-    ids = chain.from_iterable(group["params"] for group in saved["param_groups"])
-    params = [p for group in state["param_groups"] for p in group["params"]]
-    for position, (key, p) in enumerate(zip(ids, params, strict=True)):
-        if key not in saved["state"]:
-            continue
-        layout = layouts.get(id(p))
-        kept = {
-            name: _fitted(position, name, value, p, layout) for name, value in saved["state"][key].items()
-        }
-        state["state"][p] = kept
+    state = {key: value for key, value in saved.items() if not _is_known(key)}
+    for key in PER_LAYER:
+        if key in saved:
+            state[key] = second_moment.allocate(p, layout)
+            local_tensor(state[key]).copy_(_per_layer(name, key, saved[key], layout))
+    if "exp_avg" in saved:
+        state.update(_first_moment(name, saved, p, layout, group))
+    return state
 
 
-def _fitted(position: int, name: str, value: Any, p: Tensor, layout: Layout | None) -> Any:
-    if name == "step":  # other NovoGrads keep one number per parameter
-        value = torch.as_tensor(value, dtype=torch.float32)
-    if not isinstance(value, Tensor):
-        return value
-    if name == "exp_avg" and value.shape != p.shape:
+def _is_known(key: str) -> bool:
+    return key in PER_LAYER or key.startswith("exp_avg")
+
+
+def _per_layer(name: str, key: str, saved: Any, layout: Layout) -> Tensor:
+    value = local_tensor(torch.as_tensor(saved))
+    if key == "step" and value.numel() == 1:  # other NovoGrads keep one number per parameter
+        return value.expand(layout.layers)
+    if value.numel() != layout.layers:
         raise ValueError(
-            f"exp_avg of parameter {position} has shape {tuple(value.shape)}, the parameter "
-            f"{tuple(p.shape)}: the state belongs to another model or another cut of it"
+            f"{key} of {name} has {value.numel()} elements where NovoGrad keeps one per layer, here "
+            f"{layout.layers}: this is not the state of a NovoGrad, or of one whose layers are cut in "
+            "another way (the option granularity has to be the same)"
         )
-    if name in PER_LAYER and layout is not None:
-        layers = len(layout.layers)
-        if name == "step" and value.numel() == 1:
-            value = value.expand(layers)
-        if value.numel() != layers:
-            raise ValueError(
-                f"{name} of parameter {position} has {value.numel()} elements where NovoGrad keeps one per "
-                f"layer, here {layers}: this is not the state of a NovoGrad, or of one whose layers are cut "
-                "in another way"
-            )
-        value = value.reshape(layers)
-    return value.to(p.device, copy=True)
+    return value.reshape(layout.layers)
+
+
+def _first_moment(
+    name: str, saved: Mapping[str, Any], p: Tensor, layout: Layout, group: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    keys = [key for key in saved if key.startswith("exp_avg") and key != "exp_avg_sq"]
+    given = {key: local_tensor(saved[key]) for key in keys}
+    form = momentum.format_of(given["exp_avg"], given.get("exp_avg_scale")).name
+    expected = _shapes(momentum.allocate(p, layout, form))
+    if _shapes(given) != expected:
+        raise ValueError(
+            f"exp_avg of {name} has the shape {_shapes(given)}, where that of a parameter of "
+            f"{tuple(p.shape)} is {expected}: the state belongs to another model or another cut of it"
+        )
+    made = momentum.allocate(p, layout, group["momentum_dtype"])
+    target = {key: local_tensor(tensor) for key, tensor in made.items()}
+    if not (momentum.loses_nothing(given, target) or group["allow_lossy_load"]):
+        raise ValueError(
+            f"{name}: the first moment in the state dict is {given['exp_avg'].dtype} and momentum_dtype="
+            f"{group['momentum_dtype']!r} cannot hold all its digits. Make the optimizer with the format "
+            "that was saved, or with allow_lossy_load=True to have it rounded"
+        )
+    momentum.convert({key: t.to(p.device) for key, t in given.items()}, target, layout)
+    return made
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{key} {tuple(local_tensor(tensors[key]).shape)}" for key in sorted(tensors))

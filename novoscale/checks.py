@@ -9,9 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from novoscale import kernels
+from novoscale import kernels, momentum
 from novoscale.layout import Layout
 
+FLAGS = (
+    "bias_correction",
+    "grad_averaging",
+    "init_zero",
+    "reg_inside_moment",
+    "maximize",
+    "stochastic_rounding",
+    "allow_lossy_load",
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Options that other NovoGrads have and this one has not, and what to do instead.
@@ -21,6 +30,8 @@ _ELSEWHERE = {
     "luc": "NeMo's layer-wise update clipping is not implemented: leave the option out",
     "clip_grad": "use max_grad_norm",
     "momentum": "use betas=(momentum, ...)",
+    "block_size": "the blocks of int8 and int4 momenta have 128 elements: leave the option out",
+    "bf16_stochastic_round": "use stochastic_rounding",
 }
 
 
@@ -37,7 +48,7 @@ def refuse_unknown_options(unknown: Mapping[str, Any], known: Iterable[str]) -> 
 
 
 def check_options(options: dict[str, Any], where: str) -> None:
-    """Check the options of a param group; make ``betas`` a tuple of two floats.
+    """Check the options of a param group; make ``betas`` a tuple of two floats, ``momentum_dtype`` a name.
 
     Args:
         options: the group (or the defaults); other keys are left alone.
@@ -51,7 +62,7 @@ def check_options(options: dict[str, Any], where: str) -> None:
     options["betas"] = _betas(options["betas"], where)
     for name in ("eps", "weight_decay"):
         _number(name, options[name], where)
-    for name in ("bias_correction", "grad_averaging", "init_zero", "reg_inside_moment", "maximize"):
+    for name in FLAGS:
         if not isinstance(options[name], bool):
             raise TypeError(f"{where}: {name} must be True or False, got {options[name]!r}")
     if isinstance(options["norm_type"], bool) or options["norm_type"] not in (0, 2):
@@ -66,6 +77,39 @@ def check_options(options: dict[str, Any], where: str) -> None:
                 f"{where}: max_grad_norm needs norm_type=2: with the largest magnitudes of norm_type=0 the "
                 "norm of the whole gradient is not known. Set max_grad_norm=None"
             )
+
+    options["momentum_dtype"] = _momentum_dtype(options["momentum_dtype"], where)
+    _check_granularity(options["granularity"], where)
+    if options["normalize"] not in ("norm", "rms"):
+        raise ValueError(f'{where}: normalize must be "norm" or "rms", got {options["normalize"]!r}')
+    if options["normalize"] == "rms" and options["norm_type"] == 0:
+        raise ValueError(
+            f'{where}: normalize="rms" is the root of a mean of squares: it needs norm_type=2, not the '
+            "largest magnitude of norm_type=0"
+        )
+    seed = options["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"{where}: seed must be an integer of at least 0 and below 2**32, got {seed!r}")
+
+
+def _momentum_dtype(value: Any, where: str) -> str:
+    name = str(value).removeprefix("torch.")
+    if name not in momentum.FORMATS:
+        near = difflib.get_close_matches(name, momentum.FORMATS, n=1)
+        advice = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(
+            f"{where}: momentum_dtype must be one of {', '.join(momentum.FORMATS)}, got {value!r}{advice}"
+        )
+    return name
+
+
+def _check_granularity(value: Any, where: str) -> None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if value not in ("tensor", "row") and not is_count:
+        raise ValueError(
+            f'{where}: granularity must be "tensor", "row" or the number of layers of equal size into which '
+            f"a parameter is cut along its first dimension, got {value!r}"
+        )
 
 
 def _number(name: str, value: Any, where: str, below: float = float("inf")) -> None:
@@ -141,6 +185,35 @@ def check_gradient(name: str, p: Tensor) -> None:
         raise RuntimeError(
             f"{name}: its gradient ({grad.dtype}, shape {tuple(grad.shape)}, on {grad.device}) does not fit "
             f"the parameter ({p.dtype}, shape {tuple(p.shape)}, on {p.device})"
+        )
+
+
+def check_structure(
+    name: str, state: Mapping[str, Any], layers: int, layout: Layout, group: Mapping[str, Any]
+) -> None:
+    """Raise RuntimeError where an option that says what the state is was changed while it is in use.
+
+    Args:
+        name: of the parameter.
+        state: of the parameter, maybe empty.
+        layers: that it has now.
+        layout: that it had when NovoGrad was given it.
+        group: its param group.
+    """
+    was: dict[str, Any] = {}
+    if "exp_avg" in state:
+        kept = momentum.format_of(state["exp_avg"], state.get("exp_avg_scale")).name
+        in_blocks = momentum.stored(layout, group["momentum_dtype"])[0].in_blocks
+        small = momentum.FORMATS[group["momentum_dtype"]].largest and not in_blocks
+        if kept != ("float32" if small else group["momentum_dtype"]):
+            was["momentum_dtype"] = kept
+    if layout.held and layers != layout.held[0].parameter.layers:
+        was["granularity"] = f"one of {layout.held[0].parameter.layers} layers"
+    for option, value in was.items():
+        raise RuntimeError(
+            f"{name}: the {option} of its param group was {value!r} and is {group[option]!r} now: the state "
+            f"is still what it was. Make a new optimizer with that {option}, and give it the old one's state "
+            "with load_state_dict"
         )
 
 

@@ -1,31 +1,31 @@
 """Layers, and where their elements lie.
 
-A *layer* is what shares one second moment. A *segment* says that some elements of a tensor are
-elements of a layer. A *layout* lists the segments of one tensor, and the process groups over which
-the layers that are cut between ranks have to be completed.
+A *layer* is what shares one second moment: a parameter, or one of several slices of equal size along its
+first dimension. A *segment* says that some elements of a tensor are elements of a parameter. A *layout*
+lists the segments of one tensor, the layers of which this rank holds something, and the process groups over
+which those that are cut between ranks have to be completed.
 
 Everything NovoGrad keeps is either element-wise, which may be cut anywhere, or one scalar per layer,
 which one small all-reduce completes. Nothing here knows a framework: ``novoscale.integrations``
-turns what each framework has into a :class:`Layout`.
+turns what each framework has into a :class:`Layout`. Nor does anything here grow with the number of layers
+of a parameter: a matrix by rows has thousands.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise, product
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor
-
-# A layer's statistic is kept in float32; one that does not fit there is treated as non-finite.
-FLOAT32_MAX = torch.finfo(torch.float32).max
+from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 class LayoutError(ValueError):
@@ -33,27 +33,60 @@ class LayoutError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
-    """What shares one second moment: by default one parameter.
+class Parameter:
+    """A parameter, whole, whatever a rank holds of it.
 
-    ``numel`` counts the elements of the whole layer, on every rank that holds some of it.
+    Attributes:
+        name: for messages.
+        numel: its number of elements, on all ranks.
+        layers: of how many layers of equal size it consists, one after another.
+        number: tells it from the other parameters of the model, the same however they are cut.
     """
 
     name: str
     numel: int
+    layers: int = 1
+    number: int = 0
+
+    @property
+    def layer_numel(self) -> int:
+        """Elements of each of its layers."""
+        return self.numel // self.layers
+
+    def layer_name(self, layer: int) -> str:
+        """The name of one of its layers."""
+        return self.name if self.layers == 1 else f"{self.name}[{layer}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The layers ``first..stop`` of a parameter, of which this rank holds elements or the second moment."""
+
+    parameter: Parameter
+    first: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        """The number of layers."""
+        return self.stop - self.first
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Elements ``start..stop`` of a tensor (row-major) are the elements from ``offset`` on of a layer.
+    """Elements ``start..stop`` of a tensor (row-major) are the elements from ``offset`` on of a parameter.
 
-    ``layer`` is an index into the list of layers that comes with the segment.
+    ``parameter`` is an index into the list that comes with the segment. Where the parameter is cut along
+    another dimension than the first, the elements come in runs: ``run`` of them are consecutive in the
+    parameter, and the runs begin ``stride`` elements apart.
     """
 
     start: int
     stop: int
-    layer: int
+    parameter: int
     offset: int = 0
+    run: int | None = None
+    stride: int = 0
 
     @property
     def numel(self) -> int:
@@ -62,17 +95,25 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """``count`` layers that follow each other; ``place`` of the first among those of the tensor on this rank,
+    None where the rank holds nothing of them."""
+
+    place: int | None
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Completion:
     """The layers that are cut over one process group.
 
-    ``slots`` has one entry for each of them, in the same order on every rank of the group: the
-    layer's index in ``Layout.layers``, or None where this rank holds nothing of it. ``layers`` are they,
-    on every rank the same: see ``Plan``.
+    ``spans`` has them in the same order on every rank of the group; ``parameters`` are what the ranks have to
+    agree on: see ``Plan``.
     """
 
     process_group: dist.ProcessGroup | None
-    slots: tuple[int | None, ...]
-    layers: tuple[Layer, ...]
+    spans: tuple[Span, ...]
+    parameters: tuple[Parameter, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,43 +124,65 @@ class Layout:
 
     Attributes:
         numel: elements of the tensor on this rank, padding included.
-        layers: the layers of which this rank holds at least one element.
-        segments: where they lie; ``Segment.layer`` indexes ``layers``.
+        held: the layers that this rank has, by parameter. In this order they make up the tensor's vector of
+            layers.
+        segments: where the elements lie; ``Segment.parameter`` indexes ``held``.
         completions: the process groups that complete the layers that are cut, in order.
+        scattered: whether each rank of those groups has other layers of the same parameter.
     """
 
     numel: int
-    layers: tuple[Layer, ...]
+    held: tuple[Held, ...]
     segments: tuple[Segment, ...]
     completions: tuple[Completion, ...] = ()
+    scattered: bool = False
+
+    @property
+    def layers(self) -> int:
+        """The number of layers that this rank has."""
+        return sum(h.count for h in self.held)
+
+    def places(self) -> list[int]:
+        """Of each parameter in ``held``, the place of its first layer in the tensor's vector of layers."""
+        places = [0]
+        for h in self.held:
+            places.append(places[-1] + h.count)
+        return places[:-1]
 
 
-def whole(name: str, numel: int, *, splits: int = 1) -> Layout:
-    """The layout of a tensor that lies whole on this rank.
+def layers_of(name: str, shape: Sequence[int], granularity: str | int) -> int:
+    """Into how many layers a parameter is cut along its first dimension.
 
     Args:
-        name: the parameter's name.
-        numel: its number of elements.
-        splits: cut it along dimension 0 into so many layers of equal size (a fused QKV weight is
-            three layers).
+        name: the parameter's.
+        shape: of the whole parameter.
+        granularity: "tensor": one; "row": one for each index of the first dimension, where there are two or
+            more; a number: so many.
 
     Raises:
-        LayoutError: if ``splits`` does not divide ``numel``.
+        LayoutError: the number does not divide the first dimension.
     """
-    if splits < 1 or numel % splits:
-        raise LayoutError(f"{name}: {numel} elements cannot be cut into {splits} layers of equal size")
-    if splits == 1:
-        return Layout(numel, (Layer(name, numel),), (Segment(0, numel, 0),) if numel else ())
-    size = numel // splits
-    return Layout(
-        numel,
-        tuple(Layer(f"{name}[{i}]", size) for i in range(splits)),
-        tuple(Segment(i * size, (i + 1) * size, i) for i in range(splits) if size),
-    )
+    if granularity == "tensor" or math.prod(shape) == 0:
+        return 1
+    if granularity == "row":
+        return shape[0] if len(shape) > 1 else 1
+    count = int(granularity)
+    if not shape or shape[0] % count:
+        raise LayoutError(
+            f"{name}: granularity={count} cuts a parameter into {count} layers of equal size along its first "
+            f"dimension, which its shape {tuple(shape)} does not allow. Put it into a param group of its own"
+        )
+    return count
+
+
+def whole(parameter: Parameter) -> Layout:
+    """The layout of a tensor that lies whole on this rank."""
+    n = parameter.numel
+    return Layout(n, (Held(parameter, 0, parameter.layers),), (Segment(0, n, 0),) if n else ())
 
 
 def partition(
-    layers: Sequence[Layer],
+    parameters: Sequence[Parameter],
     pieces: Sequence[Sequence[Segment]],
     *,
     rank: int,
@@ -127,58 +190,84 @@ def partition(
     process_group: dist.ProcessGroup | None = None,
     also: Sequence[tuple[dist.ProcessGroup, Collection[int]]] = (),
 ) -> Layout:
-    """The layout of this rank's tensor when layers are cut over the ranks of a process group.
+    """The layout of this rank's tensor when parameters are cut over the ranks of a process group.
 
-    Every rank passes the same ``layers`` and ``pieces``. Only layers with pieces on more than one
+    Every rank passes the same ``parameters`` and ``pieces``. Only layers with pieces on more than one
     rank take part in a collective.
 
     Args:
-        layers: all layers, in the same order on every rank.
-        pieces: for each rank of the group, the segments of its tensor; ``Segment.layer`` indexes
-            ``layers``.
+        parameters: all of them, in the same order on every rank.
+        pieces: for each rank of the group, the segments of its tensor; ``Segment.parameter`` indexes
+            ``parameters``.
         rank: this rank, in the group.
         numel: elements of this rank's tensor, padding included.
         process_group: completes the layers that are cut.
-        also: further groups, each with the layers that are cut over it too (indices into ``layers``),
-            such as the tensor-parallel group. Its ranks hold the same layers.
+        also: further groups, each with the parameters of which every layer is cut over it too (indices into
+            ``parameters``), such as the tensor-parallel group. Its ranks hold the same layers.
 
     Raises:
         LayoutError: if the pieces overlap, run over the end of a tensor, or do not make up every
-            layer exactly once.
+            parameter exactly once.
     """
-    _check_pieces(layers, pieces, rank, numel)
-    holders: defaultdict[int, set[int]] = defaultdict(set)
+    _check_pieces(parameters, pieces, rank, numel)
+    # A rank that has two pieces of a parameter has the layers between them too, so that it has a range.
+    ranges: list[dict[int, range]] = [{} for _ in parameters]  # by parameter and rank
     for holder, segments in enumerate(pieces):
-        for segment in segments:
-            holders[segment.layer].add(holder)
-    mine = sorted({segment.layer for segment in pieces[rank]})
-    local = {layer: index for index, layer in enumerate(mine)}
-    cut = [layer for layer in range(len(layers)) if len(holders[layer]) > 1]
+        for s in segments:
+            size = parameters[s.parameter].layer_numel
+            first, stop = s.offset // size, (s.offset + s.numel - 1) // size + 1
+            known = ranges[s.parameter].get(holder, range(first, stop))
+            ranges[s.parameter][holder] = range(min(first, known.start), max(stop, known.stop))
+    mine = [index for index, held in enumerate(ranges) if rank in held]
+    held = tuple(Held(parameters[i], ranges[i][rank].start, ranges[i][rank].stop) for i in mine)
+    place = dict(zip(mine, Layout(numel, held, ()).places(), strict=True))
+    spans = []
+    for index, by_rank in enumerate(ranges):
+        own = by_rank.get(rank, range(0))
+        for cut in _shared(list(by_rank.values())):
+            spans.append(Span(place[index] + cut.start - own.start if cut.start in own else None, len(cut)))
     # Also without a cut layer: the ranks must agree on whether a step is skipped.
-    slots = tuple(local.get(layer) for layer in cut)
-    completions = [Completion(process_group, slots, tuple(layers))][: len(pieces) > 1]
+    completions = [Completion(process_group, tuple(spans), tuple(parameters))][: len(pieces) > 1]
     for group, members in also:
-        held = [layer for layer in mine if layer in members]
-        slots = tuple(local[layer] for layer in held)
-        completions.append(Completion(group, slots, tuple(layers[layer] for layer in held)))
-    return Layout(
-        numel,
-        tuple(layers[layer] for layer in mine),
-        tuple(replace(s, layer=local[s.layer]) for s in sorted(pieces[rank], key=lambda s: s.start)),
-        tuple(completions),
-    )
+        cut_too = [i for i in mine if i in members]
+        spans = [Span(place[i], len(ranges[i][rank])) for i in cut_too]
+        completions.append(Completion(group, tuple(spans), tuple(parameters[i] for i in cut_too)))
+    local = {index: i for i, index in enumerate(mine)}
+    segments = [replace(s, parameter=local[s.parameter]) for s in sorted(pieces[rank], key=lambda s: s.start)]
+    return Layout(numel, held, tuple(segments), tuple(completions))
 
 
-def sharded(name: str, tensor: DTensor) -> Layout:
-    """The layout of this rank's part of a DTensor parameter: one layer, cut over its mesh.
+def _shared(ranges: Sequence[range]) -> Iterator[range]:
+    """The ranges that lie in more than one of ``ranges``, cut so that each of those has all of it or none."""
+    bounds = sorted({bound for r in ranges for bound in (r.start, r.stop)})
+    steps: defaultdict[int, int] = defaultdict(int)
+    for r in ranges:
+        steps[r.start] += 1
+        steps[r.stop] -= 1
+    holders = 0
+    for low, high in pairwise(bounds):
+        holders += steps[low]
+        if holders > 1:
+            yield range(low, high)
 
-    The layer is held on every rank, also where the local tensor is empty: v is replicated.
+
+def sharded(name: str, tensor: DTensor, layers: int = 1, number: int = 0) -> Layout:
+    """The layout of this rank's part of a DTensor parameter.
+
+    A parameter that is one layer, or a few, has their second moments on every rank of its mesh. One whose
+    layers are the rows has those of the rows that this rank holds: they are cut by the placements of the
+    other dimensions only.
 
     Raises:
         LayoutError: if the parameter is a partial sum.
     """
-    local = tensor.to_local().numel()
-    layer = Layer(name, tensor.numel())
+    parameter = Parameter(name, tensor.numel(), layers, number)
+    local, offsets = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    rows = by_rows(tensor, parameter)
+    # Where nothing is held, the offset is the end.
+    held = Held(parameter, offsets[0], offsets[0] + local[0]) if rows else Held(parameter, 0, layers)
     completions = []
     for dim, placement in enumerate(tensor.placements):
         if placement.is_partial():
@@ -187,9 +276,37 @@ def sharded(name: str, tensor: DTensor) -> Layout:
                 "part of the parameter. Redistribute it to Shard or Replicate"
             )
         if not placement.is_replicate():
-            completions.append(Completion(tensor.device_mesh.get_group(dim), (0,), (layer,)))
-    segments = (Segment(0, local, 0),) if local else ()
-    return Layout(local, (layer,), segments, tuple(completions))
+            spans = () if rows and cuts_rows(placement) else (Span(0, held.count),)
+            completions.append(Completion(tensor.device_mesh.get_group(dim), spans, (parameter,)))
+    segments = tuple(_box(tensor.shape, local, offsets)) if math.prod(local) else ()
+    scattered = rows and any(map(cuts_rows, tensor.placements))
+    return Layout(math.prod(local), (held,), segments, tuple(completions), scattered)
+
+
+def by_rows(tensor: Tensor, parameter: Parameter) -> bool:
+    """Whether the layers of a parameter are its rows, so that one cut along its first dimension cuts none."""
+    return parameter.layers > 1 and parameter.layers == tensor.shape[0]
+
+
+def cuts_rows(placement: Placement) -> bool:
+    """Whether a placement of a DTensor cuts it along its first dimension."""
+    return not placement.is_replicate() and cast(Shard, placement).dim == 0
+
+
+def _box(shape: Sequence[int], local: Sequence[int], offsets: Sequence[int]) -> Iterator[Segment]:
+    """The segments of a tensor of shape ``local`` that lies at ``offsets`` in a parameter."""
+    cut = [d for d in range(len(shape)) if local[d] != shape[d]]
+    last = cut[-1] if cut else 0  # within its elements the order is that of the parameter
+    run, stride = math.prod(local[last:]), math.prod(shape[last:])
+    steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    begin = sum(o * s for o, s in zip(offsets, steps, strict=True))
+    count = local[last - 1] if last > 0 else 1  # runs that are `stride` apart
+    start = 0
+    for index in product(*(range(n) for n in local[: max(last - 1, 0)])):
+        offset = begin + sum(i * s for i, s in zip(index, steps, strict=False))
+        stop = start + count * run
+        yield Segment(start, stop, 0, offset, *((run, stride) if count > 1 else ()))
+        start = stop
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -198,6 +315,14 @@ def local_tensor(tensor: Tensor) -> Tensor:
         return tensor
     local = tensor.to_local()
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
+
+
+def from_local(local: Tensor, p: DTensor, shape: Sequence[int], placements: Sequence[Placement]) -> DTensor:
+    """A DTensor of another shape on the mesh of ``p``, of which ``local`` is this rank's part."""
+    stride = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
+    return DTensor.from_local(
+        local, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def local_gradient(p: Tensor) -> Tensor:
@@ -213,7 +338,7 @@ def local_gradient(p: Tensor) -> Tensor:
 
 
 def _check_pieces(
-    layers: Sequence[Layer], pieces: Sequence[Sequence[Segment]], rank: int, numel: int
+    parameters: Sequence[Parameter], pieces: Sequence[Sequence[Segment]], rank: int, numel: int
 ) -> None:
     spans: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
     for holder, segments in enumerate(pieces):
@@ -221,163 +346,21 @@ def _check_pieces(
         for s in sorted(segments, key=lambda s: s.start):
             if s.numel <= 0 or s.start < end:
                 raise LayoutError(
-                    f"rank {holder}: the elements {s.start} to {s.stop} given to layer "
-                    f"{layers[s.layer].name} are empty or overlap those of another segment"
+                    f"rank {holder}: the elements {s.start} to {s.stop} given to parameter "
+                    f"{parameters[s.parameter].name} are empty or overlap those of another segment"
                 )
             end = s.stop
-            spans[s.layer].append((s.offset, s.offset + s.numel))
+            spans[s.parameter].append((s.offset, s.offset + s.numel))
         if holder == rank and end > numel:
             raise LayoutError(f"rank {rank}: a segment ends at element {end} of a tensor of {numel}")
-    for index, layer in enumerate(layers):
+    for index, parameter in enumerate(parameters):
         end = 0
         for start, stop in sorted(spans[index]):
             if start != end:
                 break
             end = stop
-        if end != layer.numel or sum(b - a for a, b in spans[index]) != layer.numel:
+        if end != parameter.numel or sum(b - a for a, b in spans[index]) != parameter.numel:
             raise LayoutError(
-                f"layer {layer.name}: its {layer.numel} elements are not held exactly once by the "
-                f"{len(pieces)} ranks (each rank's pieces of it: {sorted(spans[index])})"
+                f"parameter {parameter.name}: its {parameter.numel} elements are not held exactly once by "
+                f"the {len(pieces)} ranks (each rank's pieces of it: {sorted(spans[index])})"
             )
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A layout with the place of its layers in the vector of all layers of a step.
-
-    ``op`` is how the ranks' statistics of a layer are put together: sums of squares are added, of
-    largest magnitudes the largest is taken.
-    """
-
-    layout: Layout
-    first: int
-    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-
-
-@dataclass
-class _Reduction:
-    process_group: dist.ProcessGroup | None
-    op: dist.ReduceOp.RedOpType
-    length: int = 0
-    slots: list[int] = field(default_factory=list)  # places in the buffer of the layers held here
-    places: list[int] = field(default_factory=list)  # their places in the vector of all layers
-    layers: list[Layer] = field(default_factory=list)  # what the ranks must agree on
-    device: torch.device | None = None  # of the collective
-
-
-class Plan:
-    """What one step needs to know of the layouts of its tensors; built once and reused.
-
-    Holds integers only, no parameter. Building it is a collective where layers are cut: the ranks make
-    sure once that they mean the same layers.
-
-    Raises:
-        LayoutError: on every rank, if the ranks of a process group have different layers.
-
-    Attributes:
-        names: the name of each layer in the vector.
-        device: where the vector of statistics lives.
-    """
-
-    def __init__(self, placed: Sequence[Placed], device: torch.device) -> None:
-        self.names = [layer.name for p in placed for layer in p.layout.layers]
-        self.device = device
-        merged: dict[tuple[int, dist.ReduceOp.RedOpType], _Reduction] = {}
-        for p in placed:
-            for completion in p.layout.completions:
-                key = (id(completion.process_group), p.op)
-                reduction = merged.setdefault(key, _Reduction(completion.process_group, p.op))
-                for slot, layer in enumerate(completion.slots):
-                    if layer is not None:
-                        reduction.slots.append(reduction.length + slot)
-                        reduction.places.append(p.first + layer)
-                reduction.length += len(completion.slots)
-                reduction.layers += completion.layers
-        index = partial(torch.tensor, dtype=torch.int64, device=device)
-        self._reductions = [(r, index(r.slots), index(r.places)) for r in merged.values()]
-        # What the last steps have shown: see NovoGrad.layer_norms and skipped_layers.
-        self._squared = [p.op == dist.ReduceOp.SUM for p in placed for _ in p.layout.layers]
-        self._statistic = torch.zeros(len(self.names), dtype=torch.float64, device=device)
-        self.bad = torch.zeros(len(self.names), dtype=torch.bool, device=device)
-        for reduction, _, _ in self._reductions:
-            self._agree(reduction)
-
-    @property
-    def reductions(self) -> int:
-        """The number of collectives of one step."""
-        return len(self._reductions)
-
-    def complete(self, statistic: Tensor, veto: Tensor | None = None) -> Tensor:
-        """Complete, in place, the layers that are cut; say whether all ranks may step.
-
-        One all-reduce per process group. The last element of each carries the ranks' verdict, so
-        that a non-finite gradient on one rank is known to all.
-
-        Args:
-            statistic: float64, one element per layer: this rank's part.
-            veto: 0-dim bool: this rank has another reason to skip the step.
-
-        Returns:
-            A 0-dim bool tensor: every layer of every rank is finite (in float32's range).
-        """
-        bad = (~_fits_float32(statistic)).any().to(statistic.dtype)
-        if veto is not None:
-            bad = torch.maximum(bad, veto.to(bad))
-        for reduction, slots, places in self._reductions:
-            buffer = statistic.new_zeros(reduction.length + 1)
-            # MAX need not carry a NaN from one rank to the others; infinity does.
-            held = statistic[places]
-            if reduction.op == dist.ReduceOp.MAX:
-                held = held.nan_to_num(nan=torch.inf)
-            buffer[slots] = held
-            buffer[-1] = bad
-            buffer = self._all_reduce(reduction, buffer)
-            statistic[places] = buffer[slots]
-            bad = torch.maximum(buffer[-1], (~_fits_float32(buffer[:-1])).any().to(buffer.dtype))
-        return bad == 0
-
-    def _agree(self, reduction: _Reduction) -> None:
-        """Raise on every rank if the ranks have different layers, rather than add up what does not match."""
-        layers = repr([(layer.name, layer.numel) for layer in reduction.layers]).encode()
-        # 48 bits of a hash, which a float64 holds exactly; largest and smallest in one collective.
-        digest = float(int.from_bytes(hashlib.sha256(layers).digest()[:6], "big"))
-        verdict = torch.tensor([digest, -digest], dtype=torch.float64, device=self.device)
-        verdict = self._all_reduce(_Reduction(reduction.process_group, dist.ReduceOp.MAX), verdict)
-        if verdict[0] != -verdict[1]:
-            raise LayoutError(
-                f"the ranks have different layers, in number, name, size or order; this rank has "
-                f"{len(reduction.layers)}, from {reduction.layers[0].name} to {reduction.layers[-1].name}. "
-                "Build the same model and param groups on every rank"
-                if reduction.layers
-                else "the ranks have different layers; this rank has none"
-            )
-
-    def _all_reduce(self, reduction: _Reduction, buffer: Tensor) -> Tensor:
-        if reduction.device is None:
-            reduction.device = _collective_device(reduction.process_group, buffer.device)
-        moved = buffer.to(reduction.device)
-        dist.all_reduce(moved, op=reduction.op, group=reduction.process_group)
-        return moved.to(buffer.device)
-
-    def record(self, statistic: Tensor, finite: Tensor) -> None:
-        """Note the completed statistic of a step, and which layers had it skipped."""
-        # In place: a CUDA graph replays into the same tensors.
-        self._statistic.copy_(statistic)
-        self.bad.copy_(torch.where(finite, self.bad, ~_fits_float32(statistic)))
-
-    def norms(self) -> dict[str, float]:
-        """The norm of each layer's gradient at the last step. Waits for the device."""
-        rows = zip(self.names, self._statistic.tolist(), self._squared, strict=True)
-        return {name: math.sqrt(value) if squared else value for name, value, squared in rows}
-
-
-def _collective_device(process_group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
-    """``device``, or the device that the group's backend serves (states offloaded to the CPU, NCCL)."""
-    served = [entry.split(":")[0] for entry in dist.get_backend_config(process_group).split(",")]
-    if device.type in served:
-        return device
-    return torch.device(served[0], torch.get_device_module(served[0]).current_device())
-
-
-def _fits_float32(statistic: Tensor) -> Tensor:
-    return statistic <= FLOAT32_MAX  # false for NaN and infinity

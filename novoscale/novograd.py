@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from novoscale import checkpoint, checks, kernels, prepared, second_moment
-from novoscale.layout import Layout, Plan, local_tensor, sharded, whole
-from novoscale.prepared import Group, Groups, Prepared
+from novoscale import checkpoint, checks, kernels, momentum, prepared, rounding, second_moment
+from novoscale.layout import Layout, Parameter, layers_of, sharded, whole
+from novoscale.plan import Plan
+from novoscale.prepared import NUMBER, NUMEL, Group, Groups, Prepared
 
 # Tables kept: one for each set of tensors that is stepped together. A wrapper that steps its param groups
 # one by one has one for each; a model of which other parts get gradients at each step has many.
@@ -35,10 +36,11 @@ class NovoGrad(Optimizer):
     in which any layer's gradient is not finite, on any rank, changes nothing on any rank: see
     :attr:`skipped_steps`. Gradients are never written to, and a step does not wait for the device.
 
-    State, per parameter tensor: ``exp_avg`` (m; the parameter's shape; float32, or float64 for a
-    float64 parameter; absent if beta1 is 0) and ``exp_avg_sq`` (v; float32, one element per layer
-    that this rank holds): 4 bytes per element plus 4 per layer. With ``bias_correction`` also
-    ``step`` (float32, one element per layer). They keep their dtype through ``load_state_dict``.
+    State, per parameter tensor: ``exp_avg`` (m; as ``momentum_dtype`` says, see ``novoscale.momentum``;
+    float64 for a float64 parameter instead of float32; absent if beta1 is 0) and ``exp_avg_sq`` (v;
+    float32, one element per layer that this rank holds): 4 bytes per element plus 4 per layer. With
+    ``bias_correction``, and where anything is rounded stochastically, also ``step`` (float32, one element
+    per layer). They keep their dtype through ``load_state_dict``.
 
     Option names are those of ``apex.optimizers.FusedNovoGrad``; the defaults are the paper's. The
     arguments that reproduce other implementations are in ``docs/coming-from.md``.
@@ -61,6 +63,20 @@ class NovoGrad(Optimizer):
             ``torch.nn.utils.clip_grad_norm_`` would, without a pass of its own and without writing
             to the gradients. None or 0: no clipping.
         maximize: ascend.
+        momentum_dtype: how the first moment is stored: "float32"; "bfloat16"; "int8" and "int4" in blocks of
+            128 elements with one bfloat16 scale each. About 4, 2, 1.02 and 0.52 bytes per element. All but
+            float32 are rounded stochastically. Parameters of fewer than 4096 elements (whole) keep float32
+            where others are in blocks. A torch dtype will do.
+        granularity: what a layer is: "tensor" (the paper): a parameter; "row": an index of the first
+            dimension of a parameter of two dimensions or more; a number n: one of n equal slices along the
+            first dimension, such as 3 for a fused QKV weight.
+        normalize: "norm" (the paper): divide the gradient by the norm of its layer; "rms": by the root mean
+            square, so that a learning rate means the same for every size and AdamW's values carry over.
+        stochastic_rounding: of the weights where they are bfloat16 (and have no float32 master: a wrapper
+            that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost.
+        seed: of the random bits for rounding; they do not depend on how the model is cut, nor on the rank.
+        allow_lossy_load: let ``load_state_dict`` round a first moment to a ``momentum_dtype`` that cannot
+            hold it.
         foreach: True: torch's own operations (``kernels/reference.py``), as with ``fused=False``.
         fused: True: a fused kernel (Triton on a GPU, C++ on the CPU), or an error; False: torch's own
             operations. None: the fused kernel where there is one. All give the same bits.
@@ -100,6 +116,12 @@ class NovoGrad(Optimizer):
         reg_inside_moment: bool = True,
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        momentum_dtype: str | torch.dtype = "float32",
+        granularity: str | int = "tensor",
+        normalize: str = "norm",
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        allow_lossy_load: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
         **unknown: Any,
@@ -116,6 +138,12 @@ class NovoGrad(Optimizer):
             "reg_inside_moment": reg_inside_moment,
             "max_grad_norm": max_grad_norm,
             "maximize": maximize,
+            "momentum_dtype": momentum_dtype,
+            "granularity": granularity,
+            "normalize": normalize,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+            "allow_lossy_load": allow_lossy_load,
             "foreach": foreach,
             "fused": fused,
         }
@@ -154,8 +182,9 @@ class NovoGrad(Optimizer):
             statistic = ready.kernels.sum_of_squares()
             if inverse_scale is not None:
                 ready.unscale(statistic, groups, inverse_scale)
-            finite = ready.plan.complete(statistic, veto)
-            coefficients = self._second_moment(groups, ready, statistic, finite, inverse_scale)
+            finite, total = ready.plan.complete(statistic, veto)
+            clip = second_moment.clip_coefficient(total, checks.one_max_grad_norm(self.param_groups))
+            coefficients = self._second_moment(groups, ready, statistic, finite, clip, inverse_scale)
             ready.kernels.update(coefficients)
             ready.release()
         return loss
@@ -166,14 +195,15 @@ class NovoGrad(Optimizer):
         ready: Prepared,
         statistic: Tensor,
         finite: Tensor,
+        clip: Tensor | None,
         inverse_scale: Tensor | None,
     ) -> kernels.Coefficients:
         """Update v of every layer; return what the update of m and w needs to know of it."""
-        clip = second_moment.clip_coefficient(statistic, checks.one_max_grad_norm(self.param_groups))
         scale = clip if inverse_scale is None else inverse_scale if clip is None else clip * inverse_scale
-        parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, ...]] = []
         sums = ready.by_group(statistic)
-        for (group, _), S, v, t in zip(groups, sums, ready.second_moments, ready.steps, strict=True):
+        rows = zip(groups, sums, ready.second_moments, ready.steps, strict=True)
+        for index, ((group, _), S, v, t) in enumerate(rows):
             if clip is not None:
                 S = S * (clip if group["norm_type"] == 0 else clip.square())
             new_v = torch.where(finite, second_moment.averaged(v, S, group), v)
@@ -181,10 +211,20 @@ class NovoGrad(Optimizer):
             v.copy_(new_v)
             if t is not None:
                 t.add_(active)
-            parts.append((*second_moment.coefficients(new_v, t, scale, group), active))
+            numel = ready.by_layer(index, NUMEL) if group["normalize"] == "rms" else None
+            counted = t if group["bias_correction"] else None
+            of_layers = second_moment.coefficients(new_v, counted, numel, scale, group)
+            parts.append((*of_layers, active, self._keys(ready, index, group["seed"])))
         self._count(ready, statistic, finite)
         vectors = parts[0] if len(parts) == 1 else [torch.cat(v) for v in zip(*parts, strict=True)]
         return kernels.Coefficients(*vectors)
+
+    def _keys(self, ready: Prepared, index: int, seed: int) -> Tensor:
+        """What random bits each layer of a param group has in this step: see ``rounding.keys``."""
+        t = ready.steps[index]
+        if t is None or not ready.rounds[index]:
+            return torch.zeros_like(ready.second_moments[index], dtype=torch.int64)
+        return rounding.keys(seed, ready.by_layer(index, NUMBER), t.long())
 
     def _count(self, ready: Prepared, statistic: Tensor, finite: Tensor) -> None:
         """Note what the step has shown: see ``skipped_steps`` and ``layer_norms``."""
@@ -235,26 +275,28 @@ class NovoGrad(Optimizer):
     def _check(self, groups: Groups) -> list[list[Layout]]:
         """The layouts of the tensors of a step, by param group; raises if one cannot be stepped."""
         stepped = {id(group): set(map(id, params)) for group, params in groups}
-        layouts: list[list[Layout]] = []
-        for index, group in enumerate(self.param_groups):
-            ids = stepped.get(id(group), set())
-            known = []
-            for position, p in enumerate(group["params"]):
-                if id(p) in ids:
-                    checks.check_gradient(self._name(index, position), p)
-                    known.append(self._find_layout(index, position, p))
-            if known:
-                layouts.append(known)
-        return layouts
+        layouts: list[list[Layout]] = [[] for _ in self.param_groups]
+        for index, position, number, p in self._numbered():
+            if id(p) in stepped.get(id(self.param_groups[index]), ()):
+                name, group = self._name(index, position), self.param_groups[index]
+                checks.check_gradient(name, p)
+                layout = self._find_layout(index, position, number, p)
+                if self._wrapper is None:  # a wrapper's tensors have not the parameters' shapes
+                    layers = layers_of(name, p.shape, group["granularity"])
+                    checks.check_structure(name, self.state.get(p, {}), layers, layout, group)
+                layouts[index].append(layout)
+        return [known for known in layouts if known]
 
-    def _find_layout(self, index: int, position: int, p: Tensor) -> Layout:
+    def _find_layout(self, index: int, position: int, number: int, p: Tensor) -> Layout:
         """The layout of a tensor of ``param_groups``; raises if its layers are not known."""
         if isinstance(p, DTensor):
             # It says itself how it is cut. Accelerate puts them in place of the parameters that were given.
             mesh, placements, layout = self._sharded.get(id(p), (None, None, None))
             cut = (p.device_mesh, p.placements)
-            if layout is None or (mesh, placements) != cut or layout.layers[0].numel != p.numel():
-                layout = sharded(self._name(index, position), p)
+            if layout is None or (mesh, placements) != cut or layout.held[0].parameter.numel != p.numel():
+                name = self._name(index, position)
+                layers = layers_of(name, p.shape, self.param_groups[index]["granularity"])
+                layout = sharded(name, p, layers, number)
                 self._sharded[id(p)] = (*cut, layout)
                 self._prepared.clear()  # they know layouts by id
             return layout
@@ -266,14 +308,23 @@ class NovoGrad(Optimizer):
 
     def _init_state(self, p: Tensor, layout: Layout, group: Group) -> None:
         state = self.state[p]
-        layers, device = len(layout.layers), local_tensor(p).device
         if "exp_avg_sq" not in state:
-            state["exp_avg_sq"] = torch.zeros(layers, dtype=torch.float32, device=device)
+            state["exp_avg_sq"] = second_moment.allocate(p, layout)
         if "exp_avg" not in state and group["betas"][0] != 0:
-            dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
-            state["exp_avg"] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
-        if "step" not in state and group["bias_correction"]:
-            state["step"] = torch.zeros(layers, dtype=torch.float32, device=device)
+            state.update(momentum.allocate(p, layout, group["momentum_dtype"]))
+        if "step" not in state and prepared.counts_steps(group):
+            state["step"] = second_moment.allocate(p, layout)
+
+    def _numbered(self) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Every tensor of ``param_groups``: index of the group, position in it, number, tensor.
+
+        The number is that of the trainable parameters before it, the same however parameters are cut.
+        """
+        number = 0
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                yield index, position, number, p
+                number += p.requires_grad
 
     def _name(self, group: int, position: int) -> str:
         """The name of a parameter for an error message."""
@@ -304,10 +355,10 @@ class NovoGrad(Optimizer):
         super().add_param_group(param_group)
         try:
             checks.check_fused(self.param_groups[-1], f"param group {index}")
-        except (RuntimeError, TypeError):
+            self._know(index)
+        except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._know(index, self.param_groups[-1])
 
     # ---- for wrappers that cut parameters -------------------------------------------------------
 
@@ -374,12 +425,7 @@ class NovoGrad(Optimizer):
 
         Waits for the device.
         """
-        return [
-            name
-            for plan in self._plans()
-            for name, bad in zip(plan.names, plan.bad.tolist(), strict=True)
-            if bad
-        ]
+        return [name for plan in self._plans() for name in plan.bad()]
 
     def layer_norms(self) -> dict[str, float]:
         """The gradient norm of each layer that this rank holds, whole, before clipping, at its last step.
@@ -394,14 +440,16 @@ class NovoGrad(Optimizer):
     # ---- state in and out -----------------------------------------------------------------------
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.load_state_dict``, but every state keeps the dtype it was saved in.
+        """As ``torch.optim.Optimizer.load_state_dict``, but every state keeps the bits that were saved.
 
         (torch casts state to the parameter's dtype: a float32 v of a bfloat16 parameter would lose
-        half its digits.) Load and save hooks run as usual.
+        half its digits.) Options come from the state dict, but for ``momentum_dtype`` and ``granularity``,
+        which stay what they are: a first moment in another format is converted where that loses nothing, or
+        with ``allow_lossy_load``. Load and save hooks run as usual.
 
         Raises:
-            ValueError: a state that is not NovoGrad's, or that belongs to other shapes or layers.
-                Nothing has been changed then.
+            ValueError: a state that is not NovoGrad's, that belongs to other shapes or layers, or that would
+                lose digits. Nothing has been changed then.
         """
         with checkpoint.recording(self) as record:
             self._loading = record
@@ -410,13 +458,23 @@ class NovoGrad(Optimizer):
             finally:
                 self._loading = None
 
+    def _load(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
+        """Put the saved tensors in place of those that torch has cast to the parameters' dtypes."""
+        checkpoint.keep_structure(state["param_groups"], self.param_groups)
+        keys = [key for group in saved["param_groups"] for key in group["params"]]
+        for (index, position, number, p), key in zip(self._numbered(), keys, strict=True):
+            if key in saved["state"]:
+                name, layout = self._name(index, position), self._find_layout(index, position, number, p)
+                group = state["param_groups"][index]
+                state["state"][p] = checkpoint.loaded(name, saved["state"][key], p, layout, group)
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_wrapper": self._wrapper}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         loading = self.__dict__.get("_loading")
         if loading is not None:  # from load_state_dict
-            checkpoint.keep_dtypes(state, loading, self._layouts)
+            self._load(state, loading)
         for group in state["param_groups"]:
             for option, default in state.get("defaults", self.__dict__.get("defaults", {})).items():
                 group.setdefault(option, default)
@@ -424,18 +482,23 @@ class NovoGrad(Optimizer):
         if "_layouts" not in self.__dict__:  # from deepcopy or pickle: a new object
             self._forget()
             self._wrapper = state.get("_wrapper")
-            for index, group in enumerate(self.param_groups if self._wrapper is None else ()):
-                self._know(index, group)
+            for index in range(len(self.param_groups) if self._wrapper is None else 0):
+                self._know(index)
 
     def _forget(self) -> None:
         """Start with empty caches."""
         self._layouts, self._sharded, self._prepared, self._skipped = {}, {}, {}, {}
         self._wrapper = self._veto = self._loading = None
 
-    def _know(self, index: int, group: Group) -> None:
-        for position, p in enumerate(group["params"]):
-            if not isinstance(p, DTensor):
-                self._layouts[id(p)] = whole(self._name(index, position), p.numel())
+    def _know(self, group: int) -> None:
+        """Note the layouts of the tensors of a param group, which lie whole on this rank."""
+        granularity = self.param_groups[group]["granularity"]
+        for index, position, number, p in self._numbered():
+            if index == group:
+                name = self._name(index, position)
+                layers = layers_of(name, p.shape, granularity)
+                if not isinstance(p, DTensor):
+                    self._layouts[id(p)] = whole(Parameter(name, p.numel(), layers, number))
         self._prepared = {}
 
 

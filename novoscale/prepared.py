@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from novoscale import kernels
-from novoscale.layout import Layout, Placed, Plan, local_gradient, local_tensor
+from novoscale import kernels, momentum
+from novoscale.layout import Layout, from_local, local_gradient, local_tensor
+from novoscale.plan import Placed, Plan
 
 Group = dict[str, Any]
 Groups = list[tuple[Group, list[Tensor]]]  # the tensors to step, by param group
@@ -25,9 +26,14 @@ OPTIONS = (
     "bias_correction",
     "grad_averaging",
     "reg_inside_moment",
+    "momentum_dtype",
+    "granularity",
+    "stochastic_rounding",
     "fused",
     "foreach",
 )
+
+COUNT, NUMEL, NUMBER = 0, 1, 2  # the columns of Prepared.parameters
 
 
 @dataclass
@@ -40,6 +46,10 @@ class Prepared:
         second_moments: for each param group v of all its layers, float32; the ``exp_avg_sq`` of its tensors
             are views of it, so that a step need not gather them.
         steps: the same of ``step``, where the group has one.
+        parameters: for each param group, of each parameter: int64 ``[parameters, 3]``, how many of its layers
+            are here, their elements each, and its number.
+        rounds: for each param group, whether anything in it is rounded stochastically.
+        tensors: of each shard of the kernels, which tensor it is; most tensors are one shard.
         first_layout: id of the layout of the first tensor.
         gradients: of the present step, in the order of the tensors.
         addresses: where the tables have the gradients.
@@ -50,6 +60,9 @@ class Prepared:
     kernels: kernels.Kernels
     second_moments: list[Tensor]
     steps: list[Tensor | None]
+    parameters: list[Tensor]
+    rounds: list[bool]
+    tensors: list[int]
     first_layout: int
     gradients: list[Tensor]
     addresses: list[int]
@@ -65,12 +78,18 @@ class Prepared:
         self.gradients, addresses = gradients, _addresses(gradients)
         if addresses != self.addresses:
             self.addresses = addresses
-            self.kernels.moved(addresses)
+            self.kernels.moved([addresses[tensor] for tensor in self.tensors])
         return True
 
     def by_group(self, vector: Tensor) -> Sequence[Tensor]:
         """The parts of a vector with one element per layer that belong to each param group."""
         return torch.split(vector, [len(v) for v in self.second_moments])
+
+    def by_layer(self, group: int, column: int) -> Tensor:
+        """A column of ``parameters`` with one element per layer of the group."""
+        table = self.parameters[group]
+        layers = len(self.second_moments[group])
+        return torch.repeat_interleave(table[:, column], table[:, COUNT], output_size=layers)
 
     def unscale(self, statistic: Tensor, groups: Groups, inverse_scale: Tensor) -> None:
         """Make the statistic of scaled gradients that of the gradients, in place."""
@@ -101,22 +120,36 @@ def build(
     """
     device = local_tensor(groups[0][1][0]).device
     second_moments = [join(params, state, "exp_avg_sq", device) for _, params in groups]
-    steps = [
-        join(params, state, "step", device) if group["bias_correction"] else None for group, params in groups
-    ]
-    made = shards(groups, layouts, gradients, state)
+    steps = [join(params, state, "step", device) if counts_steps(group) else None for group, params in groups]
+    made, tensors = shards(groups, layouts, gradients, state)
     tables = kernels.Kernels(made, device, sum(map(len, second_moments)))
+    held = [[h for layout in known for h in layout.held] for known in layouts]
+    rows = [[(h.count, h.parameter.layer_numel, h.parameter.number) for h in group] for group in held]
     return Prepared(
         # The ranks compare their layers when a plan is made: not again when a tensor has moved.
-        plan=plan(made, layouts, device) if before is None else before.plan,
+        plan=plan(groups, layouts, device) if before is None else before.plan,
         kernels=tables,
         second_moments=second_moments,
         steps=steps,
+        parameters=[torch.tensor(r, dtype=torch.int64, device=device).view(-1, 3) for r in rows],
+        rounds=[rounds(group) for group, _ in groups],
+        tensors=tensors,
         first_layout=id(layouts[0][0]),
         gradients=gradients,
         addresses=_addresses(gradients) if tables.reusable else [],
         facts=facts(groups, gradients, state) if tables.reusable else [],
     )
+
+
+def rounds(group: Group) -> bool:
+    """Whether anything of a param group is rounded stochastically."""
+    weights = group["stochastic_rounding"] and any(p.dtype == torch.bfloat16 for p in group["params"])
+    return bool(weights) or group["momentum_dtype"] != "float32"
+
+
+def counts_steps(group: Group) -> bool:
+    """Whether the steps of each layer of a param group have to be known."""
+    return group["bias_correction"] or rounds(group)
 
 
 def key(groups: Groups) -> tuple[Any, ...]:
@@ -147,8 +180,7 @@ def facts(groups: Groups, gradients: list[Tensor], state: State) -> list[Any]:
     found += [g.dtype for g in gradients]
     found += map(Tensor.is_contiguous, gradients)
     found += map(id, state)
-    for name in ("exp_avg", "exp_avg_sq", "step"):
-        found += _addresses([s[name] for s in state.values() if name in s])
+    found += _addresses([t for s in state.values() for t in s.values() if isinstance(t, Tensor)])
     return found
 
 
@@ -165,38 +197,50 @@ def _has_dtensors(tensors: list[Any]) -> bool:
 
 def shards(
     groups: Groups, layouts: Sequence[Sequence[Layout]], gradients: Sequence[Tensor], state: State
-) -> list[kernels.Shard]:
-    """Make the tensors of a step known to the kernels, and place their layers in one vector."""
+) -> tuple[list[kernels.Shard], list[int]]:
+    """Make the tensors of a step known to the kernels, and place their layers in one vector.
+
+    Returns:
+        The shards, and which tensor each of them is.
+    """
     made: list[kernels.Shard] = []
-    first = 0
+    tensors: list[int] = []
+    first = tensor = 0
     for (group, params), known in zip(groups, layouts, strict=True):
         beta1 = group["betas"][0]
         for p, layout in zip(params, known, strict=True):
-            exp_avg = state[p].get("exp_avg") if beta1 != 0 else None
-            made.append(
-                kernels.Shard(
-                    param=local_tensor(p),
-                    grad=gradients[len(made)],
-                    exp_avg=None if exp_avg is None else local_tensor(exp_avg),
-                    segments=layout.segments,
-                    first=first,
-                    norm_type=group["norm_type"],
-                    beta1=beta1,
-                    beta3=1 - beta1 if group["grad_averaging"] else 1.0,
-                    weight_decay=group["weight_decay"],
-                    reg_inside_moment=group["reg_inside_moment"],
-                    fused=False if group["foreach"] else group["fused"],
+            for part in momentum.stored(layout, group["momentum_dtype"] if beta1 != 0 else "float32"):
+                scale = state[p].get("exp_avg_scale") if part.in_blocks else None
+                made.append(
+                    kernels.Shard(
+                        param=local_tensor(p),
+                        grad=gradients[tensor],
+                        exp_avg=local_tensor(state[p][part.key]) if beta1 != 0 else None,
+                        exp_avg_scale=None if scale is None else local_tensor(scale),
+                        pieces=momentum.pieces(layout, part, first),
+                        norm_type=group["norm_type"],
+                        beta1=beta1,
+                        beta3=1 - beta1 if group["grad_averaging"] else 1.0,
+                        weight_decay=group["weight_decay"],
+                        reg_inside_moment=group["reg_inside_moment"],
+                        stochastic_rounding=group["stochastic_rounding"],
+                        fused=False if group["foreach"] else group["fused"],
+                    )
                 )
-            )
-            first += len(layout.layers)
-    return made
+                tensors.append(tensor)
+            first += layout.layers
+            tensor += 1
+    return made, tensors
 
 
-def plan(made: Sequence[kernels.Shard], layouts: Sequence[Sequence[Layout]], device: torch.device) -> Plan:
+def plan(groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.device) -> Plan:
     """The plan of the layers of a step."""
     ops = {2: dist.ReduceOp.SUM, 0: dist.ReduceOp.MAX}
-    known = [layout for group in layouts for layout in group]
-    placed = [Placed(x, s.first, ops[s.norm_type]) for x, s in zip(known, made, strict=True)]
+    placed, first = [], 0
+    for (group, _), known in zip(groups, layouts, strict=True):
+        for layout in known:
+            placed.append(Placed(layout, first, ops[group["norm_type"]]))
+            first += layout.layers
     return Plan(placed, device)
 
 
@@ -209,12 +253,15 @@ def join(params: Sequence[Tensor], state: State, name: str, device: torch.device
         name: ``exp_avg_sq`` or ``step``.
         device: of the vector.
     """
-    parts = [state[p][name] for p in params]
+    kept = [state[p][name] for p in params]
+    parts = [*map(local_tensor, kept)] if _has_dtensors(kept) else kept
     joined = _joined(parts, device)
     if joined is None:
         joined = torch.cat([part.to(device) for part in parts])
-        for p, part in zip(params, torch.split(joined, [part.numel() for part in parts]), strict=True):
-            state[p][name] = part
+        views = torch.split(joined, [part.numel() for part in parts])
+        for p, old, view in zip(params, kept, views, strict=True):
+            is_cut = isinstance(old, DTensor)
+            state[p][name] = from_local(view, old, old.shape, old.placements) if is_cut else view
     return joined
 
 

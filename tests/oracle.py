@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class Oracle:
     init_zero: bool = False
     norm_type: int = 2
     maximize: bool = False
+    normalize: str = "norm"
     v: list[float] = field(default_factory=list)
     m: list[Array] = field(default_factory=list)
 
@@ -42,9 +44,37 @@ class Oracle:
             else:
                 self.v[i] = beta2 * self.v[i] + (1 - beta2) * statistic
             norm = np.sqrt(self.v[i]) if self.norm_type == 2 else self.v[i]
+            if self.normalize == "rms":
+                norm = norm / np.sqrt(g.size)
             new = g / (norm + self.eps) + self.weight_decay * self.weights[i]
             self.m[i] = beta1 * self.m[i] + (1 - beta1 if self.grad_averaging else 1) * new
             self.weights[i] = self.weights[i] - self.lr * self.m[i]
+
+
+class RowOracle:
+    """The same for parameters of which each row of a matrix is a layer (or each of ``splits`` slices)."""
+
+    def __init__(self, weights: list[Array], splits: int | None = None, **options: Any) -> None:
+        whole = [np.array(w, dtype=np.float64) for w in weights]
+        self.counts = [splits or (len(w) if w.ndim > 1 else 1) for w in whole]
+        self.shapes = [w.shape for w in whole]
+        self.inner = Oracle(self._cut(whole), **options)
+
+    def _cut(self, arrays: list[Array]) -> list[Array]:
+        return [
+            part
+            for a, n in zip(arrays, self.counts, strict=True)
+            for part in (np.split(np.asarray(a), n) if n > 1 else [np.asarray(a)])
+        ]
+
+    def step(self, grads: list[Array]) -> None:
+        self.inner.step(self._cut(grads))
+
+    @property
+    def weights(self) -> list[Array]:
+        parts = iter(self.inner.weights)
+        rows = zip(self.counts, self.shapes, strict=True)
+        return [np.stack([next(parts) for _ in range(n)]).reshape(shape) for n, shape in rows]
 
 
 def clipped(grads: list[Array], max_norm: float) -> list[Array]:

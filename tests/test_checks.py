@@ -25,6 +25,20 @@ from novoscale import NovoGrad
         ({"grad_averaging": "false"}, TypeError, "grad_averaging must be True or False"),
         ({"beta": 0.9}, TypeError, "no option 'beta': did you mean 'betas'"),
         ({"amsgrad": True}, TypeError, "no AMSGrad variant"),
+        ({"block_size": 64}, TypeError, "no option 'block_size': the blocks of .* have 128 elements"),
+        ({"momentum_dtype": "int16"}, ValueError, r"one of float32, bfloat16, int8, int4, got 'int16' \(did"),
+        ({"momentum_dtype": torch.float16}, ValueError, "momentum_dtype must be one of"),
+        ({"granularity": "rows"}, ValueError, 'granularity must be "tensor", "row" or the number'),
+        ({"granularity": 0}, ValueError, "granularity must be"),
+        (
+            {"granularity": 3},
+            ValueError,
+            r"parameter 0 of .*: granularity=3 .* its shape \(2,\) does not allow",
+        ),
+        ({"normalize": "mean"}, ValueError, 'normalize must be "norm" or "rms"'),
+        ({"normalize": "rms", "norm_type": 0}, ValueError, 'normalize="rms" .* needs norm_type=2'),
+        ({"stochastic_rounding": 1}, TypeError, "stochastic_rounding must be True or False"),
+        ({"seed": -1}, ValueError, "seed must be an integer"),
     ],
     ids=str,
 )
@@ -95,3 +109,16 @@ def test_parameter_that_changed_its_size_is_refused():
     p.grad = torch.ones(6)
     with pytest.raises(RuntimeError, match=r"p: .*had 4 elements when NovoGrad was given it and has 6 now"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(("option", "value"), [("granularity", "row"), ("granularity", 2)])
+def test_a_granularity_that_is_changed_while_it_is_in_use_is_refused(option, value):
+    p = nn.Parameter(torch.ones(4, 2))
+    optimizer = NovoGrad([("p", p)], lr=0.1)
+    p.grad = torch.ones(4, 2)
+    optimizer.step()
+    before = p.detach().clone()
+    optimizer.param_groups[0][option] = value
+    with pytest.raises(RuntimeError, match=f"p: the {option} of its param group was .* load_state_dict"):
+        optimizer.step()
+    assert torch.equal(p, before)

@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 
-from novoscale import kernels, layout
+from novoscale import kernels, momentum, plan
 from novoscale.kernels import reference
-from novoscale.layout import Layer, LayoutError, Placed, Plan, Segment, partition, whole
+from novoscale.layout import LayoutError, Parameter, Segment, Span, partition, whole
+from novoscale.plan import Placed, Plan
 
 
 class ThreadGroup:
@@ -48,7 +49,7 @@ def on_ranks(size, function):
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     with mock.patch.multiple(
-        layout.dist,
+        plan.dist,
         all_reduce=lambda t, op, group: group.all_reduce(t, op),
         get_backend_config=lambda _: "cpu:threads",
     ):
@@ -94,16 +95,17 @@ def pieces_of(sizes, starts, bounds):
 def step(param, grad, exp_avg, lay, norm_type=2):
     """What NovoGrad.step does with one tensor, without its options."""
     op = dist.ReduceOp.SUM if norm_type == 2 else dist.ReduceOp.MAX
-    plan = Plan([Placed(lay, 0, op)], torch.device("cpu"))
-    shard = kernels.Shard(param, grad, exp_avg, lay.segments, 0, norm_type, 0.9, 1.0, 0.1, True)
-    statistic = reference.sum_of_squares([shard], plan.device, len(plan.names))
-    finite = plan.complete(statistic)
+    made = Plan([Placed(lay, 0, op)], torch.device("cpu"))
+    (stored,) = momentum.stored(lay, "float32")
+    pieces = momentum.pieces(lay, stored, 0)
+    shard = kernels.Shard(param, grad, exp_avg, None, pieces, norm_type, 0.9, 1.0, 0.1, True, False)
+    statistic = reference.sum_of_squares([shard], made.device, made.layers)
+    finite, _ = made.complete(statistic)
     scale = 1 / (statistic.sqrt() + 1e-8)
     active = finite & (statistic > 0)
-    reference.update(
-        [shard], kernels.Coefficients(scale, torch.full_like(scale, 0.1), torch.zeros_like(scale), active)
-    )
-    return dict(zip(plan.names, statistic.tolist(), strict=True)), bool(finite)
+    tenth, zero = torch.full_like(scale, 0.1), torch.zeros_like(scale)
+    reference.update([shard], kernels.Coefficients(scale, tenth, zero, active, zero.long()))
+    return dict(zip(made.names(), statistic.tolist(), strict=True)), bool(finite)
 
 
 @settings(max_examples=150, deadline=None)
@@ -114,7 +116,7 @@ def test_any_cut_gives_the_uncut_sums_and_update(cut, dtype, norm_type):
     flat = lambda: torch.randn(bounds[-1], generator=generator).to(dtype)  # noqa: E731
     # Gradients are multiples of 1/8: their squares add up without rounding, in any order.
     params, moments, grads = flat(), flat(), (flat() * 8).round() / 8
-    layers = [Layer(f"l{i}", n) for i, n in enumerate(sizes)]
+    layers = [Parameter(f"l{i}", n) for i, n in enumerate(sizes)]
     pieces = pieces_of(sizes, starts, bounds)
 
     whole_p, whole_m = params.clone(), moments.clone()
@@ -134,7 +136,7 @@ def test_any_cut_gives_the_uncut_sums_and_update(cut, dtype, norm_type):
     assert torch.equal(torch.cat([r[1] for r in results]), whole_m)
     for (_, _, sums, finite), held in zip(results, pieces, strict=True):
         assert finite
-        assert set(sums) == {f"l{s.layer}" for s in held}
+        assert set(sums) == {f"l{s.parameter}" for s in held}
         assert all(sums[name] == expected[name] for name in sums)
     assert group.calls == (2 if len(pieces) > 1 else 0)  # the ranks' agreement on the layers, and the step
 
@@ -146,7 +148,7 @@ def test_sums_of_any_gradients_differ_by_float64_rounding_only(cut, data):
     generator = torch.Generator().manual_seed(seed)
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     grads = torch.randn(bounds[-1], generator=generator).to(dtype)
-    layers = [Layer(f"l{i}", n) for i, n in enumerate(sizes)]
+    layers = [Parameter(f"l{i}", n) for i, n in enumerate(sizes)]
     pieces = pieces_of(sizes, starts, bounds)
 
     def sums(rank, group):
@@ -170,7 +172,7 @@ def test_one_nonfinite_element_stops_every_rank(cut, data, norm_type, value):
     where = starts[layer] + data.draw(st.integers(0, sizes[layer] - 1))
     grads = torch.ones(bounds[-1])
     grads[where] = value
-    layers = [Layer(f"l{i}", n) for i, n in enumerate(sizes)]
+    layers = [Parameter(f"l{i}", n) for i, n in enumerate(sizes)]
     pieces = pieces_of(sizes, starts, bounds)
 
     def rank_step(rank, group):
@@ -188,7 +190,7 @@ def test_one_nonfinite_element_stops_every_rank(cut, data, norm_type, value):
 
 def test_ranks_with_different_layers_are_told_so_before_anything_is_added_up():
     def build(rank, group):
-        layers = [Layer("a", 4), Layer("b", 2)] if rank else [Layer("a", 4), Layer("c", 2)]
+        layers = [Parameter("a", 4), Parameter("b", 2)] if rank else [Parameter("a", 4), Parameter("c", 2)]
         pieces = [[Segment(0, 3, 0)], [Segment(0, 1, 0, 3), Segment(1, 3, 1)]]
         lay = partition(layers, pieces, rank=rank, numel=3, process_group=group)
         with pytest.raises(LayoutError, match="the ranks have different layers"):
@@ -199,31 +201,34 @@ def test_ranks_with_different_layers_are_told_so_before_anything_is_added_up():
 
 
 def test_only_cut_layers_take_part_in_the_collective():
-    layers = [Layer("a", 4), Layer("b", 6), Layer("c", 2)]
+    layers = [Parameter("a", 4), Parameter("b", 6), Parameter("c", 2)]
     pieces = [[Segment(0, 4, 0), Segment(4, 6, 1)], [Segment(0, 4, 1, 2), Segment(4, 6, 2)]]
     first, second = (partition(layers, pieces, rank=r, numel=6) for r in (0, 1))
-    assert [layer.name for layer in first.layers] == ["a", "b"]
-    assert [layer.name for layer in second.layers] == ["b", "c"]
-    assert first.completions[0].slots == (1,)
-    assert second.completions[0].slots == (0,)
+    assert [held.parameter.name for held in first.held] == ["a", "b"]
+    assert [held.parameter.name for held in second.held] == ["b", "c"]
+    assert first.completions[0].spans == (Span(1, 1),)
+    assert second.completions[0].spans == (Span(0, 1),)
     assert second.segments == (Segment(0, 4, 0, 2), Segment(4, 6, 1, 0))
 
 
 def test_layouts_of_one_process_group_share_a_collective():
-    layers = [Layer("a", 2)]
+    layers = [Parameter("a", 2)]
     pieces = [[Segment(0, 1, 0)], [Segment(0, 1, 0, 1)]]
     group, other = object(), object()
     shards = [partition(layers, pieces, rank=0, numel=1, process_group=g) for g in (group, group, other)]
     with mock.patch.object(Plan, "_agree"):
         assert Plan([Placed(s, i) for i, s in enumerate(shards)], torch.device("cpu")).reductions == 2
-    assert Plan([Placed(whole("p", 5), 0)], torch.device("cpu")).reductions == 0
+    assert Plan([Placed(whole(Parameter("p", 5)), 0)], torch.device("cpu")).reductions == 0
 
 
 @pytest.mark.parametrize(
     ("pieces", "says"),
     [
-        ([[Segment(0, 3, 0)], []], "layer a: its 4 elements are not held exactly once"),
-        ([[Segment(0, 3, 0)], [Segment(0, 2, 0, 2)]], "layer a: its 4 elements are not held exactly once"),
+        ([[Segment(0, 3, 0)], []], "parameter a: its 4 elements are not held exactly once"),
+        (
+            [[Segment(0, 3, 0)], [Segment(0, 2, 0, 2)]],
+            "parameter a: its 4 elements are not held exactly once",
+        ),
         ([[Segment(0, 2, 0), Segment(1, 3, 0, 2)], []], "overlap"),
         ([[Segment(2, 6, 0)], []], "ends at element 6 of a tensor of 4"),
         ([[Segment(0, 0, 0)], [Segment(0, 4, 0)]], "empty"),
@@ -231,26 +236,4 @@ def test_layouts_of_one_process_group_share_a_collective():
 )
 def test_pieces_that_do_not_make_up_the_layers_are_refused(pieces, says):
     with pytest.raises(LayoutError, match=says):
-        partition([Layer("a", 4)], pieces, rank=0, numel=4)
-
-
-def test_one_parameter_may_be_several_layers():
-    from novoscale import NovoGrad
-
-    torch.manual_seed(0)
-    fused = torch.randn(6, 5)
-    parts = [p.clone().requires_grad_() for p in fused.chunk(3)]
-    fused.requires_grad_()
-    optimizer, separate = NovoGrad([("qkv", fused)], lr=0.1), NovoGrad(parts, lr=0.1)
-    optimizer.bind("test", [(0, fused, whole("qkv", 30, splits=3))])
-    for _ in range(3):
-        fused.grad = torch.randn(6, 5) * torch.tensor([1.0, 1, 10, 10, 0, 0])[:, None]
-        for p, g in zip(parts, fused.grad.chunk(3), strict=True):
-            p.grad = g.clone()
-        optimizer.step()
-        separate.step()
-    assert torch.equal(fused, torch.cat(parts))
-    assert optimizer.state[fused]["exp_avg_sq"].shape == (3,)
-    assert list(optimizer.layer_norms()) == ["qkv[0]", "qkv[1]", "qkv[2]"]
-    with pytest.raises(LayoutError, match="30 elements cannot be cut into 4 layers"):
-        whole("qkv", 30, splits=4)
+        partition([Parameter("a", 4)], pieces, rank=0, numel=4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from oracle import Oracle, clipped
+from oracle import Oracle, RowOracle, clipped
 from torch import Tensor, nn
 
 SAMPLES = 48  # divided by the ranks and the accumulation steps
@@ -48,7 +48,12 @@ def two_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
 
 
 def reference(
-    lr: float, clip: float = 0.0, groups: bool = False, weight_decay: float = 0.0
+    lr: float,
+    clip: float = 0.0,
+    groups: bool = False,
+    weight_decay: float = 0.0,
+    rows: bool = False,
+    normalize: str = "norm",
 ) -> dict[str, Any]:
     """The weights after STEPS steps in one process: gradients in float64, the update by the oracle."""
     model = OddModel().double()
@@ -61,7 +66,9 @@ def reference(
     )
     decays = [0.05, 0.0] if groups else [weight_decay]
     oracles = [
-        Oracle([named[n].detach().numpy() for n in names], lr=lr, weight_decay=decay)
+        (RowOracle if rows else Oracle)(
+            [named[n].detach().numpy() for n in names], lr=lr, weight_decay=decay, normalize=normalize
+        )
         for names, decay in zip(members, decays, strict=True)
     ]
     for step in range(STEPS):

@@ -22,11 +22,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from novoscale.kernels.shards import Coefficients, Shard, chunks, in_one_order
+from novoscale.kernels.shards import START, STOP, Coefficients, Shard, chunks, in_one_order
+from novoscale.momentum import BLOCK
 
-CHUNK = 1 << 16  # elements: what a thread does at once, and the unit of the sums
+CHUNK = 1 << 16  # elements, a multiple of BLOCK: what a thread does at once, and the unit of the sums
 
-SOURCE, FORMATS_HEADER = (Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_formats.h"))
+SOURCE, *HEADERS = (Path(__file__).with_name(n) for n in ("cpu.cpp", "cpu_formats.h", "cpu_rounding.h"))
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -41,9 +42,8 @@ FLAGS = (
 
 # Numbered as in cpu.cpp and cpu_formats.h.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MOMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3, torch.uint8: 4}
 NO_DECAY, INSIDE, OUTSIDE = 0, 1, 2
-
-MOMENTS = (torch.float32, torch.bfloat16)  # of the formats, those of the first moment
 
 
 class _Shard(ctypes.Structure):
@@ -51,11 +51,13 @@ class _Shard(ctypes.Structure):
         ("param", ctypes.c_void_p),
         ("grad", ctypes.c_void_p),
         ("exp_avg", ctypes.c_void_p),
+        ("exp_avg_scale", ctypes.c_void_p),
         ("param_format", ctypes.c_int32),
         ("grad_format", ctypes.c_int32),
         ("exp_avg_format", ctypes.c_int32),
         ("norm_type", ctypes.c_int32),
         ("decay", ctypes.c_int32),
+        ("rounds_weights", ctypes.c_int32),
         ("beta1", ctypes.c_float),
         ("beta3", ctypes.c_float),
         ("weight_decay", ctypes.c_float),
@@ -83,10 +85,10 @@ class Kernels:
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
         self._library, self._device, self._layers = load(), device, layers
-        table = chunks(shards, CHUNK)
-        ends = (table[:, 2] - table[:, 1]).cumsum(0)
+        table = chunks(shards, CHUNK, BLOCK)
+        ends = (table[:, STOP] - table[:, START]).cumsum(0)
         self._chunks = torch.cat((table, ends[:, None]), dim=1).contiguous()
-        self._partial = torch.empty(len(table), dtype=torch.float64, device="cpu")
+        self._partial = torch.empty((len(table), 2), dtype=torch.float64, device="cpu")
         self._shards = (_Shard * len(shards))(*map(_entry, shards))
         self._tables = (ctypes.addressof(self._shards), self._chunks.data_ptr(), len(self._chunks))
 
@@ -116,6 +118,7 @@ class Kernels:
         c = coefficients
         vectors = [v.to("cpu", torch.float64).contiguous() for v in (c.grad_scale, c.step_size, c.decay)]
         vectors.append(c.active.to("cpu", torch.bool).contiguous())
+        vectors.append(c.key.to("cpu", torch.int64).contiguous())
         self._library.novoscale_update(
             *self._tables, *(v.data_ptr() for v in vectors), torch.get_num_threads()
         )
@@ -124,12 +127,12 @@ class Kernels:
 def supports(shard: Shard) -> bool:
     """Whether :class:`Kernels` can do this shard; if not, the reference can.
 
-    Its tensors must be in a CPU's memory, float32, bfloat16 or float16 (``exp_avg``: float32 or bfloat16),
-    and in one order: see ``shards.in_one_order``.
+    Its tensors must be in a CPU's memory, in the formats above, and in one order: see
+    ``shards.in_one_order``.
     """
-    if any(
-        t.device.type != "cpu" or t.layout != torch.strided or t.dtype not in FORMATS for t in shard.tensors
-    ):
+    if any(t.device.type != "cpu" or t.layout != torch.strided for t in shard.tensors):
+        return False
+    if shard.param.dtype not in FORMATS or shard.grad.dtype not in FORMATS:
         return False
     if shard.exp_avg is not None and shard.exp_avg.dtype not in MOMENTS:
         return False
@@ -141,12 +144,13 @@ def _entry(shard: Shard) -> _Shard:
     return _Shard(
         shard.param.data_ptr(),
         shard.grad.data_ptr(),
-        None if shard.exp_avg is None else shard.exp_avg.data_ptr(),
+        *(None if t is None else t.data_ptr() for t in (shard.exp_avg, shard.exp_avg_scale)),
         FORMATS[shard.param.dtype],
         FORMATS[shard.grad.dtype],
-        0 if shard.exp_avg is None else FORMATS[shard.exp_avg.dtype],
+        0 if shard.exp_avg is None else MOMENTS[shard.exp_avg.dtype],
         shard.norm_type,
         where if shard.weight_decay != 0 else NO_DECAY,
+        shard.rounds_weights,
         shard.beta1,
         shard.beta3,
         shard.weight_decay,
@@ -165,7 +169,7 @@ def load() -> ctypes.CDLL:
     version = _run([*compiler, "--version"])
     identity = [
         SOURCE.read_text(),
-        FORMATS_HEADER.read_text(),
+        *(header.read_text() for header in HEADERS),
         *compiler,
         version,
         *FLAGS,
@@ -205,7 +209,7 @@ def _open(path: Path, compiler: Sequence[str]) -> ctypes.CDLL:
         integer,
         integer,
     ]
-    library.novoscale_update.argtypes = [address, address, integer, *[address] * 4, integer]
+    library.novoscale_update.argtypes = [address, address, integer, *[address] * 5, integer]
     library.novoscale_sum_of_squares.restype = library.novoscale_update.restype = None
     return library
 

@@ -19,7 +19,7 @@
 
 namespace {
 
-enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16 };  // as in cpu.py
+enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // as in cpu.py
 
 struct BFloat16 {
   uint16_t bits;

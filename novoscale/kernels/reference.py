@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from novoscale.kernels.shards import Coefficients, Shard
+from novoscale import momentum, rounding
+from novoscale.kernels.shards import Coefficients, Shard, chunks
 
 TILE = 1 << 16
 
@@ -52,14 +53,17 @@ def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int) -
         float64 ``[layers]``: the sum of g**2 (``norm_type`` 2) or the largest abs(g) (0).
     """
     result = torch.zeros(layers, dtype=torch.float64, device=device)
-    for shard in shards:
-        for segment in shard.segments:
-            slot = result[shard.first + segment.layer]
-            for (grad,) in _tiles((shard.grad,), segment.start, segment.stop):
-                if shard.norm_type == 2:
-                    slot += grad.double().square().sum().to(device)
-                else:
-                    torch.maximum(slot, grad.abs().amax().to(device, torch.float64), out=slot)
+    for start, stop, layer, position, size, _, index in chunks(shards, TILE, momentum.BLOCK).tolist():
+        shard = shards[index]
+        grad = _read(shard.grad, start, stop).double()
+        for rows in _by_layers(grad, position % size, size):
+            held = slice(layer, layer + len(rows))
+            if shard.norm_type == 2:
+                result[held] += rows.square().sum(dim=1).to(device)
+            else:
+                result[held] = torch.maximum(result[held], rows.abs().amax(dim=1).to(device))
+            layer += len(rows) if (position + rows.numel()) % size == 0 else 0
+            position += rows.numel()
     return result
 
 
@@ -73,59 +77,105 @@ def update(shards: Sequence[Shard], coefficients: Coefficients) -> None:
 
     Computed in float32, or in float64 where the parameter is float64, each product and each sum rounded
     (no fused multiply-add: every kernel gives the same bits); what is stored is rounded to the nearest
-    value of the tensor's dtype.
+    value of the tensor's dtype, or stochastically: see ``Shard.stochastic_rounding``.
     """
-    for shard in shards:
+    for start, stop, layer, position, size, place, index in chunks(shards, TILE, momentum.BLOCK).tolist():
+        shard = shards[index]
         dtype = torch.float64 if shard.param.dtype == torch.float64 else torch.float32
-        device = shard.param.device
-        vectors = (coefficients.grad_scale, coefficients.step_size, coefficients.decay)
-        grad_scale, step_size, decay = (v.to(device, dtype) for v in vectors)
-        active = coefficients.active.to(device)
-        inside = shard.weight_decay if shard.reg_inside_moment else 0.0
-        outside = 0.0 if shard.reg_inside_moment else shard.weight_decay
-        moments = () if shard.exp_avg is None else (shard.exp_avg,)
-        for segment in shard.segments:
-            layer = shard.first + segment.layer
-            for w, g, *m in _tiles((shard.param, shard.grad, *moments), segment.start, segment.stop):
-                weight = w.to(dtype)
-                term = g.to(dtype) * grad_scale[layer]
-                if inside != 0:
-                    term.add_(weight * inside)
-                moment = term.mul_(shard.beta3) if shard.beta3 != 1 else term
-                if m:
-                    moment = moment.add_(m[0].to(dtype) * shard.beta1)
-                    _write(m[0], moment, active[layer])
-                change = moment * step_size[layer]
-                if outside != 0:
-                    change.add_(weight * decay[layer])
-                _write(w, weight - change, active[layer])
+        c = coefficients.to(shard.param.device)
+        elements = torch.arange(stop - start, device=shard.param.device)
+        one = position % size + len(elements) <= size
+        layers = layer if one else layer + (position % size + elements) // size
+        active = c.active[layers].expand(len(elements))
+        bits = elements
+        if shard.needs_positions:
+            bits = rounding.random_bits(c.key[layers], position + elements)
+        weight = _read(shard.param, start, stop).to(dtype)
+        moment = _read(shard.grad, start, stop).to(dtype) * c.grad_scale.to(dtype)[layers]
+        if shard.reg_inside_moment and shard.weight_decay != 0:
+            moment += weight * shard.weight_decay
+        moment *= shard.beta3
+        if shard.exp_avg is not None:
+            old = _read_moment(shard, start, stop, place, position).to(dtype)
+            moment += old * shard.beta1
+            _write_moment(shard, start, place, position, torch.where(active, moment, old), bits >> 16, active)
+        change = moment * c.step_size.to(dtype)[layers]
+        if not shard.reg_inside_moment and shard.weight_decay != 0:
+            change += weight * c.decay.to(dtype)[layers]
+        weight = weight - change
+        if shard.rounds_weights:
+            weight = rounding.to_bfloat16(weight, bits)
+        _write(shard.param, start, stop, weight, active)
 
 
-def _write(target: Tensor, value: Tensor, active: Tensor) -> None:
-    target.copy_(torch.where(active, value.to(target.dtype), target))
+def _by_layers(values: Tensor, within: int, size: int) -> Iterator[Tensor]:
+    """Consecutive elements as rows ``[layers, elements of each]``: those of the first layer, of the whole
+    ones, of the last.
 
-
-def _tiles(tensors: Sequence[Tensor], start: int, stop: int) -> Iterator[tuple[Tensor, ...]]:
-    """Matching views of the row-major elements ``start..stop`` of tensors of one shape, by tiles.
-
-    Tensors may be strided in any way, each in its own: what is not contiguous is taken apart along
-    its leading dimensions.
+    Args:
+        values: 1-dim.
+        within: elements of the first layer that come before them.
+        size: elements of a layer.
     """
-    if all(t.is_contiguous() for t in tensors):
-        flat = [t.view(-1) for t in tensors]
-        for a in range(start, stop, TILE):
-            yield tuple(t[a : min(a + TILE, stop)] for t in flat)
+    head = min(-within % size, len(values))
+    body = (len(values) - head) // size * size
+    for part, width in (
+        (values[:head], head),
+        (values[head : head + body], size),
+        (values[head + body :], len(values) - head - body),
+    ):
+        if len(part):
+            yield part.view(-1, width)
+
+
+def _read_moment(shard: Shard, start: int, stop: int, place: int, position: int) -> Tensor:
+    assert shard.exp_avg is not None
+    if shard.exp_avg.shape == shard.param.shape and shard.exp_avg_scale is None:
+        return _read(shard.exp_avg, start, stop)
+    return momentum.read(shard.exp_avg, shard.exp_avg_scale, place, position, stop - start)
+
+
+def _write_moment(
+    shard: Shard, start: int, place: int, position: int, values: Tensor, bits: Tensor, active: Tensor
+) -> None:
+    assert shard.exp_avg is not None
+    if shard.exp_avg.shape == shard.param.shape and shard.exp_avg_scale is None:
+        if shard.exp_avg.dtype == torch.bfloat16:
+            values = rounding.to_bfloat16(values, bits)
+        _write(shard.exp_avg, start, start + len(values), values, active)
+    else:
+        momentum.write(shard.exp_avg, shard.exp_avg_scale, place, position, values, bits, active)
+
+
+def _read(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """The row-major elements ``start..stop`` of a tensor, however it is strided."""
+    parts = [view.reshape(-1) for view in _views(tensor, start, stop)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _write(tensor: Tensor, start: int, stop: int, values: Tensor, active: Tensor) -> None:
+    """Put ``values`` in place of those elements that are active."""
+    values = values.to(tensor.dtype)
+    begin = 0
+    for view in _views(tensor, start, stop):
+        part = slice(begin, begin + view.numel())
+        view.copy_(torch.where(active[part].view(view.shape), values[part].view(view.shape), view))
+        begin = part.stop
+
+
+def _views(tensor: Tensor, start: int, stop: int) -> Iterator[Tensor]:
+    """Views that together are the row-major elements ``start..stop`` of a tensor."""
+    if tensor.is_contiguous():
+        yield tensor.view(-1)[start:stop]
         return
-    shape = tensors[0].shape
-    row = shape[1:].numel()
-    a = start
-    while a < stop:
-        index, within = divmod(a, row)
-        rows = min((stop - a) // row, max(TILE // row, 1)) if within == 0 and row <= TILE else 0
+    row = tensor.shape[1:].numel()
+    while start < stop:
+        index, within = divmod(start, row)
+        rows = (stop - start) // row if within == 0 else 0
         if rows:
-            yield tuple(t.narrow(0, index, rows) for t in tensors)
-            a += rows * row
+            yield tensor.narrow(0, index, rows)
+            start += rows * row
         else:
-            end = min(stop - index * row, row)
-            yield from _tiles([t[index] for t in tensors], within, end)
-            a = index * row + end
+            end = min(stop, (index + 1) * row)
+            yield from _views(tensor[index], within, end - index * row)
+            start = end

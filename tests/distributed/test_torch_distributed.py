@@ -1,6 +1,10 @@
 """Under FSDP2, HSDP, tensor parallelism and DDP the training is that of one process."""
 
+import math
+
+import fixed_gradients
 import pytest
+import torch
 import torch_ranks
 from oracle import deviation
 from training import OddModel, reference
@@ -38,6 +42,57 @@ def test_parameters_placed_in_any_way():
 
 def test_a_partial_sum_in_the_memory_of_an_earlier_gradient():
     assert max(run_ranks(torch_ranks.partial_sum_where_the_gradient_was, 2)) < 2e-6
+
+
+ROWS = {"granularity": "row", "normalize": "rms"}
+
+
+@pytest.mark.parametrize("shape", [(2,), (3,), (4,), (2, 2)], ids=str)
+def test_rows_under_fsdp2_and_hsdp(shape):
+    expected = reference(torch_ranks.LR, rows=True, normalize="rms", clip=0.3)
+    for weights in run_ranks(torch_ranks.fsdp2, math.prod(shape), shape, {**ROWS, "max_grad_norm": 0.3}):
+        assert worst(weights, expected) < BOUND
+
+
+@pytest.mark.parametrize("options", [ROWS, {"granularity": 2}], ids=str)
+@pytest.mark.parametrize(("world", "data_world"), [(3, 1), (4, 2)])
+def test_rows_and_splits_under_tensor_parallelism(options, world, data_world):
+    # Of one matrix the rows are on different ranks, of the other every row is cut.
+    for deviations, _ in run_ranks(torch_ranks.tensor_parallel, world, data_world, options):
+        assert max(deviations.values()) < BOUND, deviations
+
+
+FORMATS = [
+    {"momentum_dtype": "float32"},
+    {"momentum_dtype": "bfloat16"},
+    {"momentum_dtype": "int8", **ROWS},
+    {"momentum_dtype": "int4"},
+    {"momentum_dtype": "int4", **ROWS, "max_grad_norm": 1.0},
+]
+
+
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("options", FORMATS, ids=str)
+def test_same_bits_in_every_format_and_every_block_that_is_not_cut(options, bfloat16):
+    options = {"lr": 0.05, "weight_decay": 0.1, **options}
+    expected = fixed_gradients.uncut(options, torch.bfloat16 if bfloat16 else torch.float32)
+    in_blocks = options["momentum_dtype"].startswith("int")
+    for shape in [(1,), (2,), (3,), (4,), (2, 2)]:
+        ranks = run_ranks(torch_ranks.fixed_pieces, math.prod(shape), options, shape, bfloat16)
+        assert fixed_gradients.differing(ranks, expected, in_blocks) == set()
+
+
+@pytest.mark.parametrize("options", FORMATS[1:4], ids=str)
+def test_distributed_checkpoint_keeps_codes_scales_and_rows(options, tmp_path):
+    """On as many ranks always, to the bit; on others where the rows are whole blocks, else with an error."""
+    saved = run_ranks(torch_ranks.fixed_checkpoint, 2, options, str(tmp_path), "save")
+    for world in (2, 3):
+        loaded = run_ranks(torch_ranks.fixed_checkpoint, world, options, str(tmp_path), "blocks")
+        together = [piece for rank in loaded for piece in rank]
+        for name, position, _, values in (piece for rank in saved for piece in rank):
+            mine = [(p, m) for n, p, _, m in together if n == name]
+            whole = torch.cat([m for _, m in sorted(mine, key=lambda pair: pair[0])])
+            assert torch.equal(whole[position : position + len(values)], values), (name, world)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero redundancy"])

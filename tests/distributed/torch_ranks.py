@@ -6,9 +6,10 @@ import copy
 from typing import Any
 from unittest import mock
 
+import fixed_gradients
 import torch
 import torch.distributed as dist
-from oracle import Oracle, deviation
+from oracle import Oracle, RowOracle, deviation
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 )
 from training import STEPS, OddModel, data
 
-from novoscale import NovoGrad, layout
+from novoscale import NovoGrad, plan
 
 LR = 0.02
 
@@ -89,19 +90,34 @@ PLAN = {
 }
 
 
-def block_reference(data_world: int) -> dict[str, Any]:
+def block_reference(
+    data_world: int, granularity: str | int = "tensor", normalize: str = "norm"
+) -> dict[str, Any]:
     model = Block().double()
     named = dict(model.named_parameters())
-    oracle = Oracle([p.detach().numpy() for p in named.values()], lr=LR)
+    names = sorted(named, key=lambda n: named[n].ndim <= 1)  # the matrices first
+    named = {n: named[n] for n in names}
+    whole = [p.detach().numpy() for p in named.values()]
+    matrices = sum(p.ndim > 1 for p in named.values())
+    options = {"lr": LR, "normalize": normalize}
+    if granularity == "tensor":
+        oracles = [Oracle(whole[:matrices], **options)]
+    else:
+        splits = None if granularity == "row" else granularity
+        oracles = [RowOracle(whole[:matrices], splits=splits, **options)]
+    oracles.append(Oracle(whole[matrices:], **options))
     for step in range(STEPS):
         model.zero_grad()
         x = torch.cat([block_input(step, r) for r in range(data_world)]).double()
         model(x).square().mean().backward()
-        oracle.step([p.grad.numpy() for p in named.values()])
+        grads = [p.grad.numpy() for p in named.values()]
+        oracles[0].step(grads[:matrices])
+        oracles[1].step(grads[matrices:])
+        weights = [*oracles[0].weights, *oracles[1].weights]
         with torch.no_grad():
-            for p, w in zip(named.values(), oracle.weights, strict=True):
+            for p, w in zip(named.values(), weights, strict=True):
                 p.copy_(torch.from_numpy(w))
-    return dict(zip(named, oracle.weights, strict=True))
+    return dict(zip(named, weights, strict=True))
 
 
 def tensor_parallel_model(data_world: int) -> tuple[nn.Module, Any]:
@@ -118,10 +134,17 @@ def tensor_parallel_model(data_world: int) -> tuple[nn.Module, Any]:
     return model, mesh
 
 
-def tensor_parallel(data_world: int) -> tuple[dict[str, float], set[str]]:
+def tensor_parallel(
+    data_world: int, options: dict[str, Any] | None = None
+) -> tuple[dict[str, float], set[str]]:
     """How far each parameter ends from one process; and what was placed how."""
+    options = options or {}
     model, mesh = tensor_parallel_model(data_world)
-    optimizer = NovoGrad(model.parameters(), lr=LR)
+    params = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]
+    vectors = {"granularity": "tensor"}  # of one dimension
+    optimizer = NovoGrad(
+        [{"params": params[0], **options}, {"params": params[1], **options, **vectors}], lr=LR
+    )
     placed = set()
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -130,7 +153,7 @@ def tensor_parallel(data_world: int) -> tuple[dict[str, float], set[str]]:
             f"{p.placements} <- {p.grad.placements}" for p in model.parameters() if isinstance(p, DTensor)
         }
         optimizer.step()
-    expected = block_reference(data_world)
+    expected = block_reference(data_world, **options)
     return {n: deviation(full(p), expected[n]) for n, p in model.named_parameters()}, placed
 
 
@@ -203,6 +226,40 @@ def fixed_gradients_bits(kind: str) -> Any:
     return [full(p) for p in params]
 
 
+def fixed_pieces(options: dict[str, Any], shape: tuple[int, ...], bfloat16: bool) -> Any:
+    """What this rank holds after steps with gradients that do not depend on the weights."""
+    names = ("shard",) if len(shape) == 1 else ("replicate", "shard")
+    model = fixed_gradients.FixedGradients().to(torch.bfloat16 if bfloat16 else torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
+    optimizer = NovoGrad(model.named_parameters(), **options)
+    for step in range(fixed_gradients.STEPS):
+        optimizer.zero_grad()
+        model(torch.tensor(step)).backward()
+        optimizer.step()
+    return fixed_gradients.pieces(optimizer)
+
+
+def fixed_checkpoint(options: dict[str, Any], folder: str, what: str) -> Any:
+    """First moments saved as a distributed checkpoint, or loaded from it; of parameters of whole blocks."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = fixed_gradients.FixedGradients({"a": (36, 256), "b": (33,), "c": (7, 8, 128), "d": (40, 128)})
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = NovoGrad(model.named_parameters(), lr=LR, **options)
+    for step in range(2 if what == "save" else 0):
+        optimizer.zero_grad()
+        model(torch.tensor(step)).backward()
+        optimizer.step()
+    m, o = get_state_dict(model, optimizer)
+    if what == "save":
+        dcp.save({"model": m, "optimizer": o}, checkpoint_id=folder)
+    else:
+        dcp.load({"model": m, "optimizer": o}, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=m, optim_state_dict=o)
+    return fixed_gradients.pieces(optimizer)
+
+
 def collectives(kind: str) -> int:
     """How many all-reduces one step of the optimizer makes."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -231,7 +288,7 @@ def collectives(kind: str) -> int:
             loss_of(model, step, rank, world).backward()
         if step == 0:  # the ranks compare their layers
             optimizer.step()
-    with mock.patch.object(layout.dist, "all_reduce", wraps=dist.all_reduce) as counted:
+    with mock.patch.object(plan.dist, "all_reduce", wraps=dist.all_reduce) as counted:
         optimizer.step()
     return counted.call_count
 

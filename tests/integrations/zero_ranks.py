@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import deepspeed
+import fixed_gradients
 import novoscale.integrations.deepspeed  # noqa: F401
 import torch
 from torch import nn
@@ -121,6 +122,26 @@ def trained_tiny(ds: dict[str, Any]) -> tuple[Any, list[str], int]:
     return weights(e)["a"], sorted(e.basic_optimizer.layer_norms()), state["exp_avg_sq"].numel()
 
 
+def small_gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=5003, n_positions=96, n_embd=192, n_layer=3, n_head=3))
+
+
+def bytes_of_gpt2(ds: dict[str, Any]) -> tuple[int, int]:
+    """Of optimizer state: on this rank, and of a NovoGrad in one process."""
+    from novoscale import NovoGrad
+    from novoscale.memory import optimizer_state_bytes
+
+    model = small_gpt2()
+    uncut = NovoGrad(model.parameters(), **ds["optimizer"]["params"])
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    uncut.step()
+    whole = optimizer_state_bytes(uncut).total
+    return optimizer_state_bytes(engine(ds, model=small_gpt2()).basic_optimizer).total, whole
+
+
 def state_bytes(ds: dict[str, Any], groups: bool) -> tuple[int, int, int]:
     """Bytes held before the first step, bytes held after it, and layers that this rank has."""
     from novoscale.memory import optimizer_state_bytes
@@ -175,6 +196,27 @@ def resumed(ds: dict[str, Any], folder: str) -> bool:
     return all((a[n] == b[n]).all() for n in a)
 
 
+def fixed_resumed(ds: dict[str, Any], folder: str) -> bool:
+    """The same of weights and first moments, with parameters that are large enough for every format."""
+
+    def step(engine: Any, steps: range) -> None:
+        for index in steps:
+            engine.backward(engine(torch.tensor(index)))
+            engine.step()
+
+    e = engine(ds, model=fixed_gradients.FixedGradients())
+    step(e, range(3))
+    e.save_checkpoint(folder)
+    step(e, range(3, 5))
+    other = engine(ds, model=fixed_gradients.FixedGradients())
+    other.load_checkpoint(folder)
+    step(other, range(3, 5))
+    return all(
+        a[:2] == b[:2] and torch.equal(a[2], b[2]) and torch.equal(a[3], b[3])
+        for a, b in zip(*(fixed_gradients.pieces(x.basic_optimizer) for x in (e, other)), strict=True)
+    )
+
+
 def full_state(ds: dict[str, Any]) -> dict[str, Any]:
     """exp_avg of every parameter, by DeepSpeed's own call."""
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -196,19 +238,19 @@ def collectives_of_a_step(ds: dict[str, Any]) -> list[int]:
     """Elements of each all-reduce that NovoGrad makes in one step."""
     from unittest import mock
 
-    from novoscale import layout
+    from novoscale import plan
 
     e = engine(ds, groups=True)
     train(e, 1)
     sizes = []
-    original = layout.dist.all_reduce
+    original = plan.dist.all_reduce
 
     def counted(tensor: torch.Tensor, **kwargs: Any) -> None:
         if tensor.dtype == torch.float64:
             sizes.append(tensor.numel())
         original(tensor, **kwargs)
 
-    with mock.patch.object(layout.dist, "all_reduce", counted):
+    with mock.patch.object(plan.dist, "all_reduce", counted):
         train(e, 1, first=1)
     return sizes
 
@@ -297,6 +339,16 @@ def uncut_on_equal_data() -> dict[str, Any]:
         nn.functional.mse_loss(model(x), y).backward()
         optimizer.step()
     return {n: p.detach().double().numpy() for n, p in model.named_parameters()}
+
+
+def fixed_pieces(ds: dict[str, Any], bfloat16: bool) -> Any:
+    """What this rank holds after steps with gradients that do not depend on the weights."""
+    model = fixed_gradients.FixedGradients()
+    e = engine(ds, model=model.bfloat16() if bfloat16 else model)
+    for step in range(fixed_gradients.STEPS):
+        e.backward(e(torch.tensor(step)))
+        e.step()
+    return fixed_gradients.pieces(e.basic_optimizer)
 
 
 def dies_in_the_second_step(ds: dict[str, Any]) -> None:

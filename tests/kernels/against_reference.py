@@ -7,18 +7,18 @@ most n * 2**-52.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
 from novoscale.kernels import Coefficients, Shard, reference
-from novoscale.layout import Segment
+from novoscale.momentum import BLOCK, FORMATS
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -41,21 +41,136 @@ def values(
     return base[offset : offset + numel].view(shape)
 
 
-def cut(draw: Callable[[Any], Any], bounds: Sequence[int]) -> tuple[tuple[Segment, ...], int]:
-    """Segments between sorted bounds, some of them padding, and the number of layers they belong to."""
-    layers = draw(st.integers(1, 3))
-    offsets, segments = [0] * layers, []
-    for start, stop in pairwise(bounds):
-        layer = draw(st.integers(-1, layers - 1))
-        if layer >= 0:
-            segments.append(Segment(start, stop, layer, offsets[layer]))
-            offsets[layer] += stop - start
-    return tuple(segments), layers
+class Part(NamedTuple):
+    """Elements start..stop of a tensor are those from ``offset`` on of a parameter.
+
+    Its layers have ``size`` elements each; ``layer`` is the first of them.
+    """
+
+    start: int
+    stop: int
+    layer: int
+    offset: int = 0
+    size: int = 2**40
+
+
+def shard(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor | None,
+    parts: Sequence[Part] | None = None,
+    *,
+    first: int = 0,
+    scale: Tensor | None = None,
+    **options: Any,
+) -> Shard:
+    """A shard with usual options; without ``parts`` all of the tensor is one layer.
+
+    The moments lie where the elements do; in blocks, or if it is of another size, one part after another.
+    """
+    if parts is None:
+        parts = [Part(0, param.numel(), 0)] if param.numel() else []
+    rows, place = [], 0
+    for p in parts:
+        in_order = scale is not None or (exp_avg is not None and exp_avg.numel() != param.numel())
+        layer = first + p.layer + p.offset // p.size
+        rows.append((p.start, p.stop, layer, p.offset, p.size, place if in_order else p.start))
+        place += blocks(p) if scale is not None else p.stop - p.start
+    table = torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+    usual = {"norm_type": 2, "beta1": 0.9, "beta3": 1.0, "weight_decay": 0.1, "reg_inside_moment": True}
+    return Shard(param, grad, exp_avg, scale, table, **{**usual, "stochastic_rounding": False, **options})
+
+
+def blocks(part: Part) -> int:
+    """How many blocks of the moment a part lies in."""
+    return (part.offset + part.stop - part.start - 1) // BLOCK - part.offset // BLOCK + 1
+
+
+def moment(
+    form: str | None,
+    parts: Sequence[Part],
+    numel: int,
+    generator: torch.Generator,
+    offset: int,
+    special: float,
+) -> tuple[Tensor | None, Tensor | None]:
+    """A first moment in a format, with its scales. "small": float32 of the parts only."""
+    if form is None:
+        return None, None
+    if form == "small":
+        return values((sum(p.stop - p.start for p in parts),), torch.float32, generator), None
+    dtype = FORMATS[form].dtype
+    if not FORMATS[form].largest:
+        return values((numel,), dtype, generator, offset, special), None
+    count = sum(map(blocks, parts))
+    codes = torch.randint(-FORMATS[form].largest, 128, (count, BLOCK), generator=generator)
+    codes = codes.clamp(max=FORMATS[form].largest).to(torch.int8)
+    if form == "int4":
+        low, high = codes.view(torch.uint8).unflatten(1, (-1, 2)).unbind(-1)
+        codes = (low & 15) | (high << 4)
+    return codes, values((count,), torch.bfloat16, generator, special=special).abs()
+
+
+@st.composite
+def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], int, Coefficients]:
+    """Shards of every format over common layers, with padding; the number of layers; coefficients.
+
+    Args:
+        draw: hypothesis's.
+        sizes: elements of a layer, and of the gaps between parts.
+        tensors: at most so many.
+    """
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    special = draw(st.sampled_from([0.0, 0.0, 0.05, 1.0]))
+    norm_types = draw(st.lists(st.sampled_from([2, 0]), min_size=1, max_size=tensors))
+    pieces: list[list[Part]] = [[] for _ in norm_types]
+    first = 0
+    for _ in range(draw(st.integers(0, 4))):
+        # A parameter: its layers, cut anywhere, parts of it in any tensor of one norm type, or elsewhere.
+        size, layers = draw(st.sampled_from(sizes)), draw(st.sampled_from([1, 1, 1, 2, 5]))
+        norm_type = draw(st.sampled_from(norm_types))
+        own = [t for t, n in enumerate(norm_types) if n == norm_type]
+        bounds = [0, *draw(st.lists(st.integers(0, size * layers), max_size=3)), size * layers]
+        bounds.sort()
+        for a, b in itertools.pairwise(bounds):
+            if a < b and draw(st.integers(0, 4)):
+                tensor = pieces[draw(st.sampled_from(own))]
+                start = (tensor[-1].stop if tensor else 0) + draw(st.sampled_from([0, 0, 1, 7]))
+                tensor.append(Part(start, start + b - a, first, a, size))
+        first += layers
+    shards = []
+    for parts, norm_type in zip(pieces, norm_types, strict=True):
+        numel = (parts[-1].stop if parts else 0) + draw(st.sampled_from([0, 1, 5]))
+        param, grad = (
+            values(
+                (numel,),
+                draw(st.sampled_from(DTYPES)),
+                generator,
+                draw(st.sampled_from([0, 0, 1, 8, 3])),
+                special,
+            )
+            for _ in range(2)
+        )
+        form = draw(st.sampled_from([None, "small", *FORMATS]))
+        exp_avg, scale = moment(
+            form, parts, numel, generator, draw(st.sampled_from([0, 0, 1, 8, 3])), special
+        )
+        options = {
+            "norm_type": norm_type,
+            "beta1": draw(st.sampled_from([0.0, 0.9, 0.95])) if exp_avg is not None else 0.0,
+            "beta3": draw(st.sampled_from([1.0, 0.05])),
+            "weight_decay": draw(st.sampled_from([0.0, 0.01, 1e-60])),
+            "reg_inside_moment": draw(st.booleans()),
+            "stochastic_rounding": draw(st.booleans()),
+        }
+        shards.append(shard(param, grad, exp_avg, parts, scale=scale, **options))
+    return shards, first, random_coefficients(first, generator)
 
 
 def random_coefficients(layers: int, generator: torch.Generator) -> Coefficients:
     vectors = [torch.rand(layers, generator=generator, dtype=torch.float64) for _ in range(4)]
-    return Coefficients(100 * vectors[0], *vectors[1:3], vectors[3] > 0.2)
+    key = torch.randint(2**32, (layers,), generator=generator)
+    return Coefficients(100 * vectors[0], *vectors[1:3], vectors[3] > 0.2, key)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -71,13 +186,16 @@ def copied(shards: Sequence[Shard], device: torch.device) -> list[Shard]:
             return None
         return whole(t).to(device, copy=True).as_strided(t.shape, t.stride(), t.storage_offset())
 
-    return [replace(s, param=copy(s.param), grad=copy(s.grad), exp_avg=copy(s.exp_avg)) for s in shards]
+    names = ("param", "grad", "exp_avg", "exp_avg_scale")
+    return [replace(s, **{name: copy(getattr(s, name)) for name in names}) for s in shards]
 
 
 def bits(tensor: Tensor) -> Tensor:
     """The bits of a tensor; of NaN only that it is one (torch writes different ones with vector code)."""
     tensor = tensor.cpu().contiguous()
-    return torch.where(tensor.isnan(), -1, tensor.view({2: torch.int16, 4: torch.int32}[tensor.itemsize]))
+    return torch.where(
+        tensor.isnan(), -1, tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.itemsize])
+    )
 
 
 def assert_same_bits(shards: Sequence[Shard], expected: Sequence[Shard]) -> None:
@@ -91,10 +209,11 @@ def assert_same_statistic(statistic: Tensor, shards: Sequence[Shard], layers: in
     expected = reference.sum_of_squares(shards, CPU, layers)
     assert (statistic.dtype, statistic.shape) == (torch.float64, (layers,))
     numel, largest = torch.zeros(layers, dtype=torch.float64), torch.zeros(layers, dtype=torch.bool)
-    for shard in shards:
-        for segment in shard.segments:
-            numel[shard.first + segment.layer] += segment.numel
-            largest[shard.first + segment.layer] = shard.norm_type == 0
+    for s in shards:
+        for start, stop, layer, position, size, _ in s.pieces.tolist():
+            touched = slice(layer, layer + (position % size + stop - start - 1) // size + 1)
+            numel[touched] += min(stop - start, size)
+            largest[touched] = s.norm_type == 0
     bound = torch.where(largest, 0.0, numel * 2.0**-52) * expected
     difference = (statistic.cpu() - expected).abs()
     same = (statistic.cpu() == expected) | (statistic.cpu().isnan() & expected.isnan())
@@ -121,7 +240,7 @@ def assert_as_reference(
 def assert_follows_gradients(module: ModuleType, shards: Sequence[Shard], device: torch.device = CPU) -> None:
     """After ``moved`` the tables are those of gradients at other addresses."""
     mine = copied(shards, device)
-    layers = 1 + max(s.first + segment.layer for s in mine for segment in s.segments)
+    layers = 1 + max(int(s.pieces[:, 2].max()) for s in mine if len(s.pieces))
     kernels = module.Kernels([replace(s, grad=torch.zeros_like(s.grad)) for s in mine], device, layers)
     kernels.moved([s.grad.data_ptr() for s in mine])
     coefficients = random_coefficients(layers, torch.Generator().manual_seed(0))

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from against_reference import shard
 from torch import nn
 
 from novoscale import NovoGrad, kernels
@@ -138,11 +139,7 @@ def test_a_param_group_that_was_refused_is_not_added():
 
 def test_the_statistics_of_parts_are_put_together():
     a, b = parameter(), parameter(torch.float64)
-    segments = (kernels.shards.Segment(0, 20, 0),)
-    shards = [
-        kernels.Shard(p, p.grad, None, segments, first, 2, 0.0, 1.0, 0.0, True)
-        for first, p in enumerate((a, b))
-    ]
+    shards = [shard(p, p.grad, None, first=first) for first, p in enumerate((a, b))]
     device = torch.device("cpu")
     found = kernels.Kernels(shards, device, 2).sum_of_squares()
     assert torch.equal(found, reference.sum_of_squares(shards, device, 2))

@@ -1,23 +1,25 @@
 """The fused CPU kernel against the reference: the update bit for bit, the sums to float64's rounding."""
 
-import hypothesis.strategies as st
 import pytest
 import torch
 from against_reference import (
     CPU,
     DTYPES,
+    Part,
     assert_as_reference,
     assert_follows_gradients,
     assert_same_statistic,
     bits,
     copied,
+    moment,
     random_coefficients,
+    shard,
+    steps,
     values,
 )
 from hypothesis import given, settings
 
-from novoscale.kernels import Coefficients, Shard, cpu, reference
-from novoscale.layout import Segment
+from novoscale.kernels import Coefficients, cpu, reference
 
 try:
     cpu.load()
@@ -25,54 +27,32 @@ except cpu.BuildError as error:
     pytest.skip(f"no CPU kernel here: {error}", allow_module_level=True)
 
 
-@st.composite
-def steps(draw):
-    """Shards over common layers, with padding, and the number of layers."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    special = draw(st.sampled_from([0.0, 0.05, 1.0]))
-    layers = draw(st.integers(1, 6))
-    norm_types = draw(st.lists(st.sampled_from([2, 0]), min_size=layers, max_size=layers))
-    offsets = [0] * layers
-    shards = []
-    for _ in range(draw(st.integers(1, 5))):
-        # All layers of a tensor have one norm type, but may go on in another tensor.
-        norm_type = draw(st.sampled_from(norm_types))
-        own = [layer for layer in range(layers) if norm_types[layer] == norm_type]
-        segments, end = [], 0
-        for _ in range(draw(st.integers(0, 5))):
-            start = end + draw(st.sampled_from([0, 0, 1, 7]))
-            end = start + draw(st.sampled_from([1, 2, 15, 16, 17, 63, 200, 1023, 1024, 1025, 3000]))
-            layer = draw(st.sampled_from(own))
-            segments.append(Segment(start, end, layer, offsets[layer]))
-            offsets[layer] += end - start
-        numel = end + draw(st.sampled_from([0, 1, 5]))
-        moments = draw(st.sampled_from([DTYPES[:1], DTYPES[1:2], []]))
-        param, grad, exp_avg = (
-            values((numel,), draw(st.sampled_from(dtypes)), generator, draw(st.integers(0, 3)), special)
-            if dtypes
-            else None
-            for dtypes in (DTYPES, DTYPES, moments)
-        )
-        options = {
-            "beta1": draw(st.sampled_from([0.0, 0.9, 0.95])) if exp_avg is not None else 0.0,
-            "beta3": draw(st.sampled_from([1.0, 0.05])),
-            "weight_decay": draw(st.sampled_from([0.0, 0.01, 1e-60])),
-            "reg_inside_moment": draw(st.booleans()),
-        }
-        shards.append(Shard(param, grad, exp_avg, tuple(segments), first=0, norm_type=norm_type, **options))
-    return shards, layers
+SIZES = [1, 2, 7, 15, 16, 17, 63, 127, 128, 129, 200, 768, 1023, 1024, 1025, 3000]
 
 
 def random(layers, seed=0):
     return random_coefficients(layers, torch.Generator().manual_seed(seed))
 
 
-@settings(max_examples=150, deadline=None)
-@given(steps(), st.integers(0, 100))
-def test_any_layout_gives_what_the_reference_gives(case, seed):
-    shards, layers = case
-    assert all(map(cpu.supports, shards))
-    assert_as_reference(cpu, shards, layers, random(layers, seed))
+@settings(max_examples=250, deadline=None)
+@given(steps(SIZES, tensors=5))
+def test_any_layout_gives_what_the_reference_gives(case):
+    assert all(map(cpu.supports, case[0]))
+    assert_as_reference(cpu, *case)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("size", [100, 768, 70_000])
+def test_rows_that_chunks_cut_and_positions_beyond_32_bits(form, size):
+    generator = torch.Generator().manual_seed(0)
+    numel = 150_001
+    parts = [Part(0, numel, 0, 2**32 - 70_003, size)]
+    exp_avg, scale = moment(form, parts, numel, generator, 0, 0.001)
+    param, grad = (values((numel,), torch.bfloat16, generator) for _ in range(2))
+    s = shard(param, grad, exp_avg, parts, scale=scale, stochastic_rounding=True)
+    s.pieces[:, 2] = 0  # the layers before are not here
+    layers = (parts[0].offset % size + numel) // size + 1
+    assert_as_reference(cpu, [s], layers, random(layers))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
@@ -85,28 +65,19 @@ def test_every_number_of_16_bits_and_its_neighbours_are_converted_as_torch_does(
     g = torch.cat([g, torch.arange(-2048.5, 2048.5, 0.25) * 2.0**-24, torch.tensor([65519.996, 65520.0])])
     # w - (-1*g) with w = -0 is g in all its bits.
     one = torch.ones(1, dtype=torch.float64)
-    c = Coefficients(one, -one, one, one > 0)
-    narrowed = _simple(torch.full_like(g, -0.0, dtype=dtype), g, None)
-    widened = _simple(torch.full_like(every, -0.0), every.to(dtype), None)
+    c = Coefficients(one, -one, one, one > 0, one.long())
+    narrowed = shard(torch.full_like(g, -0.0, dtype=dtype), g, None, weight_decay=0.0)
+    widened = shard(torch.full_like(every, -0.0), every.to(dtype), None, weight_decay=0.0)
     cpu.Kernels([narrowed], CPU, 1).update(c)
     cpu.Kernels([widened], CPU, 1).update(c)
     assert torch.equal(bits(narrowed.param), bits(g.to(dtype)))
     assert torch.equal(bits(widened.param), bits(every))
 
 
-def _simple(param, grad, exp_avg, **options):
-    defaults = {"beta1": 0.9, "beta3": 1.0, "weight_decay": 0.0, "reg_inside_moment": True}
-    numel = param.numel()
-    segments = (Segment(0, numel, 0),) if numel else ()
-    return Shard(param, grad, exp_avg, segments, **{"first": 0, "norm_type": 2, **defaults, **options})
-
-
 def test_a_large_layer_gives_the_same_bits_for_every_number_of_threads():
     generator = torch.Generator().manual_seed(0)
     shards = [
-        _simple(
-            *(values((numel,), torch.float32, generator) for _ in range(3)), weight_decay=0.1, first=first
-        )
+        shard(*(values((numel,), torch.float32, generator) for _ in range(3)), first=first)
         for first, numel in enumerate((1_000_001, 5, 300_000))
     ]
     results = []
@@ -129,7 +100,7 @@ def test_a_thousand_layers_and_a_large_one():
     sizes = [256] * 1000 + [200_000, 0, 1]
     generator = torch.Generator().manual_seed(0)
     shards = [
-        _simple(*(values((n,), torch.float32, generator) for _ in range(3)), first=i)
+        shard(*(values((n,), torch.float32, generator) for _ in range(3)), first=i)
         for i, n in enumerate(sizes)
     ]
     assert_as_reference(cpu, shards, len(sizes), random(len(sizes)))
@@ -147,9 +118,9 @@ def test_no_shards_and_no_layers():
 def test_a_nan_shows_in_its_layer_only(norm_type):
     g = torch.ones(200_000)
     g[70_000], g[150_000] = torch.nan, torch.inf
-    segments = (Segment(0, 100_000, 0), Segment(100_000, 160_000, 1), Segment(160_000, 200_000, 2))
-    shard = Shard(g, g, None, segments, 0, norm_type, 0.0, 1.0, 0.0, True)
-    nan, inf, rest = cpu.Kernels([shard], CPU, 3).sum_of_squares().tolist()
+    parts = [Part(0, 100_000, 0), Part(100_000, 160_000, 1), Part(160_000, 200_000, 2)]
+    s = shard(g, g, None, parts, norm_type=norm_type)
+    nan, inf, rest = cpu.Kernels([s], CPU, 3).sum_of_squares().tolist()
     assert (nan != nan, inf, rest) == (True, float("inf"), 40_000.0 if norm_type == 2 else 1.0)
 
 
@@ -158,23 +129,22 @@ def test_elements_beyond_two_to_the_31(moment):
     numel = 2**31 + 1000  # bfloat16 pages that nobody touches take no memory
     param, grad = (torch.empty(numel, dtype=torch.bfloat16) for _ in range(2))
     exp_avg = None if moment is None else torch.empty(numel, dtype=moment)
-    segment = Segment(2**31 + 7, 2**31 + 900, 0)
-    part = slice(segment.start - 5, segment.stop + 5)
+    held = Part(2**31 + 7, 2**31 + 900, 0)
+    near = slice(held.start - 5, held.stop + 5)
     generator = torch.Generator().manual_seed(0)
     for t in (param, grad, exp_avg):
         if t is not None:
-            t[part] = values((segment.numel + 10,), t.dtype, generator)
-    options = (0, 2, 0.9, 1.0, 0.1, True)
-    shard = Shard(param, grad, exp_avg, (segment,), *options)
-    small = [None if t is None else t[part].clone() for t in (param, grad, exp_avg)]
-    expected = Shard(*small, (Segment(5, 5 + segment.numel, 0),), *options)
-    kernels, c = cpu.Kernels([shard], CPU, 1), random(1)
+            t[near] = values((held.stop - held.start + 10,), t.dtype, generator)
+    large = shard(param, grad, exp_avg, [held])
+    small = [None if t is None else t[near].clone() for t in (param, grad, exp_avg)]
+    expected = shard(*small, [Part(5, 5 + held.stop - held.start, 0)])
+    kernels, c = cpu.Kernels([large], CPU, 1), random(1)
     c.active.fill_(True)
     assert_same_statistic(kernels.sum_of_squares(), [expected], 1)
     kernels.update(c)
     reference.update([expected], c)
-    assert torch.equal(bits(param[part]), bits(expected.param))
-    assert exp_avg is None or torch.equal(bits(exp_avg[part]), bits(expected.exp_avg))
+    assert torch.equal(bits(param[near]), bits(expected.param))
+    assert exp_avg is None or torch.equal(bits(exp_avg[near]), bits(expected.exp_avg))
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
@@ -184,16 +154,16 @@ def test_any_order_of_dimensions_where_it_is_the_same_for_all(memory_format):
         values((2, 3, 5, 7), torch.float32, generator).contiguous(memory_format=memory_format)
         for _ in range(3)
     ]
-    shard = _simple(*tensors, weight_decay=0.1, first=0)
-    assert cpu.supports(shard)
-    assert_as_reference(cpu, [shard], 1, random(1))
+    s = shard(*tensors)
+    assert cpu.supports(s)
+    assert_as_reference(cpu, [s], 1, random(1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_may_move(dtype):
     generator = torch.Generator().manual_seed(0)
     shards = [
-        _simple(*(values((n,), d, generator) for d in (dtype, dtype, torch.float32)), first=i)
+        shard(*(values((n,), d, generator) for d in (dtype, dtype, torch.float32)), first=i)
         for i, n in enumerate((300, 1, 0, 70_000))
     ]
     assert_follows_gradients(cpu, shards)
@@ -201,7 +171,7 @@ def test_gradients_may_move(dtype):
 
 def test_what_is_not_supported():
     t = torch.zeros(4, 6)
-    supports = lambda *tensors, **options: cpu.supports(_simple(*tensors, **options))  # noqa: E731
+    supports = lambda *tensors, **options: cpu.supports(shard(*tensors, **options))  # noqa: E731
     assert supports(t, t, None)
     assert supports(t.t(), t.t(), t.t())
     assert supports(t, t.half(), t.bfloat16())
@@ -212,6 +182,9 @@ def test_what_is_not_supported():
     assert not supports(t.t(), t.view(6, 4), None)
     assert not supports(t[:, :4], t[:, :4], None)
     assert not supports(t[:1].expand(4, 6), t[:1].expand(4, 6), None)
-    halves = (Segment(0, 12, 0), Segment(12, 24, 1))
-    assert not cpu.supports(Shard(t.t(), t.t(), None, halves, 0, 2, 0.9, 1.0, 0.0, True))
-    assert not cpu.supports(Shard(t.t(), t.t(), None, halves[:1], 0, 2, 0.9, 1.0, 0.0, True))
+    halves = [Part(0, 12, 0), Part(12, 24, 1)]
+    assert not supports(t.t(), t.t(), None, halves)
+    assert not supports(t.t(), t.t(), None, halves[:1])
+    assert not supports(t.t(), t.t(), None, [Part(0, 24, 0, 0, 4)]), "which row an element is in matters"
+    assert not supports(t.t().bfloat16(), t.t(), None, stochastic_rounding=True), "and which element it is"
+    assert supports(t.t().bfloat16(), t.t(), None)

@@ -1,14 +1,15 @@
 """The definition: every element once, in tiles, for any strides, in bounded memory."""
 
+from dataclasses import replace
+
 import hypothesis.strategies as st
 import pytest
 import torch
+from against_reference import CPU, Part, assert_same_statistic, bits, copied, moment, shard, steps
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from novoscale import kernels
-from novoscale.kernels import reference
-from novoscale.layout import Segment
+from novoscale.kernels import Coefficients, reference
 
 
 @st.composite
@@ -19,29 +20,48 @@ def strided(draw):
     base = torch.arange(torch.Size(shape).numel() * 2).view(*[shape[i] for i in permutation], 2)[..., 0]
     inverse = [permutation.index(i) for i in range(len(shape))]
     tensor = base.permute(inverse)
-    bounds = sorted(draw(st.lists(st.integers(0, tensor.numel()), min_size=2, max_size=2)))
-    return tensor, *bounds
+    start = draw(st.integers(0, tensor.numel() - 1))
+    return tensor, start, draw(st.integers(start + 1, tensor.numel()))
 
 
 @settings(max_examples=200, deadline=None)
-@given(strided(), st.integers(1, 20))
-def test_tiles_are_the_elements_of_the_range_in_order(case, tile):
+@given(strided())
+def test_elements_of_a_range_are_read_and_written_in_order(case):
     tensor, start, stop = case
-    other = tensor.contiguous()
-    original, reference.TILE = reference.TILE, tile
+    before = tensor.reshape(-1).clone()
+    found = reference._read(tensor, start, stop)
+    assert torch.equal(found, before[start:stop])
+    active = torch.arange(stop - start) % 3 > 0
+    reference._write(tensor, start, stop, found + 1000, active)
+    before[start:stop] += 1000 * active
+    assert torch.equal(tensor.reshape(-1), before)
+
+
+def test_ranges_of_a_large_strided_tensor_are_few_views():
+    tensor = torch.empty(1000, 1000).t()
+    assert len(list(reference._views(tensor, 1500, 700_300))) == 3
+
+
+@settings(max_examples=100, deadline=None)
+@given(steps([1, 5, 60, 128, 200], tensors=3), st.integers(0, 3))
+def test_strides_and_tiles_do_not_matter(case, seed):
+    shards, layers, coefficients = case
+    plain, strided = copied(shards, CPU), []
+    for s in copied(shards, CPU):  # every second element of a tensor twice as long
+        spread = lambda t: torch.stack((t, t), dim=-1)[..., 0]  # noqa: E731
+        elementwise = s.exp_avg is not None and s.exp_avg.shape == s.param.shape
+        moved = {"exp_avg": spread(s.exp_avg)} if elementwise else {}
+        strided.append(replace(s, param=spread(s.param), grad=spread(s.grad), **moved))
+    reference.update(plain, coefficients)
+    original, reference.TILE = reference.TILE, 128 << seed
     try:
-        tiles = list(reference._tiles((tensor, other), start, stop))
+        statistic = reference.sum_of_squares(strided, CPU, layers)
+        reference.update(strided, coefficients)
     finally:
         reference.TILE = original
-    assert all(a.shape == b.shape and torch.equal(a, b) and a.numel() <= tile for a, b in tiles)
-    found = torch.cat([a.reshape(-1) for a, _ in tiles]) if tiles else torch.empty(0, dtype=tensor.dtype)
-    assert torch.equal(found, tensor.reshape(-1)[start:stop])
-    assert all(a.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr() for a, _ in tiles)
-
-
-def test_tiles_of_a_large_strided_tensor_are_few():
-    tensor = torch.empty(1000, 1000).t()
-    assert len(list(reference._tiles((tensor,), 0, tensor.numel()))) == 1000 // (reference.TILE // 1000) + 1
+    assert_same_statistic(statistic, shards, layers)
+    for mine, other in zip(strided, plain, strict=True):
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(mine.tensors, other.tensors, strict=True))
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -61,28 +81,31 @@ class LargestAllocation(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("size", [3_000_000, 2000])
 @pytest.mark.parametrize("shape", [(3_000_000,), (1500, 2000)])
-def test_no_transient_grows_with_the_tensor(dtype, shape):
-    make = lambda: torch.ones(shape).to(dtype) if len(shape) == 1 else torch.ones(shape[::-1]).to(dtype).t()  # noqa: E731
-    shard = kernels.Shard(make(), make(), make(), (Segment(0, 3_000_000, 0),), 0, 2, 0.9, 0.1, 0.1, True)
-    one = torch.ones(1, dtype=torch.float64)
-    coefficients = kernels.Coefficients(one, one, one, one > 0)
+def test_no_transient_grows_with_the_tensor(form, size, shape):
+    make = lambda: torch.ones(shape) if len(shape) == 1 else torch.ones(shape[::-1]).t()  # noqa: E731
+    parts = [Part(0, 3_000_000, 0, 0, size)]
+    exp_avg, scale = moment(form, parts, 3_000_000, torch.Generator(), 0, 0.0)
+    s = shard(make(), make(), exp_avg, parts, scale=scale)
+    ones = torch.ones(3_000_000 // size, dtype=torch.float64)
+    coefficients = Coefficients(ones, ones, ones, ones > 0, ones.long())
     with LargestAllocation() as largest:
-        reference.sum_of_squares([shard], torch.device("cpu"), 1)
-        reference.update([shard], coefficients)
+        reference.sum_of_squares([s], CPU, len(ones))
+        reference.update([s], coefficients)
     assert 0 < largest.bytes <= 8 * reference.TILE
 
 
-def test_elements_in_no_segment_are_neither_read_nor_changed():
+def test_elements_in_no_piece_are_neither_read_nor_changed():
     p, g, m = torch.ones(10), torch.ones(10), torch.ones(10)
     for t in (p, g, m):
         t[3:5] = float("nan")
         t[8:] = 1e30
-    shard = kernels.Shard(p, g, m, (Segment(0, 3, 0), Segment(5, 8, 1)), 0, 2, 0.9, 1.0, 0.1, True)
-    assert reference.sum_of_squares([shard], torch.device("cpu"), 2).tolist() == [3.0, 3.0]
+    s = shard(p, g, m, [Part(0, 3, 0), Part(5, 8, 1)])
+    assert reference.sum_of_squares([s], CPU, 2).tolist() == [3.0, 3.0]
     ones = torch.ones(2, dtype=torch.float64)
-    reference.update([shard], kernels.Coefficients(ones, ones, ones, torch.tensor([True, False])))
+    reference.update([s], Coefficients(ones, ones, ones, torch.tensor([True, False]), ones.long()))
     assert torch.isnan(p[3:5]).all()
     assert torch.equal(p[8:], torch.full((2,), 1e30))
     assert torch.equal(p[5:8], torch.ones(3))
@@ -91,5 +114,5 @@ def test_elements_in_no_segment_are_neither_read_nor_changed():
 
 def test_sum_of_squares_is_exact_where_float32_would_overflow_or_round():
     g = torch.tensor([3e38, 1.0, 1e-30], dtype=torch.bfloat16)
-    shard = kernels.Shard(g, g, None, (Segment(0, 3, 0),), 0, 2, 0.0, 1.0, 0.0, True)
-    assert reference.sum_of_squares([shard], torch.device("cpu"), 1).item() == g[0].double().item() ** 2
+    s = shard(g, g, None)
+    assert reference.sum_of_squares([s], CPU, 1).item() == g[0].double().item() ** 2

@@ -6,164 +6,216 @@ import os
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
-import hypothesis.strategies as st
 import pytest
 import torch
 from against_reference import (
     CPU,
     DTYPES,
+    Part,
     assert_as_reference,
     assert_follows_gradients,
     assert_same_bits,
+    bits,
     copied,
-    cut,
+    moment,
     random_coefficients,
+    shard,
+    steps,
     values,
 )
 from hypothesis import HealthCheck, Phase, given, settings
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from novoscale.kernels import Coefficients, Shard, reference
+from novoscale.kernels import Coefficients, reference
 from novoscale.kernels import triton as kernels
-from novoscale.layout import Segment
+from novoscale.kernels import triton_passes as passes
+from novoscale.momentum import BLOCK, FORMATS
 
-# NumPy says of the interpreter's arithmetic what float32 arithmetic does with infinity.
+# NumPy says of the interpreter's arithmetic what float32 does with infinity, and uint32 beyond 2**32.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
-OPTIONS = [  # beta1, beta3, weight_decay, reg_inside_moment
-    (0.95, 1.0, 0.0, True),
-    (0.9, 0.1, 0.01, True),
-    (0.3, 1.0, 0.1, False),
+OPTIONS = [
+    {"beta1": 0.95, "beta3": 1.0, "weight_decay": 0.0},
+    {"beta1": 0.9, "beta3": 0.1, "weight_decay": 0.01},
+    {"beta1": 0.3, "beta3": 1.0, "weight_decay": 0.1, "reg_inside_moment": False},
 ]
 
 
 @pytest.fixture
 def small(monkeypatch):
-    """Chunks and blocks so small that small tensors have several."""
-    monkeypatch.setattr(kernels, "CHUNK", 64)
-    monkeypatch.setattr(kernels, "BLOCK", 16)
+    """Chunks and tiles so small that small tensors have several."""
+    monkeypatch.setattr(kernels, "CHUNK", 512)
+    monkeypatch.setattr(kernels, "TILE", 256)
 
 
-# ---- cases ----------------------------------------------------------------------------------------------
+def generated(seed=0):
+    return torch.Generator().manual_seed(seed)
 
 
-@st.composite
-def cases(draw):
-    """Shards on the CPU, the number of layers, and coefficients."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
-    shards, first = [], 0
-    for _ in range(draw(st.integers(1, 4))):
-        numel = draw(st.one_of(st.sampled_from([0, 1, 64, 96, 160]), st.integers(0, 170)))
-        param, grad, exp_avg = (
-            values(
-                (numel,), draw(st.sampled_from(dtypes)), generator, draw(st.sampled_from([0, 0, 0, 1, 8, 3]))
-            )
-            for dtypes in (DTYPES, DTYPES, kernels.MOMENTS)
-        )
-        if numel and draw(st.integers(0, 3)) == 0:
-            at = draw(st.integers(0, numel - 1))
-            grad[at] = draw(st.sampled_from([float("nan"), float("inf"), float("-inf"), -0.0]))
-        exp_avg = exp_avg if draw(st.booleans()) else None
-        bounds = draw(st.lists(st.integers(0, numel), min_size=2, max_size=5))
-        segments, layers = cut(draw, sorted(bounds))
-        options = draw(st.sampled_from(OPTIONS))
-        norm_type = draw(st.sampled_from([2, 0]))
-        shards.append(Shard(param, grad, exp_avg, segments, first, norm_type, *options))
-        first += layers
-    return shards, first, random_coefficients(first, generator)
+def made(numel, form, parts=None, *, param=torch.float32, grad=torch.float32, offset=0, special=0, **options):
+    """A shard of numbers that nobody chose."""
+    generator = generated()
+    parts = [Part(0, numel, 0)] if parts is None else parts
+    tensors = [values((numel,), t, generator, offset, special) for t in (param, grad)]
+    exp_avg, scale = moment(form, parts, numel, generator, offset, special)
+    return shard(*tensors, exp_avg, parts, scale=scale, **options)
+
+
+def ones(layers):
+    one = torch.ones(layers, dtype=torch.float64, device=DEVICE)
+    return Coefficients(one, one, one, one > 0, one.long())
 
 
 # ---- both passes ----------------------------------------------------------------------------------------
 
 
 @settings(
-    max_examples=100,
+    max_examples=150,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # in the interpreter, shrinking takes minutes
 )
-@given(case=cases())
+@given(case=steps([1, 3, 8, 50, 64, 128, 200, 300, 520, 1100], tensors=4))
 def test_any_layout_gives_the_bits_of_the_reference(small, case):
     assert_as_reference(kernels, *case, DEVICE)
 
 
-@pytest.mark.parametrize("norm_type", [2, 0])
-@pytest.mark.parametrize("exp_avg", [torch.float32, torch.bfloat16, None])
+@pytest.mark.parametrize("rounding", [False, True])
+@pytest.mark.parametrize("form", [*FORMATS, None, "small"])
 @pytest.mark.parametrize("grad", DTYPES)
 @pytest.mark.parametrize("param", DTYPES)
-def test_every_mix_of_dtypes(small, param, grad, exp_avg, norm_type):
-    generator = torch.Generator().manual_seed(0)
-    tensors = [None if t is None else values((80,), t, generator) for t in (param, grad, exp_avg)]
-    shard = Shard(*tensors, (Segment(0, 77, 0),), 0, norm_type, 0.9, 0.1, 0.01, True)
-    assert_as_reference(kernels, [shard], 1, random_coefficients(1, generator), DEVICE)
+def test_every_mix_of_formats(small, param, grad, form, rounding):
+    # One tile is whole, one is not; and two layers in the last chunk.
+    parts = [Part(0, 300, 0, 256), Part(300, 330, 1, 2, 20)]
+    options = {"norm_type": 0 if rounding else 2, "stochastic_rounding": rounding, **OPTIONS[1]}
+    case = made(333, form, parts, param=param, grad=grad, special=0.002, **options)
+    assert_as_reference(kernels, [case], 3, random_coefficients(3, generated()), DEVICE)
 
 
-@pytest.mark.parametrize("offset", [0, 1])
-def test_with_chunks_and_blocks_as_they_are(offset):
-    generator = torch.Generator().manual_seed(0)
-    numel = 2 * kernels.CHUNK + 5 * kernels.BLOCK + 100
-    segments = (Segment(0, 3, 0), Segment(35, numel - 7, 1))
-    tensors = [
-        values((numel,), t, generator, offset) for t in (torch.bfloat16, torch.float32, torch.bfloat16)
-    ]
-    assert_as_reference(
-        kernels, [Shard(*tensors, segments, 0, 2, *OPTIONS[2])], 2, random_coefficients(2, generator), DEVICE
-    )
+@pytest.mark.parametrize("size", [1, 2, 7, 8, 16, 96, 127, 128, 129, 255, 256, 264, 511, 512, 513, 640])
+@pytest.mark.parametrize(("form", "norm_type"), [("float32", 2), ("bfloat16", 0), ("int8", 2), ("int4", 0)])
+def test_rows(small, size, form, norm_type):
+    """Layers below, at and above a block, a tile and a chunk; the piece begins and ends within one."""
+    numel = max(5 * size // 2, 1100)
+    for start, offset in ((0, 0), (8, size // 2 // 8 * 8), (5, size // 3)):
+        parts = [Part(start, start + numel, 0, offset, size)]
+        layers = (offset + numel - 1) // size + 1
+        case = made(
+            start + numel, form, parts, param=torch.bfloat16, grad=DTYPES[size % 3], norm_type=norm_type,
+            stochastic_rounding=size % 2 == 0, special=0.0005, **OPTIONS[1 + size % 2],
+        )  # fmt: skip
+        assert_as_reference(kernels, [case], layers, random_coefficients(layers, generated(size)), DEVICE)
+
+
+@pytest.mark.parametrize("form", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("before", [64, 100, 300])
+def test_positions_pass_32_bits(small, form, before):
+    """The boundary lies in the last tile of a chunk, between tiles, and in a block."""
+    offset = 2**32 - before
+    for parts in (
+        [Part(0, 400, 0, offset)],
+        [Part(0, 400, 0, offset, offset - 4), Part(400, 500, 7, 2**33 + 1)],
+    ):
+        layers = 9
+        case = made(500, form, parts, param=torch.bfloat16, stochastic_rounding=True, **OPTIONS[1])
+        assert_as_reference(kernels, [case], layers, random_coefficients(layers, generated()), DEVICE)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38, 1e-45, 1e-38, 0.0])
+def test_blocks_of_extreme_values(small, form, value):
+    case = made(5 * BLOCK, form, beta1=0.0, beta3=1.0, weight_decay=0.0)
+    case.grad[BLOCK : 2 * BLOCK] = 0.0
+    case.grad[BLOCK + 3] = value
+    mine = copied([case], DEVICE)
+    kernels.Kernels(mine, DEVICE, 1).update(ones(1))
+    expected = copied([case], CPU)
+    reference.update(expected, Coefficients(*(getattr(ones(1), n).cpu() for n in Coefficients.__slots__)))
+    assert_same_bits(mine, expected)
+    code, scale = mine[0].exp_avg[1].cpu(), mine[0].exp_avg_scale.cpu()
+    if not torch.tensor(value).isfinite():
+        assert (bits(scale)[1], scale.view(torch.int16)[1]) == (-1, 0x7FC0)
+        assert not code.any()
+    assert scale[[0, 2, 3, 4]].isfinite().all()
+
+
+def test_a_block_of_inactive_layers_only_is_not_written(small):
+    """Its stored bits need not be those that it would get: codes of a smaller scale than any."""
+    for form in ("int8", "int4"):
+        case = made(4 * BLOCK, form, [Part(0, 4 * BLOCK, 0, 0, 64)])
+        case.exp_avg_scale[:] = 1e-40
+        mine = copied([case], DEVICE)
+        coefficients = ones(8)
+        coefficients.active[2:6] = False
+        kernels.Kernels(mine, DEVICE, 8).update(coefficients)
+        for stored, before in ((mine[0].exp_avg, case.exp_avg), (mine[0].exp_avg_scale, case.exp_avg_scale)):
+            same = (stored.cpu() == before).view(4, -1).all(dim=1)
+            assert same.tolist() == [False, True, True, False]
+
+
+def test_codes_need_not_be_aligned(small):
+    for form in ("int8", "int4"):
+        case = made(700, form, **OPTIONS[1])
+        storage = torch.zeros(case.exp_avg.numel() + 3, dtype=case.exp_avg.dtype)
+        storage[3:] = case.exp_avg.flatten()
+        case = replace(case, exp_avg=storage[3:].view(case.exp_avg.shape))
+        assert_as_reference(kernels, [case], 1, random_coefficients(1, generated()), DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("param", "form", "offset"),
+    [(torch.bfloat16, "bfloat16", 0), (torch.float32, "int8", 1), (torch.bfloat16, "int4", 0)],
+)
+def test_with_chunks_and_tiles_as_they_are(param, form, offset):
+    numel = 2 * kernels.CHUNK + 5 * kernels.TILE + 100
+    parts = [Part(0, 3, 0), Part(35, kernels.CHUNK + 2, 1), Part(kernels.CHUNK + 8, numel - 7, 2, 0, 768)]
+    case = made(numel, form, parts, param=param, offset=offset, stochastic_rounding=True, **OPTIONS[2])
+    layers = 2 + (numel - kernels.CHUNK - 16) // 768 + 1
+    assert_as_reference(kernels, [case], layers, random_coefficients(layers, generated()), DEVICE)
 
 
 def test_rounding_to_bfloat16_is_to_nearest_even(small):
     """Every sign, exponent and last kept bit, with what is cut off below, at and above the middle."""
     kept = torch.arange(0, 2**16, 1 if CUDA else 97)
     kept = torch.cat([kept, torch.tensor([0x7F7F, 0x7F80, 0x7FFF, 0xFF7F, 0xFF80, 0xFFFF])])
-    bits = (kept[:, None] << 16) + torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
-    exact = bits.flatten().to(torch.int32).view(torch.float32)
-    numel = len(exact)
+    wide = (kept[:, None] << 16) + torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    exact = wide.flatten().to(torch.int32).view(torch.float32)
     # w - 1 * m with m = 1 * g and w = 0: the weight becomes -g.
-    shard = Shard(
-        torch.zeros(numel, dtype=torch.bfloat16),
-        exact,
-        None,
-        (Segment(0, numel, 0),),
-        0,
-        2,
-        0.0,
-        1.0,
-        0.0,
-        True,
-    )
-    one = torch.ones(1, dtype=torch.float64, device=DEVICE)
-    mine = copied([shard], DEVICE)
-    kernels.Kernels(mine, DEVICE, 1).update(Coefficients(one, one, one, one > 0))
+    param = torch.zeros(len(exact), dtype=torch.bfloat16)
+    mine = copied([shard(param, exact, None, beta1=0.0, weight_decay=0.0)], DEVICE)
+    kernels.Kernels(mine, DEVICE, 1).update(ones(1))
     result, expected = mine[0].param.cpu(), (0 - exact).bfloat16()
     assert torch.equal(result.isnan(), expected.isnan())
     assert torch.equal(result[~result.isnan()], expected[~result.isnan()])
 
 
-def test_chunks_are_aligned_where_the_tensor_is_and_the_segment_is_not(small):
-    shard = shard_like(
-        torch.ones(300, device=DEVICE), torch.ones(300, device=DEVICE), None, (Segment(83, 250, 0),)
-    )
-    rows = kernels.Kernels([shard], DEVICE, 1)._table.cpu()
-    columns = (kernels._BEGIN.value, kernels._END.value)
-    assert rows[:, columns].tolist() == [[3, 48], [0, 64], [0, 58]]
-    addresses = rows[:, (kernels._PARAM.value, kernels._GRAD.value)]
+def test_chunks_are_aligned_where_the_tensor_is_and_the_piece_is_not(monkeypatch):
+    monkeypatch.setattr(kernels, "CHUNK", 128)
+    tensors = [torch.ones(400, device=DEVICE) for _ in range(2)]
+    rows = kernels.Kernels([shard(*tensors, None, [Part(115, 350, 0)])], DEVICE, 1)._table.cpu()
+    assert rows[:, [passes.BEGIN.value, passes.END.value]].tolist() == [[3, 16], [0, 128], [0, 94]]
+    addresses = rows[:, [passes.PARAM.value, passes.GRAD.value]]
     assert (addresses % 16 == 0).all()
-    assert (addresses - addresses[0]).tolist() == [[0, 0], [4 * 48] * 2, [4 * 112] * 2]
+    assert (addresses - addresses[0]).tolist() == [[0, 0], [4 * 16] * 2, [4 * 144] * 2]
 
 
-def test_gradients_may_move(small):
-    generator = torch.Generator().manual_seed(0)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_gradients_may_move(small, offset):
+    """Also to where they are not aligned, which another launch may have to take."""
     shards = []
-    for first, (numel, option) in enumerate(((200, 1), (1, 0), (0, 0), (90, 2), (130, 1))):
-        dtypes = (torch.float32, DTYPES[first % 3], torch.float32)
-        tensors = [values((numel,), t, generator) for t in dtypes]
-        segments = (Segment(0, numel, 0),) if numel else ()
-        shards.append(Shard(*tensors, segments, first, 2, *OPTIONS[option]))
+    for first, (numel, form) in enumerate(
+        ((600, "int8"), (1, "small"), (0, None), (90, "bfloat16"), (300, "int4"))
+    ):
+        case = made(
+            numel, form, [Part(0, numel, first)] if numel else [], grad=DTYPES[first % 3], offset=offset
+        )
+        shards.append(case)
     assert_follows_gradients(kernels, shards, DEVICE)
 
 
@@ -172,17 +224,16 @@ def test_layers_without_elements_are_zero():
     assert kernels.Kernels([], DEVICE, 0).sum_of_squares().tolist() == []
 
 
-def test_two_runs_give_the_same_bits(small):
-    generator = torch.Generator().manual_seed(0)
-    tensors = [values((500,), torch.float32, generator) for _ in range(3)]
-    shard = Shard(*tensors, (Segment(0, 300, 0), Segment(300, 500, 1)), 0, 2, *OPTIONS[1])
-    coefficients = random_coefficients(2, generator).to(DEVICE)
+@pytest.mark.parametrize("form", ["float32", "int8"])
+def test_two_runs_give_the_same_bits(small, form):
+    case = made(1500, form, [Part(0, 900, 0), Part(900, 1500, 1, 0, 100)], **OPTIONS[1])
+    coefficients = random_coefficients(7, generated()).to(DEVICE)
     runs = []
     for _ in range(2):
-        (mine,) = copied([shard], DEVICE)
-        passes = kernels.Kernels([mine], DEVICE, 2)
-        runs.append([passes.sum_of_squares(), passes.sum_of_squares(), mine.param, mine.exp_avg])
-        passes.update(coefficients)
+        (mine,) = copied([case], DEVICE)
+        both = kernels.Kernels([mine], DEVICE, 7)
+        runs.append([both.sum_of_squares(), both.sum_of_squares(), *mine.tensors])
+        both.update(coefficients)
     assert torch.equal(runs[0][0], runs[0][1])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -191,62 +242,77 @@ class Recorded:
     """A kernel that notes the options of its launches."""
 
     def __init__(self, kernel):
-        self.kernel, self.launches = kernel, []
+        self.kernel, self.launches, self.programs = kernel, [], []
 
     def __getitem__(self, grid):
         def launch(*args, **options):
             self.launches.append(options)
+            self.programs.append(grid[0])
             return self.kernel[grid](*args, **options)
 
         return launch
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    found = {}
+    for name in ("chunk_statistic", "rows_statistic", "layer_statistic", "update"):
+        found[name] = Recorded(getattr(passes, name))
+        monkeypatch.setattr(passes, name, found[name])
+    return found
+
+
 @pytest.mark.parametrize("number", [3, 30])
-def test_launches_do_not_grow_with_the_tensors(monkeypatch, number):
-    names = ("_chunk_statistic", "_layer_statistic", "_update")
-    recorded = [Recorded(getattr(kernels, name)) for name in names]
-    for name, kernel in zip(names, recorded, strict=True):
-        monkeypatch.setattr(kernels, name, kernel)
+def test_launches_do_not_grow_with_the_tensors(recorded, number):
     tensor = lambda: torch.ones(5, device=DEVICE)  # noqa: E731
     shards = [
-        Shard(tensor(), tensor(), tensor(), (Segment(0, 5, 0),), i, 2, 0.9, 1.0, 0.1 * (i % 2), True)
+        shard(tensor(), tensor(), tensor(), [Part(0, 5, i)], weight_decay=0.1 * (i % 2))
         for i in range(number)
     ]
-    passes = kernels.Kernels(shards, DEVICE, number)
-    assert passes.sum_of_squares().tolist() == [5.0] * number
-    ones = torch.ones(number, dtype=torch.float64, device=DEVICE)
-    passes.update(Coefficients(ones, ones, ones, ones > 0))
+    both = kernels.Kernels(shards, DEVICE, number)
+    assert both.sum_of_squares().tolist() == [5.0] * number
+    both.update(ones(number))
     # Two groups of options, which the statistic does not depend on.
-    assert [len(kernel.launches) for kernel in recorded] == [1, 1, 2]
-    assert all(options["enable_fp_fusion"] is False for options in recorded[2].launches)
+    assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 1, 2]
+    assert all(options["enable_fp_fusion"] is False for options in recorded["update"].launches)
+
+
+@pytest.mark.parametrize("size", [8, 64, 512])
+def test_neither_launches_nor_programs_nor_tables_grow_with_the_layers(small, recorded, size):
+    case = made(1024, "int8", [Part(0, 1024, 0, 0, size)], param=torch.bfloat16)
+    (mine,) = copied([case], DEVICE)
+    both = kernels.Kernels([mine], DEVICE, 1024 // size)
+    both.sum_of_squares()
+    both.update(ones(1024 // size))
+    rows = size < 512
+    assert [len(kernel.launches) for kernel in recorded.values()] == [not rows, rows, 1, 1]
+    assert [kernel.programs for kernel in recorded.values() if kernel.programs][1:] == [
+        [4 if rows else 2],
+        [2],
+    ]
+    assert len(both._table) == 2
 
 
 def test_offsets_pass_32_bits():
     start, numel = 2**31 + 3, 2**31 + 64
     param, grad = (torch.empty(numel, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     param[start:], grad[start:] = 1.0, 2.0
-    shard = Shard(param, grad, None, (Segment(start, start + 40, 0),), 0, 2, 0.0, 1.0, 0.0, True)
-    passes = kernels.Kernels([shard], DEVICE, 1)
-    assert passes.sum_of_squares().item() == 160.0
-    one = torch.ones(1, dtype=torch.float64, device=DEVICE)
-    passes.update(Coefficients(one, one, one, one > 0))
+    case = shard(param, grad, None, [Part(start, start + 40, 0)], beta1=0.0, weight_decay=0.0)
+    both = kernels.Kernels([case], DEVICE, 1)
+    assert both.sum_of_squares().item() == 160.0
+    both.update(ones(1))
     assert param[start:].tolist() == [-1.0] * 40 + [1.0] * 21
 
 
 # ---- what they take -------------------------------------------------------------------------------------
 
 
-def shard_like(param, grad, exp_avg, segments=None):
-    segments = (Segment(0, param.numel(), 0),) if segments is None else segments
-    return Shard(param, grad, exp_avg, segments, 0, 2, 0.9, 1.0, 0.1, True)
-
-
-def test_dense_strides_are_taken_where_one_segment_has_the_tensor(small):
-    generator = torch.Generator().manual_seed(0)
+def test_dense_strides_are_taken_where_one_layer_has_the_tensor(small):
+    generator = generated()
     tensors = [values((4, 5, 6), torch.float32, generator).permute(2, 0, 1) for _ in range(3)]
-    shard = shard_like(*tensors)
-    assert kernels.supports(shard)
-    mine, expected = copied([shard], DEVICE), copied([shard], CPU)
+    case = shard(*tensors, [Part(0, 120, 0, size=120)])
+    assert kernels.supports(case)
+    mine, expected = copied([case], DEVICE), copied([case], CPU)
     coefficients = random_coefficients(1, generator)
     kernels.Kernels(mine, DEVICE, 1).update(coefficients.to(DEVICE))
     reference.update(expected, coefficients)
@@ -254,29 +320,38 @@ def test_dense_strides_are_taken_where_one_segment_has_the_tensor(small):
 
 
 def test_what_they_do_not_take():
-    t = torch.ones(4, 6)
-    halves = (Segment(0, 12, 0), Segment(12, 24, 1))
-    assert kernels.supports(shard_like(t, t, t, halves))
-    assert kernels.supports(shard_like(t[:, :1], t[:, :1].contiguous(), None, ())) is False
-    assert not kernels.supports(shard_like(t.t(), t.t(), t.t(), halves)), "strided, and two segments"
-    assert not kernels.supports(shard_like(t.t(), t.view(6, 4), t.t())), "strides that differ"
-    assert not kernels.supports(shard_like(t[:, :4], t[:, :4], t[:, :4])), "gaps"
-    assert not kernels.supports(shard_like(t[:1].expand(4, 6), t[:1].expand(4, 6), None)), "overlaps"
-    assert not kernels.supports(shard_like(t.double(), t.double(), t.double()))
-    assert not kernels.supports(shard_like(t, t, t.half())), "float16 for the first moment"
-    assert not kernels.supports(shard_like(t, t.to("meta"), t)), "two devices"
+    t, whole = torch.ones(4, 6), [Part(0, 24, 0, size=24)]
+    halves = [Part(0, 12, 0), Part(12, 24, 1)]
+    taken = lambda *args, **options: kernels.supports(shard(*args, **options))  # noqa: E731
+    assert taken(t, t, t, halves)
+    assert taken(t.t(), t.t(), t.t(), whole)
+    assert not taken(t[:, :1], t[:, :1].contiguous(), None, [])
+    assert not taken(t.t(), t.t(), t.t(), halves), "strided, and two layers"
+    assert not taken(t.t(), t.t(), t.t().bfloat16(), whole), "strided, and rounded by position"
+    assert not taken(t.t(), t.view(6, 4), t.t(), whole), "strides that differ"
+    assert not taken(t[:, :4], t[:, :4], t[:, :4]), "gaps"
+    assert not taken(t[:1].expand(4, 6), t[:1].expand(4, 6), None), "overlaps"
+    assert not taken(t.double(), t.double(), t.double())
+    assert not taken(t, t, t.half()), "float16 for the first moment"
+    assert not taken(t, t.to("meta"), t), "two devices"
+    codes, scale = torch.zeros(1, BLOCK, dtype=torch.int8), torch.zeros(1, dtype=torch.bfloat16)
+    assert taken(t, t, codes, scale=scale)
+    assert taken(t, t, codes[:, :64].contiguous().view(torch.uint8), scale=scale)
+    assert not taken(t, t, codes, scale=scale.float()), "another format of scales"
+    assert not taken(t, t, codes.short(), scale=scale), "another format of codes"
+    assert not taken(t, t, codes, scale=None), "codes without scales"
     with pytest.raises(ValueError, match="float64"):
-        kernels.Kernels([shard_like(t.double(), t, t)], CPU, 1)
+        kernels.Kernels([shard(t.double(), t, t)], CPU, 1)
 
 
 def test_no_tensor_is_kept_alive():
     param = torch.ones(8, device=DEVICE)
-    passes = kernels.Kernels([shard_like(param, torch.ones_like(param), None)], DEVICE, 1)
+    both = kernels.Kernels([shard(param, torch.ones_like(param), None)], DEVICE, 1)
     alive = weakref.ref(param)
     del param
     gc.collect()
     assert alive() is None
-    assert passes is not None
+    assert both is not None
 
 
 # ---- what the compiler makes of them --------------------------------------------------------------------
@@ -304,12 +379,14 @@ def compiled():
 def test_compiled_code(compiled, architecture, record_property):
     mine = [kernel for kernel in compiled if kernel["architecture"] == architecture]
     assert len(mine) == len(compiled) / len(ARCHITECTURES)
-    limit = 128 if architecture.startswith("gfx") else 64  # half of the threads that may run, or a quarter
     for kernel in mine:
         print(json.dumps(kernel))
         record_property(kernel["name"], kernel["registers"])
         assert kernel["spilled"] == 0
-        assert kernel["registers"] <= limit or kernel["name"] == "layer"
+        # 40 % of the threads that may run, or on AMD's a quarter; less where a launch is of few chunks.
+        limit = 128 if architecture.startswith("gfx") else 96 if kernel["rare"] else 72
+        assert kernel["registers"] <= limit
         assert kernel["float32 fma"] == 0
+        assert kernel["other divisions"] == 0
         assert kernel["128-bit loads"] >= kernel["tensors"]
         assert kernel["128-bit stores"] >= kernel["stored"]

@@ -19,6 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from novoscale.kernels import triton as kernels
+from novoscale.kernels import triton_passes as passes
+from novoscale.momentum import FORMATS
 
 TYPES = {
     "table": "*i64",
@@ -28,38 +30,77 @@ TYPES = {
     "step_size": "*fp64",
     "decay": "*fp64",
     "active": "*i1",
+    "key": "*i64",
     "beta1": "fp32",
     "beta3": "fp32",
     "weight_decay": "fp32",
 }
-UPDATES = [  # param, grad, exp_avg, decay inside, decay outside
-    (tl.float32, tl.float32, tl.float32, True, False),
-    (tl.float32, tl.bfloat16, tl.bfloat16, False, True),
-    (tl.bfloat16, tl.bfloat16, tl.bfloat16, True, False),
-    (tl.float16, tl.float16, tl.float32, False, True),
-    (tl.bfloat16, tl.bfloat16, None, False, False),
+FLOAT32, BFLOAT16, FLOAT16 = tl.float32, tl.bfloat16, tl.float16
+UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay outside, group
+    (FLOAT32, FLOAT32, "float32", False, True, False, 0),
+    (FLOAT32, BFLOAT16, "bfloat16", False, False, True, 0),
+    (BFLOAT16, BFLOAT16, "bfloat16", False, True, False, 0),
+    (BFLOAT16, BFLOAT16, "bfloat16", True, True, False, 0),
+    (FLOAT16, FLOAT16, "float32", False, False, True, 0),
+    (BFLOAT16, BFLOAT16, None, False, False, False, 0),
+    (BFLOAT16, BFLOAT16, None, True, False, False, 0),
+    (FLOAT32, FLOAT32, "int8", False, True, False, 0),
+    (FLOAT32, BFLOAT16, "int8", False, True, False, 0),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 0),
+    (FLOAT32, FLOAT32, "int4", False, True, False, 0),
+    (BFLOAT16, BFLOAT16, "int4", True, True, False, 0),
+    (FLOAT32, FLOAT32, "float32", False, True, False, 8),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 8),
+    (BFLOAT16, BFLOAT16, "int4", True, False, True, 8),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 1),
+    (BFLOAT16, BFLOAT16, "int4", True, True, False, 0, "ragged"),
 ]
-STATISTICS = [(tl.float32, True), (tl.bfloat16, True), (tl.bfloat16, False)]
+STATISTICS = [(FLOAT32, True, 1024), (BFLOAT16, True, 64), (BFLOAT16, False, 1024)]
 
 
 def cases():
     """Name, kernel, its constants, and how many tensors it reads and writes."""
-    for *types, inside, outside in UPDATES:
-        names = ("param_type", "grad_type", "exp_avg_type")
-        constants = dict(zip(names, types, strict=True)) | {"inside": inside, "outside": outside}
-        moment = types[2] is not None
-        yield f"update {' '.join(map(str, types))}", kernels._update, constants, 2 + moment, 1 + moment
-    for dtype, squares in STATISTICS:
-        name = f"chunk {'sum' if squares else 'max'} {dtype}"
-        yield name, kernels._chunk_statistic, {"grad_type": dtype, "squares": squares}, 1, 0
-    yield "layer", kernels._layer_statistic, {}, 0, 0
+    for param, grad, form, rounds, inside, outside, group, *ragged in UPDATES:
+        largest = FORMATS[form].largest if form else 0
+        constants = {
+            "param_type": param,
+            "grad_type": grad,
+            "exp_avg_type": tl.int8 if largest else kernels.FORMATS[FORMATS[form].dtype] if form else None,
+            "largest": largest,
+            "codes_aligned": True,
+            "rounds_weights": rounds,
+            "inside": inside,
+            "outside": outside,
+            "group": group,
+            "ragged": bool(ragged),
+        }
+        # Of codes a thread has less than 128 bits; where any lane may be of another layer, none is sure to be
+        # written.
+        wide = bool(form and not largest)
+        name = f"update {param} {grad} {form}{' rounded' * rounds}{f', layers of {group}s' * (group > 0)}"
+        grads = grad == param or not largest  # else 64 bits: see TILE
+        reads, writes = 1 + grads + wide, (1 + wide) * (group != 1)
+        yield (
+            f"{name}{', ragged' * bool(ragged)}",
+            passes.update,
+            constants,
+            *((0, 0) if ragged else (reads, writes)),
+        )
+    for dtype, squares, width in STATISTICS:
+        constants = {"grad_type": dtype, "squares": squares, "width": 0}
+        name = f"{'sum' if squares else 'max'} {dtype}"
+        yield f"chunk {name}", passes.chunk_statistic, constants, 1, 0
+        yield f"rows of {width} {name}", passes.rows_statistic, constants | {"width": width}, 1, 0
+    yield "layer", passes.layer_statistic, {}, 0, 0
 
 
 def build(kernel, constants, architecture):
     """Compile as Kernels would launch it."""
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
-    constants = constants | {"block": 8 * kernels.WARPS * target.warp_size}
+    # By each thread as many elements as Kernels would give it.
+    half = constants.get("largest") and constants["param_type"] == FLOAT32
+    constants = constants | {"tile": (4 if half else 8) * kernels.WARPS * target.warp_size}
     signature = {name: TYPES.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers})
@@ -73,12 +114,17 @@ def nvidia(asm):
         command = [str(tool), "-res-usage", "-sass", file.name]
         text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    # A correctly rounded division is made of multiply-adds: six, and ten in a function for extreme numbers.
+    divisions = asm["ptx"].count("div.rn.f32") + asm["ptx"].count("rcp.rn.f32")
+    fused = len(re.findall(r"\bFFMA2?\b", text)) - (6 * divisions + 10 if divisions else 0)
     return {
         "registers": int(usage[1]),
         "spilled": int(usage[2]) + len(re.findall(r"\b(?:LDL|STL)\b", text)),
         "128-bit loads": len(re.findall(r"\bLDG\.E\.128\b", text)),
         "128-bit stores": len(re.findall(r"\bSTG\.E\.128\b", text)),
-        "float32 fma": len(re.findall(r"\bFFMA2?\b", text)) + asm["ptx"].count("fma.rn.f32"),
+        "float32 fma": max(0, fused) + asm["ptx"].count("fma.rn.f32"),
+        "divisions": divisions,
+        "other divisions": len(re.findall(r"\b(?:div|rcp)\.(?:full|approx)\S*f32", asm["ptx"])),
     }
 
 
@@ -91,13 +137,16 @@ def amd(asm):
         for line in re.findall(r"v_\w*(?:fma|mac|mad)\w*f32.*", text)
         if not re.search(r"fma_mix_f32.*(neg\(0\)|, 1\.0,)", line)
     ]
+    divisions = len(re.findall(r"\bv_div_fixup_f32\w*", text))  # each with six of the above
     return {
         "registers": count["vgpr_count"],
         "spilled": sum(count[f"{name}_spill_count"] for name in ("vgpr", "sgpr"))
         + count["private_segment_fixed_size"],
         "128-bit loads": len(re.findall(r"\b(?:global|flat|buffer)_load_dwordx4\b", text)),
         "128-bit stores": len(re.findall(r"\b(?:global|flat|buffer)_store_dwordx4\b", text)),
-        "float32 fma": len(fused),
+        "float32 fma": len(fused) - 6 * divisions,
+        "divisions": divisions,
+        "other divisions": len(re.findall(r"amdgcn\.(?:rcp|fdiv)|fdiv (?:fast|arcp|afn)", asm["llir"])),
     }
 
 
@@ -106,5 +155,13 @@ if __name__ == "__main__":
         for architecture in sys.argv[1:]:
             asm = build(kernel, constants, architecture)
             facts = amd(asm) if architecture.startswith("gfx") else nvidia(asm)
-            line = {"architecture": architecture, "name": name, "tensors": tensors, "stored": stored, **facts}
+            rare = "ragged" in name or "layers of 1s" in name
+            line = {
+                "architecture": architecture,
+                "name": name,
+                "rare": rare,
+                "tensors": tensors,
+                "stored": stored,
+                **facts,
+            }
             print(json.dumps(line))

@@ -1,0 +1,172 @@
+"""How the Triton kernels read and write elements, for each format, and their random bits.
+
+The definitions are ``novoscale.momentum`` and ``novoscale.rounding``; these functions give the same bits. All
+arithmetic is float32 or on integers of 32 bits in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from novoscale import momentum, rounding
+
+# With a type, because Triton ships none.
+jit: Callable[[Callable[..., Any]], Any] = triton.jit
+
+BLOCK = tl.constexpr(momentum.BLOCK)
+_SMALLEST_SCALE = tl.constexpr(momentum.SMALLEST_SCALE)
+_NAN = tl.constexpr(rounding.NAN_BFLOAT16)
+_INFINITY = tl.constexpr(0x7F800000)  # as the bits of a float32
+
+
+# ---- elements --------------------------------------------------------------------------------------------
+
+
+@jit
+def _pointers(address: tl.tensor, index: tl.tensor, dtype: tl.constexpr, aligned: tl.constexpr) -> tl.tensor:
+    pointer = address.to(tl.pointer_type(dtype))
+    if aligned:  # the compiler cannot know it of an address from a table
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + index
+
+
+@jit
+def load_elements(
+    address: tl.tensor, index: tl.tensor, mask: tl.tensor, dtype: tl.constexpr, aligned: tl.constexpr
+) -> tl.tensor:
+    """Elements ``index`` of the tensor at ``address``, as float32."""
+    if dtype == tl.bfloat16:
+        # By integers: Triton's interpreter is wrong for subnormal values, and it is as fast.
+        bits = tl.load(_pointers(address, index, tl.uint16, aligned), mask=mask)
+        return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return tl.load(_pointers(address, index, dtype, aligned), mask=mask).to(tl.float32)
+
+
+@jit
+def store_elements(
+    address: tl.tensor,
+    index: tl.tensor,
+    value: tl.tensor,
+    bits: tl.tensor,
+    mask: tl.tensor,
+    dtype: tl.constexpr,
+    aligned: tl.constexpr,
+) -> None:
+    """Round float32 ``value`` to ``dtype`` and write it.
+
+    By 16 random bits if there are any (bfloat16 only); else to the nearest, to even in the middle.
+    """
+    if dtype == tl.bfloat16:
+        # By integers: Triton's interpreter cuts off, and not every GPU can do it in one instruction.
+        wide = value.to(tl.uint32, bitcast=True)
+        wide += 0x7FFF + ((wide >> 16) & 1) if bits is None else bits
+        wide = tl.where(value == value, wide >> 16, _NAN).to(tl.uint16)
+        tl.store(_pointers(address, index, tl.uint16, aligned), wide, mask=mask)
+    else:
+        tl.store(_pointers(address, index, dtype, aligned), value.to(dtype), mask=mask)
+
+
+# ---- blocks of codes -------------------------------------------------------------------------------------
+
+
+@jit
+def _codes(address: tl.tensor, block: tl.tensor, width: tl.constexpr, aligned: tl.constexpr) -> tl.tensor:
+    """Pointers to the bytes of blocks of ``width`` bytes each."""
+    index = block[:, None] * width + tl.arange(0, width)[None, :]
+    return _pointers(address, index, tl.int8, aligned)
+
+
+@jit
+def load_blocks(
+    address: tl.tensor,
+    scales: tl.tensor,
+    block: tl.tensor,
+    mask: tl.tensor,
+    largest: tl.constexpr,
+    aligned: tl.constexpr,
+) -> tl.tensor:
+    """The elements of whole blocks, one after another: see ``momentum.read``.
+
+    Args:
+        address: of the codes.
+        scales: address of the scales.
+        block: which blocks, counted from those addresses.
+        mask: which of them there are, if not all.
+        largest: code, which tells the format.
+        aligned: whether the codes are.
+    """
+    packed: tl.constexpr = 2 if largest < 8 else 1
+    scale = load_elements(scales, block, mask, tl.bfloat16, False)
+    mask = None if mask is None else mask[:, None]
+    code = tl.load(_codes(address, block, BLOCK // packed, aligned), mask=mask).to(tl.int32)
+    if packed == 2:
+        # Four bits with a sign: shifted to the top of the register and back.
+        code = tl.join((code << 28) >> 28, code >> 4).reshape(block.shape[0], BLOCK)
+    return (code.to(tl.float32) * scale[:, None]).reshape(block.shape[0] * BLOCK)
+
+
+@jit
+def store_blocks(
+    address: tl.tensor,
+    scales: tl.tensor,
+    block: tl.tensor,
+    value: tl.tensor,
+    bits: tl.tensor,
+    mask: tl.tensor,
+    largest: tl.constexpr,
+    aligned: tl.constexpr,
+) -> None:
+    """Write what :func:`load_blocks` reads: see ``momentum.encode``.
+
+    Args:
+        address: see :func:`load_blocks`.
+        scales: see there.
+        block: see there.
+        value: float32, of all elements of the blocks, one after another; 0 where there is none.
+        bits: 16 random bits for each.
+        mask: which blocks are to be written, if not all.
+        largest: see :func:`load_blocks`.
+        aligned: see there.
+    """
+    packed: tl.constexpr = 2 if largest < 8 else 1
+    value = value.reshape(block.shape[0], BLOCK)
+    # Without its sign, a float32 orders as the integer of the same bits, and NaN is above infinity.
+    magnitude = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    finite = magnitude < _INFINITY
+    wide = (magnitude.to(tl.float32, bitcast=True) * (1.0 / largest)).to(tl.int32, bitcast=True)
+    wide = tl.maximum((wide + 0xFFFF) & -0x10000, _SMALLEST_SCALE)
+    wide = tl.where(magnitude == 0, 0, wide)
+    inverse = tl.where(magnitude == 0, 0.0, tl.div_rn(1.0, wide.to(tl.float32, bitcast=True)))
+    scale = tl.where(finite, wide >> 16, _NAN).to(tl.uint16)
+    tl.store(_pointers(scales, block, tl.uint16, False), scale, mask=mask)
+    # (2 * bits + 1) * 2**-17 as the fraction of a number from 1 to 2, which saves a conversion: exact.
+    fraction = ((bits << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0
+    code = tl.where(finite[:, None], value * inverse[:, None], 0.0) + fraction.reshape(value.shape)
+    # A GPU's floor may take subnormal numbers for 0; no such sum is one, for the fraction is at least 2**-17.
+    code = tl.minimum(tl.maximum(tl.floor(code).to(tl.int32), -largest), largest)
+    if packed == 2:
+        low, high = code.reshape(block.shape[0], BLOCK // 2, 2).split()
+        code = (low & 15) | (high << 4)
+    mask = None if mask is None else mask[:, None]
+    tl.store(_codes(address, block, BLOCK // packed, aligned), code.to(tl.int8), mask=mask)
+
+
+# ---- random bits -----------------------------------------------------------------------------------------
+
+
+@jit
+def scramble(x: tl.tensor) -> tl.tensor:
+    """See ``rounding.scramble``; uint32."""
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+@jit
+def random_bits(key: tl.tensor, low: tl.tensor, scrambled_high: tl.tensor) -> tl.tensor:
+    """See ``rounding.random_bits``; of the position the lower half, and the upper one scrambled."""
+    return scramble(scramble(low ^ scrambled_high) ^ key)

@@ -1,0 +1,404 @@
+"""How the first moment is stored: float32, bfloat16, or in blocks of int8 or int4 codes.
+
+In blocks: each 128 consecutive elements of a parameter, counted from its first (and not from that of a
+rank's piece of it), have one scale, and each element a signed code; its moment is their product. The scale is
+the largest magnitude in the block over the largest code, rounded up to a bfloat16, which has the range of a
+float32. (float16 would be finer and has not: the moments of a large layer are below its smallest numbers, and
+unnormalised gradients, with ``reg_inside_moment=False``, above its largest. What finer scales would gain is
+0.4 % of the rounding error: ``docs/momentum.md``.) Codes are rounded stochastically, see
+``novoscale.rounding``.
+
+So what is stored does not depend on how a parameter is cut, but in a block that a boundary cuts in two: there
+each rank has a scale for its own part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from novoscale import rounding
+from novoscale.layout import Layout, Segment, from_local, local_tensor
+
+BLOCK = 128  # elements
+# Parameters of fewer elements (whole, on all ranks) keep float32 where others are in blocks: they are biases
+# and norms, which hold nothing of a model's memory, and whose few numbers matter.
+SMALL = 4096
+
+SMALLEST_SCALE = 0x00800000  # as the bits of a float32: its smallest normal number
+
+
+@dataclass(frozen=True)
+class Format:
+    """A way to store the first moment.
+
+    Attributes:
+        name: the value of the option ``momentum_dtype``.
+        dtype: of the stored tensor. int4 has two codes in a byte, that of the even element in its lower half.
+        largest: the largest code, of formats in blocks; 0 for the others.
+        packed: codes in an element of the stored tensor.
+    """
+
+    name: str
+    dtype: torch.dtype
+    largest: int = 0
+    packed: int = 1
+
+
+FORMATS = {
+    f.name: f
+    for f in (
+        Format("float32", torch.float32),
+        Format("bfloat16", torch.bfloat16),
+        Format("int8", torch.int8, largest=127),
+        Format("int4", torch.uint8, largest=7, packed=2),
+    )
+}
+
+
+def format_of(exp_avg: Tensor, scale: Tensor | None) -> Format:
+    """The format of a stored moment. Any floating-point one that is no option counts as float32."""
+    for form in FORMATS.values():
+        if form.dtype == exp_avg.dtype and bool(form.largest) == (scale is not None):
+            return form
+    return FORMATS["float32"]
+
+
+# ---- where each element's moment lies ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Segments whose moment is in one tensor.
+
+    Attributes:
+        key: the name of the tensor in the optimizer's state.
+        segments: of the layout.
+        places: of each segment, the place of its first element and the places from run to run: elements, or
+            blocks.
+        length: elements, or blocks.
+        in_blocks: which of them.
+    """
+
+    key: str
+    segments: tuple[Segment, ...]
+    places: tuple[tuple[int, int], ...]
+    length: int
+    in_blocks: bool
+
+
+def stored(layout: Layout, momentum_dtype: str) -> list[Stored]:
+    """Where the moments of a tensor lie, of which parts may be large parameters and parts small ones."""
+    as_they_are = tuple((s.start, s.run or s.numel) for s in layout.segments)
+    plain = Stored("exp_avg", layout.segments, as_they_are, layout.numel, in_blocks=False)
+    if not FORMATS[momentum_dtype].largest:
+        return [plain]
+    sizes = [h.parameter.numel for h in layout.held]
+    large = tuple(s for s in layout.segments if sizes[s.parameter] >= SMALL)
+    small = tuple(s for s in layout.segments if sizes[s.parameter] < SMALL)
+    if not large:
+        return [plain]
+    counts = [_blocks(s) for s in large]
+    found = [_packed("exp_avg", large, counts, in_blocks=True)]
+    if small:
+        found.append(_packed("exp_avg_small", small, [(1, s.numel) for s in small], in_blocks=False))
+    return found
+
+
+def _packed(
+    key: str, segments: tuple[Segment, ...], counts: Sequence[tuple[int, int]], in_blocks: bool
+) -> Stored:
+    places, end = [], 0
+    for runs, each in counts:
+        places.append((end, each))
+        end += runs * each
+    return Stored(key, segments, tuple(places), end, in_blocks)
+
+
+def _blocks(s: Segment) -> tuple[int, int]:
+    """The number of runs of a segment, and of blocks for each."""
+    if s.run is None:
+        return 1, (s.offset + s.numel - 1) // BLOCK - s.offset // BLOCK + 1
+    runs = s.numel // s.run
+    if s.run % BLOCK == s.stride % BLOCK == s.offset % BLOCK == 0:
+        return runs, s.run // BLOCK
+    return runs, (s.run + BLOCK - 2) // BLOCK + 1  # as many as it may touch, wherever it begins
+
+
+def pieces(layout: Layout, stored: Stored, first: int) -> Tensor:
+    """The table of ``kernels.Shard`` for some segments of a layout.
+
+    Args:
+        layout: of the tensor.
+        stored: the segments.
+        first: the place of the tensor's layers in the vector of all layers.
+
+    Returns:
+        int64 ``[pieces, 6]`` on the CPU.
+    """
+    starts = layout.places()
+    rows = []
+    for s, (place, each) in zip(stored.segments, stored.places, strict=True):
+        h = layout.held[s.parameter]
+        layer = first + starts[s.parameter] - h.first
+        length = s.run or s.numel
+        numbers = (s.numel // length, layer, h.parameter.layer_numel)
+        rows.append((s.start, s.offset, place, length, s.stride, each, *numbers))
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 9)
+    segment = torch.repeat_interleave(table[:, 6])
+    table = table[segment]
+    counts = torch.bincount(segment, minlength=len(rows))
+    nth = torch.arange(len(segment), device="cpu") - (counts.cumsum(0) - counts)[segment]
+    begin, offset, first_place, run, stride, step, _, base, size = table.unbind(1)
+    start, position = begin + nth * run, offset + nth * stride
+    return torch.stack(
+        (start, start + run, base + position // size, position, size, first_place + nth * step), dim=1
+    )
+
+
+# ---- the tensors of the state ----------------------------------------------------------------------------
+
+
+def allocate(p: Tensor, layout: Layout, momentum_dtype: str) -> dict[str, Tensor]:
+    """The first moment of a tensor, zero, as the optimizer keeps it.
+
+    float32 and bfloat16 (float64 for a float64 parameter instead of float32) have its shape. In blocks, a
+    parameter whose rows are whole blocks has its shape with the last dimension divided by the number of
+    codes or elements in each element, and a DTensor its placements, so that distributed checkpoints can be
+    loaded on another number of ranks. Any other tensor has the shape ``[blocks, ...]``.
+
+    Returns:
+        ``exp_avg``; in blocks also ``exp_avg_scale`` (bfloat16, one for each block) and, where a flat
+        partition holds small parameters too, ``exp_avg_small`` (float32, those in their order).
+    """
+    kept = stored(layout, momentum_dtype)
+    if not kept[0].in_blocks:
+        dtype = FORMATS[momentum_dtype].dtype
+        if FORMATS[momentum_dtype].largest:
+            dtype = torch.float32
+        if dtype == torch.float32 and p.dtype == torch.float64:
+            dtype = torch.float64
+        return {"exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)}
+    form = FORMATS[momentum_dtype]
+    made = {
+        "exp_avg": _zeros(p, kept[0].length, BLOCK // form.packed, form.packed, form.dtype),
+        "exp_avg_scale": _zeros(p, kept[0].length, 1, BLOCK, torch.bfloat16),
+    }
+    for other in kept[1:]:
+        made[other.key] = torch.zeros(other.length, dtype=torch.float32, device=p.device)
+    return made
+
+
+def _zeros(p: Tensor, blocks: int, width: int, packed: int, dtype: torch.dtype) -> Tensor:
+    """Zeros for the blocks of this rank, of ``width`` elements each, which stand for ``packed`` moments."""
+    make = partial(torch.zeros, dtype=dtype, device=p.device)
+    if _rows_are_blocks(p):
+        local = make(_divided(local_tensor(p), packed))
+        return from_local(local, p, _divided(p, packed), p.placements) if isinstance(p, DTensor) else local
+    shape = (blocks, width)[: 2 if width > 1 else 1]
+    if not isinstance(p, DTensor):
+        return make(shape)
+    # As many on each rank, for a DTensor must be cut evenly; their sum is its length.
+    most = _most_blocks(p)
+    cut = [not x.is_replicate() for x in p.placements]
+    ranks = math.prod(n for n, c in zip(p.device_mesh.shape, cut, strict=True) if c)
+    placements = [Shard(0) if c else Replicate() for c in cut]
+    return from_local(make((most, *shape[1:])), p, (ranks * most, *shape[1:]), placements)
+
+
+def _divided(p: Tensor, by: int) -> tuple[int, ...]:
+    """A shape with the last dimension divided."""
+    return (*p.shape[:-1], p.shape[-1] // by)
+
+
+def _rows_are_blocks(p: Tensor) -> bool:
+    """Whether every row of every rank's part of a parameter is a number of whole blocks."""
+    if p.ndim < 2:
+        return False
+    cuts = math.prod(n for n, dim in _cuts(p) if dim == p.ndim - 1) if isinstance(p, DTensor) else 1
+    return p.shape[-1] % (BLOCK * cuts) == 0
+
+
+def _cuts(p: DTensor) -> list[tuple[int, int]]:
+    """Over how many ranks which dimension of a DTensor is cut."""
+    placed = zip(p.device_mesh.shape, p.placements, strict=True)
+    return [(n, cast(Shard, x).dim) for n, x in placed if not x.is_replicate()]
+
+
+def _most_blocks(p: DTensor) -> int:
+    """At least as many blocks as any rank needs for its part of a DTensor."""
+    local = list(p.shape)
+    for n, dim in _cuts(p):
+        local[dim] = -(-local[dim] // n)
+    cut = [d for d in range(p.ndim) if local[d] != p.shape[d]]
+    last = cut[-1] if cut else 0
+    run = math.prod(local[last:])
+    return math.prod(local[:last]) * ((run + BLOCK - 2) // BLOCK + 1)
+
+
+# ---- reading and writing: the definition -----------------------------------------------------------------
+
+
+def read(exp_avg: Tensor, scale: Tensor | None, place: int, position: int, numel: int) -> Tensor:
+    """The moments of consecutive elements.
+
+    Args:
+        exp_avg: as stored; contiguous.
+        scale: of its blocks, if it has any.
+        place: of the first element, see ``kernels.shards.PLACE``.
+        position: of the first element in its parameter.
+        numel: how many.
+
+    Returns:
+        ``[numel]``, float32, or as stored where that is a floating-point format.
+    """
+    if scale is None:
+        return exp_avg.view(-1)[place : place + numel]
+    begin = position % BLOCK
+    blocks = (begin + numel - 1) // BLOCK + 1
+    form = format_of(exp_avg, scale)
+    codes = exp_avg.view(-1, BLOCK // form.packed)[place : place + blocks]
+    if form.packed == 2:
+        codes = _unpacked(codes)
+    values = codes.float() * scale.view(-1)[place : place + blocks, None].float()
+    return values.view(-1)[begin : begin + numel]
+
+
+def _unpacked(codes: Tensor) -> Tensor:
+    """int8 codes ``[blocks, 128]`` of int4 ones ``[blocks, 64]``."""
+    # Four bits with a sign: shifted to the top of the byte and back.
+    low, high = (codes << 4).view(torch.int8) >> 4, codes.view(torch.int8) >> 4
+    return torch.stack((low, high), dim=-1).flatten(1)
+
+
+def write(
+    exp_avg: Tensor,
+    scale: Tensor | None,
+    place: int,
+    position: int,
+    values: Tensor,
+    bits: Tensor,
+    active: Tensor,
+) -> None:
+    """Store the moments of consecutive elements; the arguments of :func:`read`, and:
+
+    Args:
+        exp_avg: as stored; changed in place.
+        scale: of its blocks; changed in place.
+        place: see :func:`read`.
+        position: see :func:`read`.
+        values: ``[numel]``, float32; where a block is shared, of the inactive elements what they were.
+        bits: 16 random bits for each.
+        active: bool, for each: a block without any is left as it is.
+    """
+    numel = len(values)
+    if scale is None:
+        target = exp_avg.view(-1)[place : place + numel]
+        if exp_avg.dtype == torch.bfloat16:
+            values = rounding.to_bfloat16(values.float(), bits)
+        target.copy_(torch.where(active, values.to(target.dtype), target))
+        return
+    begin = position % BLOCK
+    blocks = (begin + numel - 1) // BLOCK + 1
+    form = format_of(exp_avg, scale)
+
+    def whole(t: Tensor) -> Tensor:
+        return torch.nn.functional.pad(t, (begin, blocks * BLOCK - begin - numel)).view(-1, BLOCK)
+
+    codes, new_scale = encode(whole(values), whole(bits), form)
+    changed = whole(active).any(dim=1)
+    for stored, new in ((exp_avg.view(-1, BLOCK // form.packed), codes), (scale.view(-1), new_scale)):
+        target = stored[place : place + blocks]
+        target.copy_(torch.where(changed.view(-1, *[1] * (target.ndim - 1)), new, target))
+
+
+def encode(values: Tensor, bits: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """Codes and scales of blocks.
+
+    Args:
+        values: float32 ``[blocks, 128]``.
+        bits: 16 random bits for each.
+        form: one in blocks.
+
+    Returns:
+        Codes as they are stored, and bfloat16 scales ``[blocks]``. A block with a value that is not finite
+        has the scale NaN.
+    """
+    largest = values.abs().amax(dim=1)
+    # Up to the next bfloat16, so that no code is beyond the largest.
+    wide = (largest * (1 / form.largest)).view(torch.int32).long()
+    wide = ((wide + 0xFFFF) & ~0xFFFF).clamp(min=SMALLEST_SCALE)
+    wide = torch.where(largest == 0, 0, torch.where(largest.isfinite(), wide, rounding.NAN_BFLOAT16 << 16))
+    scale = wide.to(torch.int32).view(torch.float32)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    # In the middle of one of 2**16 equal parts of 0..1: exact, as is the sum's floor.
+    chance = (bits * 2 + 1).float() * 2.0**-17
+    codes = (values * inverse[:, None] + chance).floor()
+    codes = codes.clamp(-form.largest, form.largest).nan_to_num(nan=0.0).to(torch.int8)
+    if form.packed == 2:
+        low, high = codes.view(torch.uint8).view(-1, BLOCK // 2, 2).unbind(-1)
+        codes = (low & 15) | (high << 4)
+    return codes, (wide >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+# ---- from one format to another --------------------------------------------------------------------------
+
+
+def loses_nothing(saved: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> bool:
+    """Whether :func:`convert` loses no digit."""
+    source, target = saved["exp_avg"].dtype, made["exp_avg"].dtype
+    if source == target:
+        return True
+    if "exp_avg_scale" in saved:  # a code times its scale has 15 digits at most
+        return target in (torch.float32, torch.float64) or (source, target) == (torch.uint8, torch.int8)
+    return torch.promote_types(source, target) == target and target.is_floating_point
+
+
+def convert(saved: Mapping[str, Tensor], made: Mapping[str, Tensor], layout: Layout) -> None:
+    """Fill a first moment from another, in whatever format; what is lost, if anything, is rounded.
+
+    Args:
+        saved: what :func:`allocate` makes for one format, filled; local tensors.
+        made: what it makes for the other; changed in place; local tensors.
+        layout: of the tensor.
+    """
+    source, target = (format_of(m["exp_avg"], m.get("exp_avg_scale")) for m in (saved, made))
+    if saved.keys() == made.keys() and (source.largest == 0 or source == target):
+        for key, tensor in made.items():
+            tensor.copy_(saved[key])
+    elif (source.name, target.name) == ("int4", "int8"):
+        for key, tensor in made.items():
+            given = saved[key] if key != "exp_avg" else _unpacked(saved[key].view(-1, BLOCK // 2))
+            tensor.copy_(given.view(tensor.shape))
+    else:
+        _convert_elements(saved, source, made, target, layout)
+
+
+def _convert_elements(
+    saved: Mapping[str, Tensor], source: Format, made: Mapping[str, Tensor], target: Format, layout: Layout
+) -> None:
+    flat = torch.zeros(layout.numel, dtype=torch.float32, device=made["exp_avg"].device)
+    for part, (start, stop, _, position, _, place) in _rows(layout, source):
+        scale = saved["exp_avg_scale"] if part.in_blocks else None
+        flat[start:stop] = read(saved[part.key].contiguous(), scale, place, position, stop - start)
+    if not target.largest:
+        made["exp_avg"].copy_(flat.view(made["exp_avg"].shape))
+        return
+    half = torch.tensor(0x7FFF, device=flat.device)  # to the nearest
+    for part, (start, stop, _, position, _, place) in _rows(layout, target):
+        scale = made["exp_avg_scale"] if part.in_blocks else None
+        bits = half.expand(stop - start)
+        write(made[part.key], scale, place, position, flat[start:stop], bits, bits > 0)
+
+
+def _rows(layout: Layout, form: Format) -> Iterator[tuple[Stored, list[int]]]:
+    for part in stored(layout, form.name):
+        for row in pieces(layout, part, 0).tolist():
+            yield part, row

@@ -1,0 +1,61 @@
+"""Stochastic rounding, the definition: the same bits in every kernel and however a parameter is cut.
+
+A number between two that can be stored goes up with a chance as large as its distance from the lower one, so
+that the mean of many roundings is the number itself. Where rounding to the nearest would leave a small change
+without any effect (a decaying momentum, a small step of a bfloat16 weight), it then has it on average.
+
+The random bits are a hash of (seed, parameter, step, element of the parameter): no state, and every rank
+computes those of the elements it holds. All integers here are of 32 bits, held in int64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MASK = 0xFFFFFFFF
+NAN_BFLOAT16 = 0x7FC0
+
+
+def scramble(x: Tensor) -> Tensor:
+    """A bijection of the numbers of 32 bits in which each bit of the input affects each of the output.
+
+    ``lowbias32`` of Chris Wellons (nullprogram.com/blog/2018/07/31), with multipliers found since.
+    """
+    x = (x ^ (x >> 16)) * 0x21F0AAAD & MASK
+    x = (x ^ (x >> 15)) * 0xD35A2D97 & MASK
+    return x ^ (x >> 15)
+
+
+def keys(seed: int, number: Tensor, step: Tensor) -> Tensor:
+    """What the random bits of a layer's elements depend on beside the element.
+
+    Args:
+        seed: the option of its param group.
+        number: of its parameter, int64.
+        step: how many steps the layer has made, int64.
+
+    Returns:
+        int64, the shape of the arguments, each of 32 bits.
+    """
+    start = scramble(torch.full_like(number, seed & MASK))
+    return scramble(scramble(start ^ (number & MASK)) ^ (step & MASK))
+
+
+def random_bits(key: Tensor, position: Tensor) -> Tensor:
+    """32 random bits for each element: the lower half for its weight, the upper for its first moment.
+
+    Args:
+        key: of the element's layer, see :func:`keys`.
+        position: the element's place in its parameter, int64.
+    """
+    low, high = position & MASK, position >> 32
+    return scramble(scramble(low ^ scramble(high)) ^ key)
+
+
+def to_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
+    """Round float32 to one of the two nearest bfloat16, by 16 random bits."""
+    # What is cut off is compared with the random bits by an addition: a carry rounds up. Infinity has nothing
+    # to cut off.
+    wide = (value.view(torch.int32).long() & MASK) + (bits & 0xFFFF)
+    return torch.where(value.isnan(), NAN_BFLOAT16, wide >> 16).to(torch.int16).view(torch.bfloat16)

@@ -1,0 +1,77 @@
+"""Momentum formats and rows under DeepSpeed: the same whatever the stage and the number of ranks."""
+
+import fixed_gradients
+import pytest
+import torch
+import zero_ranks
+from oracle import deviation
+from training import reference
+from zero_ranks import config
+
+from novoscale.ranks import run_ranks
+
+ROWS = {"granularity": "row", "normalize": "rms"}
+BF16_MASTER = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+
+
+def with_options(ds, **options):
+    ds["optimizer"]["params"] = {"lr": 0.02, **options}
+    return ds
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (1, 3), (2, 2), (2, 4), (3, 2), (3, 3), (3, 4)])
+def test_rows_give_the_trajectory_of_one_process(stage, world_size):
+    expected = reference(0.02, rows=True, normalize="rms", clip=0.3)
+    ds = with_options(config(stage, world_size, clip=0.3), **ROWS)
+    for weights in run_ranks(zero_ranks.trained, world_size, ds, False):
+        assert max(deviation(weights[n], expected[n]) for n in expected) < 2e-5
+
+
+@pytest.mark.parametrize("options", [{"momentum_dtype": "int8"}, {"momentum_dtype": "int4", **ROWS}], ids=str)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_same_bits_in_every_block_that_is_not_cut(stage, options):
+    options = {"lr": 0.05, "weight_decay": 0.1, **options}
+    expected = fixed_gradients.uncut(options)
+    for world_size in (1, 2, 3, 4) if stage == 2 else (2, 3, 4):
+        ranks = run_ranks(
+            zero_ranks.fixed_pieces, world_size, with_options(config(stage, world_size), **options), False
+        )
+        assert fixed_gradients.differing(ranks, expected, in_blocks=True) == set()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_same_bits_in_formats_without_blocks(stage, options):
+    options = {"lr": 0.05, "weight_decay": 0.1, **options}
+    expected = fixed_gradients.uncut(options)
+    for world_size in (2, 3):
+        ds = with_options(config(stage, world_size), **options)
+        ranks = run_ranks(zero_ranks.fixed_pieces, world_size, ds, False)
+        assert fixed_gradients.differing(ranks, expected, in_blocks=False) == set()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_master_weights_are_rounded_as_in_one_process(stage):
+    options = {"lr": 0.05, "momentum_dtype": "int8"}
+    expected = fixed_gradients.uncut(options, torch.bfloat16)
+    ds = with_options({**config(stage, 2), "bf16": BF16_MASTER}, **options)
+    ranks = run_ranks(zero_ranks.fixed_pieces, 2, ds, True)
+    assert fixed_gradients.differing(ranks, expected, in_blocks=True) == set()
+
+
+@pytest.mark.parametrize(
+    "options", [{"momentum_dtype": "bfloat16"}, {"momentum_dtype": "int4", **ROWS}], ids=str
+)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_checkpoint_resumes_to_the_same_bits(stage, options, tmp_path):
+    ds = with_options(config(stage, 2), **options)
+    assert all(run_ranks(zero_ranks.fixed_resumed, 2, ds, str(tmp_path)))
+
+
+@pytest.mark.parametrize("momentum_dtype", ["bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bytes_are_divided_by_the_ranks(stage, momentum_dtype):
+    ds = with_options(config(stage, 3), momentum_dtype=momentum_dtype)
+    ds["zero_optimization"].update(reduce_bucket_size=10**6, allgather_bucket_size=10**6)
+    for found, whole in run_ranks(zero_ranks.bytes_of_gpt2, 3, ds):
+        assert found == pytest.approx(whole / 3, rel=0.01)
