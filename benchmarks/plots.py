@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,38 @@ def speed(run: dict[str, Any], path: Path) -> None:
     place = {"loc": "lower left", "bbox_to_anchor": (0, 0.02)}
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=min(len(labels), 6), **place)
     _save(figure, path, run["provenance"], bottom=0.5 / figure.get_figheight())
+
+
+def quality(report: dict[str, Any], path: Path) -> None:
+    """Validation loss of each optimizer over its learning rates, and of each format."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2))
+    kinds = list(dict.fromkeys(r["case"] for r in report["runs"] if r["set"] == "optimizers"))
+    for k, case in enumerate(kinds):
+        found = losses(report, "optimizers", case)
+        means = [statistics.mean(v) for v in found.values()]
+        spread = [(max(v) - min(v)) / 2 for v in found.values()]
+        color = COLORS.get(case, plt.get_cmap("winter")(k / len(kinds)))
+        left.errorbar(range(len(means)), means, spread, label=case, color=color, marker="o", capsize=3)
+    left.set_xticks(range(3), ["lowest", "middle", "highest"])
+    left.set(xlabel="learning rate, of three for each", ylabel="validation loss, nats per byte")
+    left.legend(frameon=False, fontsize=8)
+    formats = list(dict.fromkeys(r["case"] for r in report["runs"] if r["set"] == "formats"))
+    for k, case in enumerate(formats):
+        (values,) = losses(report, "formats", case).values()
+        right.plot([k] * len(values), values, "o", color=COLORS["NovoGrad"], alpha=0.6)
+        right.plot([k - 0.2, k + 0.2], [statistics.mean(values)] * 2, color="#333333")
+    right.set_xticks(range(len(formats)), formats)
+    right.set(xlabel="momentum_dtype, by row, rms: three seeds and their mean", ylabel="validation loss")
+    _save(figure, path, report["provenance"])
+
+
+def losses(report: dict[str, Any], group: str, case: str) -> dict[float, list[float]]:
+    """The losses of a case, by learning rate."""
+    found: dict[float, list[float]] = {}
+    for r in sorted(report["runs"], key=lambda r: (r["lr"], r["seed"])):
+        if (r["set"], r["case"]) == (group, case):
+            found.setdefault(r["lr"], []).append(r["loss"])
+    return found
 
 
 def _bars(axis: Any, values: list[dict[str, float]]) -> None:

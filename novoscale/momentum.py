@@ -172,7 +172,8 @@ def allocate(p: Tensor, layout: Layout, momentum_dtype: str) -> dict[str, Tensor
     float32 and bfloat16 (float64 for a float64 parameter instead of float32) have its shape. In blocks, a
     parameter whose rows are whole blocks has its shape with the last dimension divided by the number of
     codes or elements in each element, and a DTensor its placements, so that distributed checkpoints can be
-    loaded on another number of ranks. Any other tensor has the shape ``[blocks, ...]``.
+    loaded on another number of ranks. Any other tensor has the shape ``[blocks, ...]``, any other DTensor
+    ``[ranks, blocks, ...]``.
 
     Returns:
         ``exp_avg``; in blocks also ``exp_avg_scale`` (bfloat16, one for each block) and, where a flat
@@ -205,12 +206,13 @@ def _zeros(p: Tensor, blocks: int, width: int, packed: int, dtype: torch.dtype) 
     shape = (blocks, width)[: 2 if width > 1 else 1]
     if not isinstance(p, DTensor):
         return make(shape)
-    # As many on each rank, for a DTensor must be cut evenly; their sum is its length.
+    # As many on each rank, for a DTensor must be cut evenly. The number of ranks is a dimension of its own, so
+    # that one of another number of ranks has another shape.
     most = _most_blocks(p)
     cut = [not x.is_replicate() for x in p.placements]
     ranks = math.prod(n for n, c in zip(p.device_mesh.shape, cut, strict=True) if c)
     placements = [Shard(0) if c else Replicate() for c in cut]
-    return from_local(make((most, *shape[1:])), p, (ranks * most, *shape[1:]), placements)
+    return from_local(make((1, most, *shape[1:])), p, (ranks, most, *shape[1:]), placements)
 
 
 def _divided(p: Tensor, by: int) -> tuple[int, ...]:

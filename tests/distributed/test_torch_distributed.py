@@ -9,7 +9,7 @@ import torch_ranks
 from oracle import deviation
 from training import OddModel, reference
 
-from novoscale.ranks import run_ranks
+from novoscale.ranks import RankError, run_ranks
 
 BOUND = 2e-5  # float32, relative, after 10 steps
 
@@ -82,17 +82,29 @@ def test_same_bits_in_every_format_and_every_block_that_is_not_cut(options, bflo
         assert fixed_gradients.differing(ranks, expected, in_blocks) == set()
 
 
+def assert_loaded(loaded, saved):
+    """The first moments on any number of ranks are those on others."""
+    together = [piece for rank in loaded for piece in rank]
+    for name, position, _, values in (piece for rank in saved for piece in rank):
+        mine = sorted(((p, m) for n, p, _, m in together if n == name), key=lambda pair: pair[0])
+        whole = torch.cat([m for _, m in mine])
+        assert torch.equal(whole[position : position + len(values)], values), name
+
+
 @pytest.mark.parametrize("options", FORMATS[1:4], ids=str)
-def test_distributed_checkpoint_keeps_codes_scales_and_rows(options, tmp_path):
-    """On as many ranks always, to the bit; on others where the rows are whole blocks, else with an error."""
+def test_distributed_checkpoint_of_whole_blocks_loads_on_any_number_of_ranks(options, tmp_path):
     saved = run_ranks(torch_ranks.fixed_checkpoint, 2, options, str(tmp_path), "save")
     for world in (2, 3):
-        loaded = run_ranks(torch_ranks.fixed_checkpoint, world, options, str(tmp_path), "blocks")
-        together = [piece for rank in loaded for piece in rank]
-        for name, position, _, values in (piece for rank in saved for piece in rank):
-            mine = [(p, m) for n, p, _, m in together if n == name]
-            whole = torch.cat([m for _, m in sorted(mine, key=lambda pair: pair[0])])
-            assert torch.equal(whole[position : position + len(values)], values), (name, world)
+        assert_loaded(run_ranks(torch_ranks.fixed_checkpoint, world, options, str(tmp_path), "load"), saved)
+
+
+def test_distributed_checkpoint_of_other_blocks_loads_on_as_many_ranks_and_else_is_refused(tmp_path):
+    arguments = ({"momentum_dtype": "int4"}, str(tmp_path))
+    shapes = torch_ranks.OTHERS
+    saved = run_ranks(torch_ranks.fixed_checkpoint, 2, *arguments, "save", shapes)
+    assert_loaded(run_ranks(torch_ranks.fixed_checkpoint, 2, *arguments, "load", shapes), saved)
+    with pytest.raises(RankError, match="Size mismatch"):
+        run_ranks(torch_ranks.fixed_checkpoint, 3, *arguments, "load", shapes)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero redundancy"])

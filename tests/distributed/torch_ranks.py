@@ -239,12 +239,18 @@ def fixed_pieces(options: dict[str, Any], shape: tuple[int, ...], bfloat16: bool
     return fixed_gradients.pieces(optimizer)
 
 
-def fixed_checkpoint(options: dict[str, Any], folder: str, what: str) -> Any:
-    """First moments saved as a distributed checkpoint, or loaded from it; of parameters of whole blocks."""
+WHOLE_BLOCKS = {"a": (36, 256), "b": (33,), "c": (7, 8, 128), "d": (40, 128)}
+OTHERS = {"a": (37, 130), "b": (33,), "c": (5000,)}
+
+
+def fixed_checkpoint(
+    options: dict[str, Any], folder: str, what: str, shapes: dict[str, tuple[int, ...]] = WHOLE_BLOCKS
+) -> Any:
+    """First moments saved as a distributed checkpoint, or loaded from it."""
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    model = fixed_gradients.FixedGradients({"a": (36, 256), "b": (33,), "c": (7, 8, 128), "d": (40, 128)})
+    model = fixed_gradients.FixedGradients(shapes)
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     optimizer = NovoGrad(model.named_parameters(), lr=LR, **options)
     for step in range(2 if what == "save" else 0):

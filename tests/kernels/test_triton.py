@@ -76,7 +76,7 @@ def ones(layers):
 
 
 @settings(
-    max_examples=150,
+    max_examples=120,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # in the interpreter, shrinking takes minutes
@@ -98,7 +98,7 @@ def test_every_mix_of_formats(small, param, grad, form, rounding):
     assert_as_reference(kernels, [case], 3, random_coefficients(3, generated()), DEVICE)
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 8, 16, 96, 127, 128, 129, 255, 256, 264, 511, 512, 513, 640])
+@pytest.mark.parametrize("size", [1, 7, 8, 127, 128, 129, 256, 264, 511, 512, 513, 640])
 @pytest.mark.parametrize(("form", "norm_type"), [("float32", 2), ("bfloat16", 0), ("int8", 2), ("int4", 0)])
 def test_rows(small, size, form, norm_type):
     """Layers below, at and above a block, a tile and a chunk; the piece begins and ends within one."""
