@@ -76,7 +76,7 @@ class Setting:
 
 
 # Formats are close to each other, and few: they have the demo's steps and batch.
-SETS = {"optimizers": Setting(OPTIMIZERS, 300, 8), "formats": Setting(FORMATS, 400, 16)}
+SETS = {"optimizers": Setting(OPTIMIZERS, 200, 8), "formats": Setting(FORMATS, 400, 16)}
 
 
 def main(

@@ -206,8 +206,8 @@ def _zeros(p: Tensor, blocks: int, width: int, packed: int, dtype: torch.dtype) 
     shape = (blocks, width)[: 2 if width > 1 else 1]
     if not isinstance(p, DTensor):
         return make(shape)
-    # As many on each rank, for a DTensor must be cut evenly. The number of ranks is a dimension of its own, so
-    # that one of another number of ranks has another shape.
+    # As many on each rank, for a DTensor must be cut evenly. The number of ranks is a dimension of its own,
+    # so that one of another number of ranks has another shape.
     most = _most_blocks(p)
     cut = [not x.is_replicate() for x in p.placements]
     ranks = math.prod(n for n, c in zip(p.device_mesh.shape, cut, strict=True) if c)
