@@ -52,13 +52,15 @@ class Case:
 
 
 ROW_RMS = {"normalize": "rms", "grad_averaging": True, "betas": (0.9, 0.98)}
+# Both moments averaged as Adam does it, so that the first gradients do not weigh more than others.
+ADAMS_AVERAGES = {**ROW_RMS, "init_zero": True, "bias_correction": True}
 OPTIMIZERS = [
     Case("AdamW", RMS, {"betas": (0.9, 0.98)}, "AdamW"),
     Case("Adafactor", (0.01, 0.03, 0.1), {}, "Adafactor"),
     Case("NovoGrad: tensor, norm (the paper)", (0.001, 0.003, 0.01)),
-    Case("NovoGrad: tensor, rms, averaging", RMS, ROW_RMS),
+    Case("NovoGrad: tensor, rms", RMS, ADAMS_AVERAGES),
     Case("NovoGrad: row, norm", (0.0003, 0.001, 0.003), rows=True),
-    Case("NovoGrad: row, rms, averaging", RMS, ROW_RMS, rows=True),
+    Case("NovoGrad: row, rms", RMS, ADAMS_AVERAGES, rows=True),
 ]
 FORMATS = [
     Case(name, (0.002,), {**ROW_RMS, "momentum_dtype": name}, rows=True)
