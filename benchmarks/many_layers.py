@@ -21,7 +21,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.provenance import provenance
+from novoscale.provenance import provenance
 from novoscale import NovoGrad
 from novoscale.ranks import run_ranks
 

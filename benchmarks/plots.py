@@ -75,7 +75,7 @@ def others(report: dict[str, Any], path: Path) -> None:
     rows = sorted((r for r in report["others"] if r["worst"] is not None), key=lambda r: -r["worst"])
     figure, axis = plt.subplots(figsize=(9, 3.8))
     names = [r["optimizer"] for r in rows]
-    colors = [COLORS["NovoGrad"] if n.startswith("novoscale") else "#888888" for n in names]
+    colors = [COLORS["NovoGrad"] if n in ("NovoGrad", "novoscale NovoGrad") else "#888888" for n in names]
     bars = axis.barh(names, [r["worst"] for r in rows], color=colors, height=0.65)
     axis.bar_label(bars, [f" {_short(r['worst'])}" for r in rows], size=8)
     axis.set_xscale("log")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import speed
-from benchmarks.optimizers import CANDIDATES
+from novoscale.memory.optimizers import CANDIDATES
 from benchmarks.shapes import CATALOGUE, LLAMA_7B, gpt2
 
 
