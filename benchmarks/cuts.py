@@ -9,7 +9,6 @@ ranks. Writes the data, two plots and the tables of docs/cuts.md.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -162,13 +161,12 @@ def main(
 
 def measure(config: str | dict[str, Any], ranks: int, optimizer: Candidate) -> dict[str, Any]:
     """What ``verify`` finds: the worst deviation and where, or why there is none."""
-    if importlib.util.find_spec(optimizer.path.split(":")[0].split(".")[0]) is None:
+    if not optimizer.installed():
         return {"worst": None, "why": f"not installed: pip install {optimizer.package}"}
     try:
         verdict = verify(config, ranks=ranks, optimizer=optimizer.path, options=optimizer.options)
     except RankError as error:
-        lines = [line for line in str(error).splitlines() if line and not line.startswith(" ")]
-        return {"worst": None, "why": lines[-1][:200]}
+        return {"worst": None, "why": error.brief().splitlines()[-1][:200]}
     parameter, worst = verdict.worst
     return {"worst": worst, "where": parameter, "bound": verdict.bound, "passed": verdict.passed}
 

@@ -31,9 +31,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import plots
+from benchmarks.shapes import CATALOGUE, DEFAULT, Shapes
 from novoscale.memory.optimizers import CANDIDATES, Candidate
 from novoscale.provenance import provenance
-from benchmarks.shapes import CATALOGUE, DEFAULT, Shapes
 
 # Larger than any norm here: the gradients stay what they are, and the work is the same.
 CLIP = 1e6

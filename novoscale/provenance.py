@@ -55,15 +55,17 @@ def _versions() -> dict[str, str]:
 def _commit() -> str:
     """The commit of novoscale's repository; marked where tracked files differ from it."""
     try:
-        git = lambda *args: subprocess.run(  # noqa: E731
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in another's
-        return git("rev-parse", "--short=12", "HEAD") + (
-            " (modified)" if git("status", "--porcelain", "-uno") else ""
-        )
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in another's
+        modified = " (modified)" if _git("status", "--porcelain", "-uno") else ""
+        return _git("rev-parse", "--short=12", "HEAD") + modified
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _cpu() -> str:

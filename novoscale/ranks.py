@@ -34,6 +34,12 @@ _context.set_forkserver_preload(
 class RankError(RuntimeError):
     """A rank raised, died or did not end in time."""
 
+    def brief(self) -> str:
+        """Of each rank's traceback the line that says what is wrong; of a single line, itself."""
+        lines = [line for line in str(self).splitlines() if line and not line.startswith(" ")]
+        errors = [line for line in lines if not line.startswith(("Traceback", "rank "))]
+        return "\n".join(dict.fromkeys(errors or lines))
+
 
 def run_ranks(
     function: Callable[..., Any],

@@ -24,6 +24,15 @@ CUTS: dict[str, dict[str, Any] | None] = {
     "offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
     "fsdp2": None,
 }
+TITLES = {
+    "none": "one process",
+    "ddp": "DDP",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "offload": "ZeRO-2, offload",
+    "fsdp2": "FSDP2",
+}
 # Its own default, 5e8 elements, is a buffer larger than the models that are measured here.
 BUCKET = 1 << 20
 

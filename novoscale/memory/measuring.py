@@ -1,4 +1,4 @@
-"""What a training run really takes: two steps of a model, an optimizer and a cut, on ranks of this machine."""
+"""What training really takes: two steps of a model, an optimizer and a cut, on ranks of this machine."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ from torch import Tensor
 from novoscale.memory import models
 from novoscale.memory.accounting import Account, account
 from novoscale.memory.cuts import CUTS, Training, set_up
-from novoscale.memory.models import MemoryToolError, unknown
+from novoscale.memory.models import MemoryToolError
 from novoscale.memory.optimizers import CANDIDATES
 from novoscale.memory.phases import Phase, Recorder
-from novoscale.ranks import RankError, run_ranks
+from novoscale.ranks import run_ranks
 
-SAMPLED = 1024  # elements of a parameter by which two runs are compared
-# Of the length of the model's update. Rounding, quantisation of 8 and 4 bits included, stays below it; a
-# statistic of something else than the layer is above it. See docs/memory.md for what each optimizer has.
-OTHER_TRAINING = 0.1
+SAMPLED = 1024  # elements of a parameter, or a few more, by which two runs are compared
 
 
 @dataclass(frozen=True)
@@ -58,16 +55,28 @@ class Measured:
         """Bytes of optimizer state of all ranks, over the elements of the model."""
         return sum(a.state.total for a in self.accounts) / self.parameters
 
-    def step(self) -> list[Phase]:
-        """The second step's update phase, of each rank."""
-        return [phases[-1] for phases in self.phases]
+    def step(self, rank: int) -> Phase:
+        """The update of the second step on one rank."""
+        return self.phases[rank][-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the update, for JSON."""
+        """All of it but the update, for JSON; and of the second step what it takes besides its result.
+
+        ``transient_bytes`` is that of the device, of the rank where it is largest.
+        """
+        device = "cuda" if "cuda" in self.step(0).allocated else "cpu"
+        steps = [self.step(rank).allocated[device] for rank in range(len(self.phases))]
         return {
             **asdict(self.job),
+            "device": device,
             "parameters": self.parameters,
             "state_bytes_per_parameter": self.state_per_parameter,
+            "state_bytes_per_rank": max(a.state.total for a in self.accounts),
+            "peak_bytes_per_rank": max(
+                p.allocated[device].peak for phases in self.phases for p in phases if device in p.allocated
+            ),
+            "transient_bytes": max(step.transient for step in steps),
+            "rss_bytes_per_rank": max(p.rss for phases in self.phases for p in phases),
             "ranks_measured": [
                 {"bytes": asdict(a), "phases": [asdict(p) for p in phases]}
                 for a, phases in zip(self.accounts, self.phases, strict=True)
@@ -76,18 +85,9 @@ class Measured:
 
 
 def check(job: Job) -> None:
-    """Refuse what no run is needed to refuse.
-
-    Raises:
-        MemoryToolError: an unknown name, or a package that is not installed; says how to install it.
-    """
-    if job.optimizer not in CANDIDATES:
-        raise MemoryToolError(unknown("optimizer", job.optimizer, CANDIDATES))
-    if job.cut not in CUTS:
-        raise MemoryToolError(unknown("cut", job.cut, CUTS))
-    candidate = CANDIDATES[job.optimizer]
-    if importlib.util.find_spec(candidate.path.split(":")[0].split(".")[0]) is None:
-        raise MemoryToolError(f"not installed: pip install {candidate.package}")
+    """Raise MemoryToolError where a package is not installed; it says how to install it."""
+    if not CANDIDATES[job.optimizer].installed():
+        raise MemoryToolError(f"not installed: pip install {CANDIDATES[job.optimizer].package}")
     if CUTS[job.cut] is not None and importlib.util.find_spec("deepspeed") is None:
         raise MemoryToolError("not installed: pip install deepspeed ninja")
 
@@ -96,11 +96,11 @@ def measure(job: Job, timeout: float = 300) -> Measured:
     """Train two steps on local ranks and count.
 
     Args:
-        job: its ranks are 1 if its cut is "none".
+        job: names of the catalogues; with the cut "none" its ranks are not used.
         timeout: seconds.
 
     Raises:
-        MemoryToolError: a name that is not known, or a package that is not installed.
+        MemoryToolError: a package that is not installed.
         RankError: a rank failed, or did not end in time.
     """
     check(job)
@@ -157,6 +157,3 @@ def _one_step(training: Training, recorder: Recorder, sample: dict[str, Tensor],
 def _sample(weight: Tensor) -> Tensor:
     flat = weight.detach().reshape(-1)
     return flat[:: max(flat.numel() // SAMPLED, 1)].float().cpu().clone()
-
-
-__all__ = ["Job", "Measured", "RankError", "check", "deviation", "measure"]

@@ -71,7 +71,7 @@ def shipped() -> list[str]:
 def _config(name: str) -> Any:
     try:
         from transformers import CONFIG_MAPPING, AutoConfig
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal
+        from transformers.models.auto import modeling_auto
     except ImportError:
         raise MemoryToolError(f"model {name}: needs transformers: pip install 'novoscale[memory]'") from None
     path = FOLDER / f"{name}.json" if name in shipped() else Path(name)
@@ -83,6 +83,7 @@ def _config(name: str) -> Any:
         except Exception as error:  # not JSON, no "model_type", or options that its class refuses
             what = str(error).splitlines()[0]
             raise MemoryToolError(f"{path}: not a transformers config that can be built: {what}") from None
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     if name in causal and name in CONFIG_MAPPING:
         return AutoConfig.for_model(name)
     raise MemoryToolError(unknown("model", name, [BUILTIN, *shipped(), *causal]) + ", or a config.json file")

@@ -5,7 +5,7 @@ One catalogue for ``novoscale memory`` and ``novoscale plan`` and for the benchm
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -58,6 +58,10 @@ class Candidate:
             params = [p for p in params.parameters() if p.requires_grad]
         made: torch.optim.Optimizer = getattr(importlib.import_module(module), name)(params, **options)
         return made
+
+    def installed(self) -> bool:
+        """Whether its package is."""
+        return importlib.util.find_spec(self.path.split(":")[0].split(".")[0]) is not None
 
     def bytes_moved(self, elements: int, size: int, clip: bool) -> float | None:
         """By count, with weights and gradients of ``size`` bytes.

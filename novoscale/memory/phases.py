@@ -1,10 +1,10 @@
 """Memory by phase: what was held before, at most, and after.
 
-Two things are measured. *Allocated*: the bytes that torch's allocators have given out on each device, event by
-event, as ``torch.profiler`` records them; exact, a temporary inside of an operator included. It reads no peak
-counter and resets none, so DeepSpeed's own reports are not disturbed. What is allocated without torch (pinned
-host memory, NCCL) is not in it. *Resident*: RSS and USS of the process, all its libraries included, from the
-operating system.
+Two things are measured. *Allocated*: the bytes that torch's allocators have given out on each device, event
+by event, as ``torch.profiler`` records them; exact, a temporary inside of an operator included. It reads no
+peak counter and resets none, so DeepSpeed's own reports are not disturbed. What is allocated without torch
+(pinned host memory, NCCL) is not in it. *Resident*: RSS and USS of the process, all its libraries included,
+from the operating system.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ class Recorder:
         self._resident: list[tuple[str, int, int, int | None]] = []
 
     def __enter__(self) -> Recorder:
-        self._profile.__enter__()
+        self._profile.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._profile.__exit__(kind, error, trace)
+        self._profile.stop()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -91,19 +91,20 @@ class Recorder:
 
     def phases(self) -> list[Phase]:
         """The phases in the order in which they ran; call it after the recorder has been left."""
-        events = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        recorded: Any = self._profile.profiler
+        events = recorded.kineto_results.events()
         spans = {e.name(): (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events}
         memory = [(_device(e), e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
         memory.sort(key=lambda event: event[1])
         devices = {"cpu", *(device for device, _, _ in memory)}
         found = []
-        for index, (name, *resident) in enumerate(self._resident):
+        for index, (name, rss, uss, peak_rss) in enumerate(self._resident):
             span = spans[_mark(index)]
             allocated = {
                 device: _allocated([(at, change) for d, at, change in memory if d == device], span)
                 for device in sorted(devices)
             }
-            found.append(Phase(name, allocated, *resident))
+            found.append(Phase(name, allocated, rss, uss, peak_rss))
         return found
 
 

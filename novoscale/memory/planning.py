@@ -71,7 +71,10 @@ def plan(model: nn.Module, rule: Rule, cut: str, world: int, precision: str) -> 
 
 def smallest_world(model: nn.Module, rule: Rule, cut: str, precision: str, device_bytes: float) -> int | None:
     """The fewest ranks on which the model states fit the device; None if no number of ranks is enough."""
-    fits = lambda world: plan(model, rule, cut, world, precision).on_device <= device_bytes  # noqa: E731
+
+    def fits(world: int) -> bool:
+        return plan(model, rule, cut, world, precision).on_device <= device_bytes
+
     low, high = 0, 1  # does not fit, may fit
     while not fits(high):
         low, high = high, 2 * high

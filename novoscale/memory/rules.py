@@ -1,6 +1,6 @@
 """How many bytes of state an optimizer will keep, by rule: for plans of models that do not fit here.
 
-A rule takes the tensors that the optimizer is given on one rank, and the bytes of their elements. Each rule is
+A rule takes the tensors that the optimizer is given on one rank, and the bytes of their elements. Each is
 checked against what its optimizer really holds (tests/memory/test_planning.py).
 """
 
@@ -49,7 +49,7 @@ def elementwise(copies: int, per_tensor: int = 0) -> Rule:
 
 
 def factored(*, momentum: bool, statistics: int = 1, as_weights: bool = False) -> Rule:
-    """Rows and columns of matrices (Adafactor; CAME: two statistics), one scalar; float32 or as the weights."""
+    """Rows and columns of matrices (CAME: of two statistics) and a scalar; float32, or as the weights."""
 
     def rule(tensors: Sequence[Stepped], size: int) -> int:
         width = size if as_weights else FLOAT32

@@ -1,19 +1,11 @@
 """Plan and measurement agree on the model states."""
 
-import resource
-import subprocess
-import sys
-import time
-
 import pytest
 
-from novoscale.memory import rules
-from novoscale.memory.cuts import PRECISIONS
 from novoscale.memory.measuring import Job, measure
 from novoscale.memory.models import build
 from novoscale.memory.optimizers import CANDIDATES
-from novoscale.memory.planning import plan, smallest_world
-from novoscale.memory.rules import Piece, Stepped
+from novoscale.memory.planning import plan
 
 LIMIT = 0.01
 
