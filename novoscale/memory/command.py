@@ -25,6 +25,8 @@ from novoscale.memory.planning import plan as planned
 from novoscale.memory.planning import smallest_world
 
 GIB = 2**30
+# The state of AdamW is the same with foreach.
+PLANNED = [n for n in COMPARED if CANDIDATES[n].state is not None and n != "torch AdamW, foreach"]
 Names = Annotated[
     list[str] | None,
     typer.Option("--optimizer", help="Of the catalogue, as adamw-fused; repeat. Default: one of each kind."),
@@ -94,7 +96,7 @@ def plan(
     """
     console = Console(stderr=True, emoji=False)
     try:
-        names = _optimizers(optimizer) or [n for n in COMPARED if CANDIDATES[n].state is not None]
+        names = _optimizers(optimizer) or PLANNED
         cuts = [_known("cut", c, CUTS) for c in cut or ("zero2", "zero3", "fsdp2")]
         _known("precision", precision, PRECISIONS)
         rules = {name: CANDIDATES[name].state for name in names}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def build(name: str, device: str = "cpu") -> nn.Module:
         MemoryToolError: there is no such model, or its config cannot be built.
     """
     torch.manual_seed(0)
-    with torch.device(device):
+    with torch.device(device), _quiet():
         if name == BUILTIN:
             return runs.builtin_model()[0]
         config = _config(name)
@@ -66,6 +68,17 @@ def batch(name: str, model: nn.Module, device: str) -> dict[str, Tensor]:
 def shipped() -> list[str]:
     """Names of the configs that come with novoscale."""
     return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of packages that transformers looks at when it is imported."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _config(name: str) -> Any:
