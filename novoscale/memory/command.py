@@ -57,14 +57,14 @@ def memory(
     console = Console(stderr=True, emoji=False)
     try:
         optimizers = _optimizers(optimizer) or list(COMPARED)
-        cuts = [_known("cut", c, CUTS) for c in cut or ("none", "zero2")]
+        cuts = [(_known("cut", c, CUTS), 1 if c == "none" else ranks) for c in cut or ("none", "zero2")]
         _known("precision", precision, PRECISIONS)
         _can_draw()
         models.build(model, "meta")
     except MemoryToolError as error:
         _refuse(console, error)
     _warn(console, ranks)
-    cells = compare(model, optimizers, cuts, ranks, precision)
+    cells = compare(model, optimizers, cuts, precision)
     total = len(optimizers) * len(cuts)
     shown = console.is_terminal
     rows = list(track(cells, "measuring", total, console=console, disable=not shown, transient=True))

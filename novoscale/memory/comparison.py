@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from novoscale.memory import measuring
@@ -20,12 +21,11 @@ Row = dict[str, Any]
 def compare(
     model: str,
     optimizers: Sequence[str],
-    cuts: Sequence[str],
-    ranks: int,
+    cuts: Sequence[tuple[str, int]],
     precision: str,
     timeout: float = 600,
 ) -> Iterator[Row]:
-    """Measure each optimizer under each cut, a row for each, in this order.
+    """Measure each optimizer under each cut and number of ranks, a row for each, in this order.
 
     A row has ``why`` where nothing could be measured; else what ``Measured.to_dict`` has, and ``deviation``:
     the distance of the update from that of one process, relative; ``same_training``: whether that is within
@@ -34,7 +34,7 @@ def compare(
     """
     for optimizer in optimizers:
         uncut, row = _cell(Job(model, optimizer, "none", 1, precision), timeout)
-        for cut in cuts:
+        for cut, ranks in cuts:
             if cut != "none":
                 job = Job(model, optimizer, cut, ranks, precision)
                 row = _against(uncut, *_cell(job, timeout))
@@ -45,10 +45,10 @@ def _cell(job: Job, timeout: float) -> tuple[Measured | None, Row]:
     try:
         found = measuring.measure(job, timeout)
     except MemoryToolError as error:
-        return None, {"optimizer": job.optimizer, "cut": job.cut, "why": str(error)}
+        return None, {**asdict(job), "why": str(error)}
     except RankError as error:
         why = error.brief().splitlines()[-1][:200]
-        return None, {"optimizer": job.optimizer, "cut": job.cut, "why": why}
+        return None, {**asdict(job), "why": why}
     return found, found.to_dict()
 
 

@@ -60,12 +60,12 @@ class Measured:
         return self.phases[rank][-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the update, for JSON; and of the second step what it takes besides its result.
+        """All of it but the update, for JSON; and in short, of the rank that has most.
 
-        ``transient_bytes`` is that of the device, of the rank where it is largest.
+        ``transient_bytes``: what the optimizer's second step allocates besides what it leaves.
         """
         device = "cuda" if "cuda" in self.step(0).allocated else "cpu"
-        steps = [self.step(rank).allocated[device] for rank in range(len(self.phases))]
+        updates = [u[device] for rank in range(len(self.phases)) for u in self.step(rank).updates]
         return {
             **asdict(self.job),
             "device": device,
@@ -75,7 +75,7 @@ class Measured:
             "peak_bytes_per_rank": max(
                 p.allocated[device].peak for phases in self.phases for p in phases if device in p.allocated
             ),
-            "transient_bytes": max(step.transient for step in steps),
+            "transient_bytes": max(update.transient for update in updates),
             "rss_bytes_per_rank": max(p.rss for phases in self.phases for p in phases),
             "ranks_measured": [
                 {"bytes": asdict(a), "phases": [asdict(p) for p in phases]}

@@ -44,6 +44,7 @@ class Phase:
     Attributes:
         name: as it was given to ``Recorder.phase``.
         allocated: by type of device, "cpu" or "cuda".
+        updates: the same of each call of a torch optimizer's ``step`` in it, without the wrappers around it.
         rss: bytes of the process that are in memory, after the phase.
         uss: bytes that only this process has, after the phase.
         peak_rss: the most within the phase; None where the operating system does not let it be reset.
@@ -51,6 +52,7 @@ class Phase:
 
     name: str
     allocated: dict[str, Allocated]
+    updates: list[dict[str, Allocated]]
     rss: int
     uss: int
     peak_rss: int | None
@@ -64,7 +66,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
-        self._resident: list[tuple[str, int, int, int | None]] = []
+        self._resident: list[tuple[Any, ...]] = []  # name, rss, uss, peak_rss
 
     def __enter__(self) -> Recorder:
         self._profile.start()
@@ -93,18 +95,24 @@ class Recorder:
         """The phases in the order in which they ran; call it after the recorder has been left."""
         recorded: Any = self._profile.profiler
         events = recorded.kineto_results.events()
-        spans = {e.name(): (e.start_ns(), e.start_ns() + e.duration_ns()) for e in events}
+        spans = [(e.name(), (e.start_ns(), e.start_ns() + e.duration_ns())) for e in events]
+        named = dict(spans)
+        updates = [span for name, span in spans if name.startswith("Optimizer.step#")]  # torch records it
         memory = [(_device(e), e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
         memory.sort(key=lambda event: event[1])
         devices = {"cpu", *(device for device, _, _ in memory)}
+        changes = {
+            device: [(at, change) for d, at, change in memory if d == device] for device in sorted(devices)
+        }
+
+        def allocated(span: tuple[int, int]) -> dict[str, Allocated]:
+            return {device: _allocated(changes[device], span) for device in changes}
+
         found = []
-        for index, (name, rss, uss, peak_rss) in enumerate(self._resident):
-            span = spans[_mark(index)]
-            allocated = {
-                device: _allocated([(at, change) for d, at, change in memory if d == device], span)
-                for device in sorted(devices)
-            }
-            found.append(Phase(name, allocated, rss, uss, peak_rss))
+        for index, (name, *resident) in enumerate(self._resident):
+            start, stop = named[_mark(index)]
+            inside = [allocated(span) for span in updates if start <= span[0] <= stop]
+            found.append(Phase(name, allocated((start, stop)), inside, *resident))
         return found
 
 

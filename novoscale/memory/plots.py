@@ -26,7 +26,7 @@ def memory(report: dict[str, Any], path: Path) -> None:
     cuts = list(dict.fromkeys((row["cut"], row["ranks"]) for row in rows))
     first = {row["optimizer"]: row["state_bytes_per_parameter"] for row in reversed(rows)}
     names = sorted(first, key=lambda name: first[name])
-    height = 1.6 + len(names) * (0.22 + 0.15 * len(cuts))
+    height = 1.6 + len(names) * (0.1 + 0.17 * len(cuts))
     figure, axes = plt.subplots(1, 2, figsize=(11, height), sharey=True, width_ratios=(3, 2))
     for k, cut in enumerate(cuts):
         found = {row["optimizer"]: row for row in rows if (row["cut"], row["ranks"]) == cut}
@@ -34,7 +34,7 @@ def memory(report: dict[str, Any], path: Path) -> None:
     state, transient = axes
     state.set_yticks(range(len(names)), names, size=9)
     state.set(xlabel="bytes per parameter, of all ranks", title="Optimizer state")
-    transient.set(xlabel="bytes per parameter, on one rank", title="What a step takes besides")
+    transient.set(xlabel="bytes per parameter, on one rank", title="What a step takes for a moment besides")
     state.margins(x=0.3)
     transient.margins(x=0.25)
     model = f"{report['model']}, {rows[0]['parameters'] / 1e6:.4g}M parameters" if rows else report["model"]
@@ -85,7 +85,7 @@ def _legend(figure: Any, cuts: list[tuple[str, int]], wrong: bool) -> None:
     ]
     labels = [TITLES[cut] + (f", {ranks} ranks" if cut != "none" else "") for cut, ranks in cuts]
     if wrong:
-        handles.append(plt.Rectangle((0, 0), 1, 1, color="white", hatch="////", ec=WRONG, lw=0))
+        handles.append(plt.Rectangle((0, 0), 1, 1, fc="#cccccc", hatch="////", ec=WRONG, lw=0))
         labels.append("the cut changes the training")
     figure.legend(
         handles, labels, frameon=False, fontsize=8, ncols=6, loc="lower left", bbox_to_anchor=(0, 0.02)

@@ -32,18 +32,17 @@ def measured(report: dict[str, Any]) -> Table:
     device = next((row["device"] for row in report["rows"] if "device" in row), "cpu")
     table = Table(
         title=f"{report['model']}, {report['precision']}, measured on {device}",
-        caption="State: of the storages that are held. Step's transient: what torch allocates in a step "
-        "besides what it leaves, on the rank with most of it; under ZeRO DeepSpeed's own copy of the "
-        "gradients too. Update: distance from that of one process, over its length.",
+        caption="State: of the storages that are held. Transient: what the optimizer's step allocates "
+        "besides what it leaves, on the rank with most of it. Peak: of all phases, warm-up included. Update: distance from that of one process, over its length.",
     )
     table.add_column("optimizer")
     table.add_column("cut")
-    columns = ("state\nB/param", "state\nMiB/rank", "step's transient\nB/param", "peak\nMiB/rank")
+    columns = ("state\nB/param", "state\nMiB/rank", "transient\nB/param", "peak\nMiB/rank")
     for column in (*columns, "RSS\nMiB/rank", "update"):
         table.add_column(column, justify="right")
     for row in report["rows"]:
         if "why" in row:
-            table.add_row(row["optimizer"], TITLES[row["cut"]], *[""] * 5, row["why"], style="dim")
+            table.add_row(row["optimizer"], _cut(row), *[""] * 5, row["why"], style="dim")
             continue
         table.add_row(
             row["optimizer"],
