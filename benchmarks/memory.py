@@ -58,10 +58,10 @@ def markdown(found: dict[str, Any]) -> str:
 def _cell(row: dict[str, Any]) -> str:
     if "why" in row:
         return str(row["why"])
-    mark = (
-        f" (not the same training: {row['deviation']:.0%} off)" if row.get("same_training") is False else ""
-    )
-    return f"{row['state_bytes_per_parameter']:.2f}{mark}"
+    held = f"{row['state_bytes_per_parameter']:.2f}"
+    if row.get("same_training") is False:
+        held += f" (not the same training: {row['deviation']:.0%} off)"
+    return held
 
 
 if __name__ == "__main__":
