@@ -33,8 +33,11 @@ def main(
     """Measure everything, write data, table and plot."""
     cells = compare(model, COMPARED, CUTS, "float32", timeout=1200)
     total = len(COMPARED) * len(CUTS)
-    rows = list(track(cells, "measuring", total, disable=not sys.stderr.isatty()))
-    found = report.write({"model": model, "precision": "float32", "rows": rows}, out, "make memory")
+    rows = []
+    for row in track(cells, "measuring", total, disable=not sys.stderr.isatty()):
+        rows.append(row)
+        # After each row: an interrupted run keeps what it has measured.
+        found = report.write({"model": model, "precision": "float32", "rows": rows}, out, "make memory")
     table = markdown(found)
     (out / "memory.md").write_text(table)
     console = Console() if sys.stdout.isatty() else Console(width=120)

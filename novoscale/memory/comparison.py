@@ -11,8 +11,8 @@ from novoscale.memory.measuring import Job, Measured
 from novoscale.memory.models import MemoryToolError
 from novoscale.ranks import RankError
 
-# Of the length of the model's update in two steps. Rounding in float32 is below 1e-3 and that of Adam's 8-bit
-# states below 0.05; a statistic of anything but the layer is 0.2 and more (docs/memory.md: what was measured).
+# Of the length of the model's update in two steps. Rounding in float32 is below 1e-3 and that of Adam's
+# 8-bit states below 0.05; a statistic of anything but the layer is 0.2 and more (docs/memory.md).
 OTHER_TRAINING = 0.1
 
 Row = dict[str, Any]

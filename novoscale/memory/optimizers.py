@@ -173,6 +173,7 @@ CANDIDATES: dict[str, Candidate] = {
 
 # What `novoscale memory` measures unless told otherwise, and `make memory`: one of each kind.
 COMPARED = (
+    "NovoGrad",
     "torch AdamW, fused",
     "torch AdamW, foreach",
     "torch SGD with momentum",
@@ -184,8 +185,7 @@ COMPARED = (
     "transformers Adafactor, beta1",
     "bitsandbytes AdamW8bit",
     "bitsandbytes Lion8bit",
+    "gefen-x",
     "torchao AdamW8bit",
     "torchao AdamW4bit",
-    "gefen-x",
-    "NovoGrad",
 )

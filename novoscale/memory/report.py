@@ -32,9 +32,9 @@ def measured(report: dict[str, Any]) -> Table:
     device = next((row["device"] for row in report["rows"] if "device" in row), "cpu")
     table = Table(
         title=f"{report['model']}, {report['precision']}, measured on {device}",
-        caption="State: of the storages that are held. Transient: what the optimizer's step allocates besides "
-        "what it leaves, on the rank with most of it. Peak: of all phases, warm-up included. Update: distance "
-        "from that of one process, over its length.",
+        caption="State: of the storages that are held. Transient: what the optimizer's step allocates "
+        "besides what it leaves, on the rank with most of it. Peak: of all phases, warm-up included. "
+        "Update: distance from that of one process, over its length.",
     )
     table.add_column("optimizer")
     table.add_column("cut")
