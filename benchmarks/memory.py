@@ -8,6 +8,7 @@ data, the plot and the table of docs/memory.md. On two CPU cores it takes about 
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,13 +32,14 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for memory.json, the plot and the table.")] = Path("runs"),
 ) -> None:
     """Measure everything, write data, table and plot."""
+    command = f'make memory ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make memory"
     cells = compare(model, COMPARED, CUTS, "float32", timeout=1200)
     total = len(COMPARED) * len(CUTS)
     rows = []
     for row in track(cells, "measuring", total, disable=not sys.stderr.isatty()):
         rows.append(row)
         # After each row: an interrupted run keeps what it has measured.
-        found = report.write({"model": model, "precision": "float32", "rows": rows}, out, "make memory")
+        found = report.write({"model": model, "precision": "float32", "rows": rows}, out, command)
     table = markdown(found)
     (out / "memory.md").write_text(table)
     console = Console() if sys.stdout.isatty() else Console(width=120)
