@@ -1,21 +1,21 @@
 """``novoscale memory`` and ``novoscale plan``, as a user has them."""
 
 import json
-import subprocess
-import sys
 
 import pytest
+from typer.testing import CliRunner
+
+from novoscale.cli import app
 
 
-def run(folder, *arguments):
-    command = [sys.executable, "-m", "novoscale.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=200)
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
 
 
 def test_memory_measures_and_writes(tmp_path):
     arguments = ["--optimizer", "adamw-fused", "--optimizer", "novograd", "--cut", "none", "--cut", "ddp"]
-    done = run(tmp_path, "memory", "builtin", *arguments, "--ranks", 2)
-    assert done.returncode == 0, done.stderr
+    done = run("memory", "builtin", *arguments, "--ranks", 2, "--out", tmp_path / "runs")
+    assert done.exit_code == 0, done.stderr
     assert "there is no GPU" in done.stderr or "fewer GPUs" in done.stderr
     assert "DDP, 2 ranks" in done.stdout
     report = json.loads((tmp_path / "runs" / "memory.json").read_text())
@@ -29,16 +29,17 @@ def test_memory_measures_and_writes(tmp_path):
 def test_memory_of_a_config_file_as_json(tmp_path):
     config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    done = run(tmp_path, "memory", "config.json", "--optimizer", "novograd", "--cut", "none", "--json")
-    assert done.returncode == 0, done.stderr
+    options = ["--optimizer", "novograd", "--cut", "none", "--json", "--out", tmp_path / "runs"]
+    done = run("memory", tmp_path / "config.json", *options)
+    assert done.exit_code == 0, done.stderr
     (row,) = json.loads(done.stdout)["rows"]
     assert row["parameters"] == 64 * 32 + 1024 * 32 + 12 * 32 * 32 + 13 * 32 + 2 * 32
 
 
-def test_plan_shows_each_part_and_the_smallest_world(tmp_path):
+def test_plan_shows_each_part_and_the_smallest_world():
     arguments = ["--world", 64, "--optimizer", "novograd", "--cut", "zero3", "--device-memory", 80]
-    done = run(tmp_path, "plan", "llama-70b", *arguments)
-    assert done.returncode == 0, done.stderr
+    done = run("plan", "llama-70b", *arguments)
+    assert done.exit_code == 0, done.stderr
     assert "70.55 billion parameters on 64 ranks" in done.stdout
     assert "activations" in done.stdout
     assert "12.32" in done.stdout
@@ -58,10 +59,11 @@ def test_plan_shows_each_part_and_the_smallest_world(tmp_path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_named_and_ends_with_code_2(arguments, says, tmp_path):
+def test_bad_input_is_named_and_ends_with_code_2(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.json").write_text('{"vocab_size": ')
     (tmp_path / "t5.json").write_text('{"model_type": "t5"}')
-    done = run(tmp_path, *arguments)
-    assert done.returncode == 2
+    done = run(*arguments)
+    assert done.exit_code == 2
     assert says in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr

