@@ -33,9 +33,11 @@ def memory(report: dict[str, Any], path: Path) -> None:
         _bars(axes, names, found, place=0.4 - 0.8 * (k + 0.5) / len(cuts), height=0.74 / len(cuts), shade=k)
     state, transient = axes
     state.set_yticks(range(len(names)), names, size=9)
-    state.set(xlabel="bytes per parameter, of all ranks", title="Optimizer state")
+    state.set(
+        xlabel="bytes per parameter, of all ranks", title="Optimizer state, and what it saves of AdamW's"
+    )
     transient.set(xlabel="bytes per parameter, on one rank", title="What a step takes for a moment besides")
-    state.margins(x=0.3)
+    state.margins(x=0.42, y=0.01)
     transient.margins(x=0.25)
     model = f"{report['model']}, {rows[0]['parameters'] / 1e6:.4g}M parameters" if rows else report["model"]
     figure.suptitle(f"{model}, {report['precision']}, measured", size=11)
