@@ -9,10 +9,10 @@ ranks. Writes the data, two plots and the tables of docs/cuts.md.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
 
 from benchmarks import parallel_models, plots
-from benchmarks.provenance import provenance
+from novoscale.memory.optimizers import CANDIDATES, Candidate
+from novoscale.provenance import provenance
 from novoscale.ranks import RankError
 from novoscale.verify import verify
 
@@ -70,25 +71,24 @@ CONFIGURATIONS: dict[str, str | dict[str, Any]] = {
     "stage 3, offload_optimizer, offload_param": zero(3, offload_optimizer=CPU, offload_param=CPU),
 }
 
-PLAIN = "benchmarks.cuts:PlainNovoGrad"
-# name: import path, options, what to install
-OTHERS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "novoscale NovoGrad": ("novoscale:NovoGrad", {"lr": 0.003}, "novoscale"),
-    "torch AdamW": ("torch.optim:AdamW", {"lr": 0.003}, "torch"),
-    "torch Adafactor": ("torch.optim:Adafactor", {"lr": 0.03}, "torch"),
-    "transformers Adafactor": (
-        "transformers.optimization:Adafactor",
-        {"lr": 0.003, "relative_step": False, "scale_parameter": False},
-        "transformers",
-    ),
-    "CAME": ("came_pytorch:CAME", {"lr": 0.003}, "came-pytorch"),
-    "LAMB (pytorch_optimizer)": ("pytorch_optimizer:Lamb", {"lr": 0.003}, "pytorch_optimizer"),
-    "NovoGrad (pytorch_optimizer)": ("pytorch_optimizer:NovoGrad", {"lr": 0.003}, "pytorch_optimizer"),
-    "NovoGrad (as timm, NeMo, MONAI)": (PLAIN, {"lr": 0.003}, "novoscale"),
-    "bitsandbytes AdamW8bit": ("bitsandbytes.optim:AdamW8bit", {"lr": 0.003}, "bitsandbytes"),
-    "torchao AdamW8bit": ("torchao.optim:AdamW8bit", {"lr": 0.003}, "torchao"),
-    "gefen-x": ("gefen:Gefen", {"lr": 0.003}, "gefen-x"),
+# Named in the catalogue, with the learning rate of this model.
+OTHERS: dict[str, Candidate] = {
+    name: replace(CANDIDATES[name], options={**CANDIDATES[name].options, "lr": lr})
+    for name, lr in {
+        "NovoGrad": 0.003,
+        "torch AdamW": 0.003,
+        "torch Adafactor": 0.03,
+        "transformers Adafactor": 0.003,
+        "CAME": 0.003,
+        "LAMB (pytorch_optimizer)": 0.003,
+        "NovoGrad (pytorch_optimizer)": 0.003,
+        "bitsandbytes AdamW8bit": 0.003,
+        "torchao AdamW8bit": 0.003,
+        "gefen-x": 0.003,
+    }.items()
 }
+PLAIN = "NovoGrad (as timm, NeMo, MONAI)"
+OTHERS[PLAIN] = Candidate("benchmarks.cuts:PlainNovoGrad", {"lr": 0.003}, "novoscale")
 
 
 class PlainNovoGrad(torch.optim.Optimizer):
@@ -123,7 +123,7 @@ def main(
     shown = sys.stderr.isatty()
     cases = [(name, ranks) for name in CONFIGURATIONS for ranks in (2, 3, 4)]
     rows = [
-        {"configuration": name, "ranks": ranks, **measure(CONFIGURATIONS[name], ranks)}
+        {"configuration": name, "ranks": ranks, **measure(CONFIGURATIONS[name], ranks, OTHERS["NovoGrad"])}
         for name, ranks in track(cases, "NovoGrad, every cut", disable=not shown)
     ]
     parallel = [
@@ -132,12 +132,11 @@ def main(
         for ranks in (2, 3, 4)
     ]
     others = [
-        {"optimizer": name, **measure(zero(2), 3, *OTHERS[name])}
+        {"optimizer": name, **measure(zero(2), 3, OTHERS[name])}
         for name in track(OTHERS, "other optimizers, ZeRO-2", disable=not shown)
     ]
     plain = [
-        {"configuration": f"stage {stage}", "ranks": ranks, **measure(zero(stage), ranks, *OTHERS[key])}
-        for key in ("NovoGrad (as timm, NeMo, MONAI)",)
+        {"configuration": f"stage {stage}", "ranks": ranks, **measure(zero(stage), ranks, OTHERS[PLAIN])}
         for stage in (1, 2, 3)
         for ranks in (2, 3, 4)
     ]
@@ -160,21 +159,14 @@ def main(
     console.print(f"Written: cuts.json, cuts.md, cuts.png, cuts.svg, others.png, others.svg in {out}")
 
 
-def measure(
-    config: str | dict[str, Any],
-    ranks: int,
-    optimizer: str = "novoscale:NovoGrad",
-    options: dict[str, Any] | None = None,
-    package: str = "novoscale",
-) -> dict[str, Any]:
+def measure(config: str | dict[str, Any], ranks: int, optimizer: Candidate) -> dict[str, Any]:
     """What ``verify`` finds: the worst deviation and where, or why there is none."""
-    if importlib.util.find_spec(optimizer.split(":")[0].split(".")[0]) is None:
-        return {"worst": None, "why": f"not installed: pip install {package}"}
+    if not optimizer.installed():
+        return {"worst": None, "why": f"not installed: pip install {optimizer.package}"}
     try:
-        verdict = verify(config, ranks=ranks, optimizer=optimizer, options=options or {"lr": 0.003})
+        verdict = verify(config, ranks=ranks, optimizer=optimizer.path, options=optimizer.options)
     except RankError as error:
-        lines = [line for line in str(error).splitlines() if line and not line.startswith(" ")]
-        return {"worst": None, "why": lines[-1][:200]}
+        return {"worst": None, "why": error.brief().splitlines()[-1][:200]}
     parameter, worst = verdict.worst
     return {"worst": worst, "where": parameter, "bound": verdict.bound, "passed": verdict.passed}
 

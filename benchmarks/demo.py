@@ -26,10 +26,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import plots, text  # noqa: E402
-from benchmarks.provenance import provenance  # noqa: E402
 from benchmarks.train import build_model  # noqa: E402
 from novoscale import NovoGrad  # noqa: E402
 from novoscale.memory import optimizer_state_bytes  # noqa: E402
+from novoscale.provenance import provenance  # noqa: E402
 from novoscale.ranks import remove_shared_memory  # noqa: E402
 
 PORT = 29577

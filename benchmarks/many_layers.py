@@ -21,8 +21,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.provenance import provenance
 from novoscale import NovoGrad
+from novoscale.provenance import provenance
 from novoscale.ranks import run_ranks
 
 LAYERS, WIDTH, STEPS, RANKS = 1000, 16, 20, 2

@@ -6,13 +6,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from novoscale.plotting import COLORS, save
+
 BASELINE = "torch AdamW, fused"
-COLORS = {"AdamW": "#888888", "Adafactor": "#d98032", "NovoGrad": "#1f6fb4"}
 
 
 def demo(report: dict[str, Any], path: Path) -> None:
@@ -42,7 +40,7 @@ def demo(report: dict[str, Any], path: Path) -> None:
         ylabel="bytes per parameter, all ranks",
         title=f"Optimizer state under ZeRO-2, {report['ranks']} ranks",
     )
-    _save(figure, path, report["provenance"])
+    save(figure, path, report["provenance"])
 
 
 def cuts(report: dict[str, Any], path: Path) -> None:
@@ -68,7 +66,7 @@ def cuts(report: dict[str, Any], path: Path) -> None:
     axis.set(ylabel="largest relative deviation of a weight")
     axis.set_title(f"After {report['steps']} steps: distance from the same training in one process")
     axis.legend(frameon=False, loc="upper left", ncols=2)
-    _save(figure, path, report["provenance"])
+    save(figure, path, report["provenance"])
 
 
 def others(report: dict[str, Any], path: Path) -> None:
@@ -76,7 +74,7 @@ def others(report: dict[str, Any], path: Path) -> None:
     rows = sorted((r for r in report["others"] if r["worst"] is not None), key=lambda r: -r["worst"])
     figure, axis = plt.subplots(figsize=(9, 3.8))
     names = [r["optimizer"] for r in rows]
-    colors = [COLORS["NovoGrad"] if n.startswith("novoscale") else "#888888" for n in names]
+    colors = [COLORS["NovoGrad"] if n in ("NovoGrad", "novoscale NovoGrad") else "#888888" for n in names]
     bars = axis.barh(names, [r["worst"] for r in rows], color=colors, height=0.65)
     axis.bar_label(bars, [f" {_short(r['worst'])}" for r in rows], size=8)
     axis.set_xscale("log")
@@ -84,7 +82,7 @@ def others(report: dict[str, Any], path: Path) -> None:
     axis.set(xlabel="largest relative deviation of a weight")
     title = f"ZeRO-2 on 3 ranks, {report['steps']} steps: distance from the same optimizer in one process"
     axis.set_title(title, loc="right", size=11)
-    _save(figure, path, report["provenance"])
+    save(figure, path, report["provenance"])
 
 
 def speed(run: dict[str, Any], path: Path) -> None:
@@ -105,7 +103,7 @@ def speed(run: dict[str, Any], path: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     place = {"loc": "lower left", "bbox_to_anchor": (0, 0.02)}
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=min(len(labels), 6), **place)
-    _save(figure, path, run["provenance"], bottom=0.5 / figure.get_figheight())
+    save(figure, path, run["provenance"], bottom=0.5 / figure.get_figheight())
 
 
 def quality(report: dict[str, Any], path: Path) -> None:
@@ -128,7 +126,7 @@ def quality(report: dict[str, Any], path: Path) -> None:
         right.plot([k - 0.2, k + 0.2], [statistics.mean(values)] * 2, color="#333333")
     right.set_xticks(range(len(formats)), formats)
     right.set(xlabel="momentum_dtype, by row, rms: three seeds and their mean", ylabel="validation loss")
-    _save(figure, path, report["provenance"])
+    save(figure, path, report["provenance"])
 
 
 def losses(report: dict[str, Any], group: str, case: str) -> dict[float, list[float]]:
@@ -164,16 +162,3 @@ def _smooth(values: list[float], width: int = 10) -> list[float]:
         sum(values[max(i - width, 0) : i + 1]) / len(values[max(i - width, 0) : i + 1])
         for i in range(len(values))
     ]
-
-
-def _save(figure: Any, path: Path, provenance: dict[str, Any], bottom: float = 0.02) -> None:
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    versions = ", ".join(f"{k} {v}" for k, v in provenance["versions"].items() if k in ("torch", "deepspeed"))
-    figure.text(
-        0.995, 0.005, f"{provenance['command']}; {versions}", ha="right", va="bottom", size=6, color="#777777"
-    )
-    figure.tight_layout(rect=(0, bottom, 1, 1))
-    for suffix in (".png", ".svg"):
-        figure.savefig(path.with_suffix(suffix), dpi=150)
-    plt.close(figure)

@@ -31,9 +31,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import plots
-from benchmarks.optimizers import CANDIDATES, Candidate
-from benchmarks.provenance import provenance
 from benchmarks.shapes import CATALOGUE, DEFAULT, Shapes
+from novoscale.memory.optimizers import CANDIDATES, Candidate
+from novoscale.provenance import provenance
 
 # Larger than any norm here: the gradients stay what they are, and the work is the same.
 CLIP = 1e6
@@ -55,7 +55,7 @@ def main(
     """Measure, print a table, append to speed.json, draw."""
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     names = [n for n in CANDIDATES if not optimizer or any(part.lower() in n.lower() for part in optimizer)]
-    names = [n for n in names if where in CANDIDATES[n].devices]
+    names = [n for n in names if where in CANDIDATES[n].timed_on]
     shapes = shape or DEFAULT[where]
     unknown = [name for name in shapes if name not in CATALOGUE]
     if unknown:

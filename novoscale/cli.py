@@ -14,6 +14,7 @@ except ImportError:
     sys.exit("The novoscale command needs typer and rich: pip install 'novoscale[cli]'")
 
 from novoscale import verify as verifying
+from novoscale.memory.command import memory, plan
 from novoscale.ranks import RankError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -22,6 +23,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 @app.callback()
 def main() -> None:
     """NovoGrad for models that do not fit: the same training, however the model is cut."""
+
+
+app.command()(memory)
+app.command()(plan)
 
 
 @app.command()
@@ -62,7 +67,7 @@ def verify(
         console.print(str(error), style="red", markup=False)
         raise typer.Exit(2) from None
     except RankError as error:
-        console.print(_last_error(str(error)), style="red", markup=False)
+        console.print(error.brief(), style="red", markup=False)
         raise typer.Exit(1) from None
     if as_json:
         print(verdict.to_json())
@@ -82,13 +87,6 @@ def _options(pairs: list[str]) -> dict[str, Any]:
         except (ValueError, SyntaxError):
             found[key] = value
     return found
-
-
-def _last_error(text: str) -> str:
-    """Of each rank's traceback the line that says what is wrong; of a single line, itself."""
-    lines = [line for line in text.splitlines() if line and not line.startswith(" ")]
-    errors = [line for line in lines if not line.startswith(("Traceback", "rank "))]
-    return "\n".join(dict.fromkeys(errors or lines))
 
 
 def _show(verdict: verifying.Verdict) -> None:

@@ -34,9 +34,20 @@ _context.set_forkserver_preload(
 class RankError(RuntimeError):
     """A rank raised, died or did not end in time."""
 
+    def brief(self) -> str:
+        """Of each rank's traceback the line that says what is wrong; of a single line, itself."""
+        lines = [line for line in str(self).splitlines() if line and not line.startswith(" ")]
+        errors = [line for line in lines if not line.startswith(("Traceback", "rank "))]
+        return "\n".join(dict.fromkeys(errors or lines))
+
 
 def run_ranks(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120, backend: str = "gloo"
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120,
+    backend: str = "gloo",
+    quiet: bool = False,
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank, torch.distributed being initialised.
 
@@ -48,6 +59,7 @@ def run_ranks(
         args: picklable.
         timeout: seconds for all ranks to end.
         backend: of the process group.
+        quiet: drop what the ranks print; else it goes to this process's standard error.
 
     Returns:
         What each rank returned; it must be a thing that ``torch.save`` takes.
@@ -58,7 +70,9 @@ def run_ranks(
     with tempfile.TemporaryDirectory() as name:
         folder, port = Path(name), _free_port()
         processes = [
-            _context.Process(target=_rank, args=(rank, world_size, port, backend, folder, function, args))
+            _context.Process(
+                target=_rank, args=(rank, world_size, port, backend, folder, quiet, function, args)
+            )
             for rank in range(world_size)
         ]
         try:
@@ -99,6 +113,7 @@ def _rank(
     port: int,
     backend: str,
     folder: Path,
+    quiet: bool,
     function: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
@@ -110,6 +125,8 @@ def _rank(
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
+    if quiet:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     os.dup2(2, 1)  # what a rank prints is not the caller's output
     torch.set_num_threads(max((os.cpu_count() or 1) // world_size, 1))
     try:

@@ -10,6 +10,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
         str(Path(__file__).parent),
         str(Path(__file__).parent / "integrations"),
         str(Path(__file__).parent / "distributed"),
+        str(Path(__file__).parent / "memory"),
         str(Path(__file__).parent.parent),
         *filter(None, [os.environ.get("PYTHONPATH")]),
     ]

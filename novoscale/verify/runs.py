@@ -120,23 +120,33 @@ def _one_process(setup: Setup, master_dtype: torch.dtype) -> dict[str, Tensor]:
 
 def under_torch(setup: Setup) -> dict[str, Tensor]:
     """Train on this rank under DDP or FSDP2."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
     model, micro_batches = make_model(setup)
-    trained: Any = model
-    if setup.cut == "fsdp2":
-        fully_shard(model, mesh=init_device_mesh("cpu", (setup.ranks,)))
-    elif setup.cut == "ddp":
-        trained = nn.parallel.DistributedDataParallel(model)
+    trained = cut(model, setup.cut)
     optimizer = make_optimizer(setup, [p for p in model.parameters() if p.requires_grad])
     for step in range(setup.steps):
         optimizer.zero_grad()
         for batch in mine(setup, micro_batches(step)):
             loss_of(trained, batch, setup.dtype).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-    weights = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    return {n: w.full_tensor() if isinstance(w, DTensor) else w for n, w in weights.items()}
+    return {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
+
+
+def cut(model: nn.Module, kind: str, **fsdp2: Any) -> nn.Module:
+    """The model under "ddp" or "fsdp2" (with options of ``fully_shard``), or as it is under "none"."""
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    if kind == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        device = next(model.parameters()).device.type
+        fully_shard(model, mesh=init_device_mesh(device, (dist.get_world_size(),)), **fsdp2)
+    return model
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight, gathered from all ranks if it is a DTensor."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def mine(setup: Setup, batches: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import speed
-from benchmarks.optimizers import CANDIDATES
 from benchmarks.shapes import CATALOGUE, LLAMA_7B, gpt2
+from novoscale.memory.optimizers import CANDIDATES
 
 
 def elements(shapes):

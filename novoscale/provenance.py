@@ -15,7 +15,10 @@ from typing import Any
 import psutil
 import torch
 
-PACKAGES = ("novoscale", "torch", "deepspeed", "accelerate", "transformers", "numpy", "triton")
+PACKAGES = (
+    *("novoscale", "torch", "deepspeed", "accelerate", "transformers", "numpy", "triton"),
+    *("bitsandbytes", "came-pytorch", "gefen-x", "pytorch_optimizer", "torchao"),
+)
 
 
 def provenance(command: str | None = None) -> dict[str, Any]:
@@ -50,16 +53,19 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
-    """The commit; marked where tracked files differ from it."""
+    """The commit of novoscale's repository; marked where tracked files differ from it."""
     try:
-        git = lambda *args: subprocess.run(  # noqa: E731
-            ["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
-        return git("rev-parse", "--short=12", "HEAD") + (
-            " (modified)" if git("status", "--porcelain", "-uno") else ""
-        )
+        _git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed copy may lie in another's
+        modified = " (modified)" if _git("status", "--porcelain", "-uno") else ""
+        return _git("rev-parse", "--short=12", "HEAD") + modified
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
 
 
 def _cpu() -> str:

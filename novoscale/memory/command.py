@@ -1,0 +1,176 @@
+"""The commands ``novoscale memory`` and ``novoscale plan``."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from novoscale.memory import models, report
+from novoscale.memory.comparison import compare
+from novoscale.memory.cuts import CUTS, PRECISIONS
+from novoscale.memory.models import MemoryToolError, unknown
+from novoscale.memory.optimizers import CANDIDATES, COMPARED
+from novoscale.memory.planning import plan as planned
+from novoscale.memory.planning import smallest_world
+
+GIB = 2**30
+# The state of AdamW is the same with foreach.
+PLANNED = [n for n in COMPARED if CANDIDATES[n].state is not None and n != "torch AdamW, foreach"]
+Names = Annotated[
+    list[str] | None,
+    typer.Option("--optimizer", help="Of the catalogue, as adamw-fused; repeat. Default: one of each kind."),
+]
+Precision = Annotated[str, typer.Option(help=f"One of: {', '.join(PRECISIONS)}.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+
+
+def memory(
+    model: Annotated[
+        str,
+        typer.Argument(help="builtin, a shipped config, a model type of transformers, or a config.json."),
+    ] = "gpt2-1m",
+    optimizer: Names = None,
+    cut: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of: {', '.join(CUTS)}; repeat. Default: none, zero2."),
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 2,
+    precision: Precision = "float32",
+    out: Annotated[Path, typer.Option(help="Folder for memory.json, memory.png, memory.svg.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Measure what optimizers take: two steps of MODEL with each, under each cut, on this machine.
+
+    Exit code 0: each cell was measured or says why not. 2: MODEL or a name is not known.
+    """
+    console = Console(stderr=True, emoji=False)
+    try:
+        optimizers = _optimizers(optimizer) or list(COMPARED)
+        cuts = [(_known("cut", c, CUTS), 1 if c == "none" else ranks) for c in cut or ("none", "zero2")]
+        _known("precision", precision, PRECISIONS)
+        _can_draw()
+        models.build(model, "meta")
+    except MemoryToolError as error:
+        _refuse(console, error)
+    _warn(console, ranks)
+    cells = compare(model, optimizers, cuts, precision)
+    total = len(optimizers) * len(cuts)
+    shown = console.is_terminal
+    rows = list(track(cells, "measuring", total, console=console, disable=not shown, transient=True))
+    found = report.write(
+        {"model": model, "precision": precision, "rows": rows}, out, _command("memory", sys.argv)
+    )
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        _output().print(report.measured(found))
+        console.print(f"Written: memory.json, memory.png, memory.svg in {out}", highlight=False)
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="As of novoscale memory; of any size.")],
+    world: Annotated[int, typer.Option(min=1, help="Ranks.")] = 8,
+    device_memory: Annotated[float, typer.Option(min=0, help="GiB of each device.")] = 80,
+    optimizer: Names = None,
+    cut: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of: {', '.join(CUTS)}; repeat. Default: zero2, zero3, fsdp2."),
+    ] = None,
+    precision: Precision = "bf16-mixed",
+    as_json: Json = False,
+) -> None:
+    """Bytes on each rank for a MODEL that does not fit here: model states, without activations.
+
+    Exit code 0: planned. 2: MODEL or a name is not known, or there is no rule for an optimizer's state.
+    """
+    console = Console(stderr=True, emoji=False)
+    try:
+        names = _optimizers(optimizer) or PLANNED
+        cuts = [_known("cut", c, CUTS) for c in cut or ("zero2", "zero3", "fsdp2")]
+        _known("precision", precision, PRECISIONS)
+        rules = {name: CANDIDATES[name].state for name in names}
+        for name in (name for name, rule in rules.items() if rule is None):
+            raise MemoryToolError(f"{name}: no rule gives its state before it runs: use novoscale memory")
+        built = models.build(model, "meta")
+    except MemoryToolError as error:
+        _refuse(console, error)
+    rows = [
+        report.plan_row(
+            name,
+            c,
+            planned(built, rule, c, world, precision),
+            smallest_world(built, rule, c, precision, device_memory * GIB),
+        )
+        for c in cuts
+        for name, rule in rules.items()
+        if rule is not None
+    ]
+    found = {
+        "model": model,
+        "parameters": sum(p.numel() for p in built.parameters()),
+        "world": world,
+        "precision": precision,
+        "device_memory_GiB": device_memory,
+        "rows": rows,
+    }
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        _output().print(report.plan(found))
+
+
+def _optimizers(names: Sequence[str] | None) -> list[str]:
+    """Names of the catalogue; "adamw-fused" and "torch AdamW, fused" are the same."""
+    slugs = {_slug(name): name for name in CANDIDATES}
+    slugs |= {slug.removeprefix("torch-"): name for slug, name in slugs.items()}
+    return [slugs[_known("optimizer", _slug(name), slugs, shown=name)] for name in names or ()]
+
+
+def _slug(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _known(kind: str, name: str, known: Iterable[str], shown: str | None = None) -> str:
+    if name not in known:
+        raise MemoryToolError(unknown(kind, shown or name, known))
+    return name
+
+
+def _can_draw() -> None:
+    for package in ("matplotlib", "psutil"):
+        if importlib.util.find_spec(package) is None:
+            raise MemoryToolError(f"novoscale memory needs {package}: pip install 'novoscale[memory]'")
+
+
+def _warn(console: Console, ranks: int) -> None:
+    gpus, cores = torch.cuda.device_count(), os.cpu_count() or 1
+    say: Callable[[str], None] = lambda text: console.print(text, style="yellow", highlight=False)  # noqa: E731
+    if gpus < ranks:
+        have = "there is no GPU" if gpus == 0 else f"there are fewer GPUs ({gpus}) than ranks ({ranks})"
+        say(f"{have}: measured on CPU ranks, in the memory of the machine (RSS)")
+        if ranks > cores:
+            say(f"{ranks} ranks on {cores} cores: bytes are not changed by that, but it takes long")
+
+
+def _refuse(console: Console, error: Exception) -> NoReturn:
+    console.print(str(error), style="red", markup=False, highlight=False)
+    raise typer.Exit(2) from None
+
+
+def _output() -> Console:
+    return Console(emoji=False) if sys.stdout.isatty() else Console(emoji=False, width=140)
+
+
+def _command(name: str, argv: Sequence[str]) -> str:
+    return " ".join(["novoscale", *(argv[1:] if len(argv) > 1 and argv[1] == name else [name])])

@@ -1,0 +1,61 @@
+"""Optimizers against cuts: every cell measured, or why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from novoscale.memory import measuring
+from novoscale.memory.measuring import Job, Measured
+from novoscale.memory.models import MemoryToolError
+from novoscale.ranks import RankError
+
+# Of the length of the model's update in two steps. Rounding in float32 is below 1e-3 and that of Adam's
+# 8-bit states below 0.05; a statistic of anything but the layer is 0.2 and more (docs/memory.md).
+OTHER_TRAINING = 0.1
+
+Row = dict[str, Any]
+
+
+def compare(
+    model: str,
+    optimizers: Sequence[str],
+    cuts: Sequence[tuple[str, int]],
+    precision: str,
+    timeout: float = 600,
+) -> Iterator[Row]:
+    """Measure each optimizer under each cut and number of ranks, a row for each, in this order.
+
+    A row has ``why`` where nothing could be measured; else what ``Measured.to_dict`` has, and ``deviation``:
+    the distance of the update from that of one process, relative; ``same_training``: whether that is within
+    ``OTHER_TRAINING``. Both are None in bfloat16, where the rounding of the weights is as large, and where
+    one process could not be measured.
+    """
+    for optimizer in optimizers:
+        uncut, row = _cell(Job(model, optimizer, "none", 1, precision), timeout)
+        for cut, ranks in cuts:
+            if cut != "none":
+                job = Job(model, optimizer, cut, ranks, precision)
+                row = _against(uncut, *_cell(job, timeout))
+            yield row
+
+
+def _cell(job: Job, timeout: float) -> tuple[Measured | None, Row]:
+    try:
+        found = measuring.measure(job, timeout)
+    except MemoryToolError as error:
+        return None, {**asdict(job), "why": str(error)}
+    except RankError as error:
+        why = error.brief().splitlines()[-1][:200]
+        return None, {**asdict(job), "why": why}
+    return found, found.to_dict()
+
+
+def _against(uncut: Measured | None, found: Measured | None, row: Row) -> Row:
+    if found is None:
+        return row
+    if uncut is None or found.job.precision != "float32":
+        return {**row, "deviation": None, "same_training": None}
+    deviation = measuring.deviation(found, uncut)
+    return {**row, "deviation": deviation, "same_training": deviation <= OTHER_TRAINING}

@@ -1,0 +1,123 @@
+"""How a model is cut over ranks, and in which precision it trains: one set-up for each."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from novoscale.memory.optimizers import Candidate
+from novoscale.verify import runs
+
+# name: the ZeRO section of a DeepSpeed config; None: torch's own
+CUTS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "ddp": None,
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "offload": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+    "fsdp2": None,
+}
+TITLES = {
+    "none": "one process",
+    "ddp": "DDP",
+    "zero1": "ZeRO-1",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3",
+    "offload": "ZeRO-2, offload",
+    "fsdp2": "FSDP2",
+}
+# Its own default, 5e8 elements, is a buffer larger than the models that are measured here.
+BUCKET = 1 << 20
+
+# name: of the model as it is computed with; whether the optimizer updates float32 copies
+PRECISIONS = ("float32", "bf16-mixed", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model, cut, with its optimizer; ready to take steps.
+
+    Attributes:
+        model: what ``account`` takes: the module or the engine.
+        optimizer: the optimizer, with its wrappers if there are some.
+        whole: a parameter's weight, gathered from all ranks.
+    """
+
+    model: Any
+    optimizer: Any
+    forward: Callable[[dict[str, Tensor]], Tensor]
+    backward: Callable[[Tensor], Any]
+    step: Callable[[], Any]
+    whole: Callable[[Any], Tensor]
+
+
+def set_up(model: nn.Module, optimizer: Candidate, cut: str, precision: str) -> Training:
+    """Cut a float32 model over the ranks of the process group.
+
+    Args:
+        model: on the device on which it trains.
+        optimizer: of the catalogue.
+        cut: of ``CUTS``.
+        precision: "float32"; "bf16-mixed": computed in bfloat16, updated in float32 (DeepSpeed's ``bf16``,
+            FSDP2's mixed precision, autocast); or "bfloat16" throughout.
+    """
+    section = CUTS[cut]
+    if section is None:
+        return _torch(model, optimizer, cut, precision)
+    training = importlib.import_module("novoscale.integrations.deepspeed_training")
+    config = deepspeed_config(section, precision)
+    if precision != "float32":
+        model = model.bfloat16()
+    engine = training.initialize(model, config, optimizer=optimizer.make(model))
+    return Training(
+        engine,
+        engine.optimizer,
+        lambda batch: runs.loss_of(engine, batch, torch.float32),
+        engine.backward,
+        engine.step,
+        training.whole,
+    )
+
+
+def deepspeed_config(section: dict[str, Any], precision: str) -> dict[str, Any]:
+    """The DeepSpeed config of a ZeRO section and a precision."""
+    bf16: dict[str, Any] = {"enabled": precision != "float32"}
+    if precision == "bfloat16":
+        bf16.update(bf16_master_weights_and_grads=True, bf16_optimizer_states=True)
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"reduce_bucket_size": BUCKET, "allgather_bucket_size": BUCKET, **section},
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": bf16,
+    }
+
+
+def _torch(model: nn.Module, candidate: Candidate, cut: str, precision: str) -> Training:
+    if precision == "bfloat16":
+        model = model.bfloat16()
+    mixed = precision == "bf16-mixed"
+    policy = (
+        {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if mixed and cut == "fsdp2" else {}
+    )
+    device = next(model.parameters()).device.type
+    trained = runs.cut(model, cut, **policy)
+    optimizer = candidate.make(model)
+
+    def forward(batch: dict[str, Tensor]) -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=mixed and cut != "fsdp2"):
+            return runs.loss_of(trained, batch, torch.float32)
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Training(trained, optimizer, forward, lambda loss: loss.backward(), step, runs.whole)  # type: ignore[no-untyped-call]

@@ -1,0 +1,159 @@
+"""What training really takes: two steps of a model, an optimizer and a cut, on ranks of this machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from novoscale.memory import models
+from novoscale.memory.accounting import Account, account
+from novoscale.memory.cuts import CUTS, Training, set_up
+from novoscale.memory.models import MemoryToolError
+from novoscale.memory.optimizers import CANDIDATES
+from novoscale.memory.phases import Phase, Recorder
+from novoscale.ranks import run_ranks
+
+SAMPLED = 1024  # elements of a parameter, or a few more, by which two runs are compared
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is measured: names of a model, an optimizer, a cut and a precision; and the number of ranks."""
+
+    model: str
+    optimizer: str
+    cut: str
+    ranks: int = 1
+    precision: str = "float32"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one job took.
+
+    Attributes:
+        accounts: of each rank, after the backward pass of the second step, where everything is held.
+        phases: of each rank: the model, and forward, backward and step of two steps, the first being the
+            warm-up that makes the state.
+        parameters: elements of the model.
+        update: what two steps changed, by parameter: a sample of its elements, float32, on the CPU.
+    """
+
+    job: Job
+    accounts: list[Account]
+    phases: list[list[Phase]]
+    parameters: int
+    update: dict[str, Tensor]
+
+    @property
+    def state_per_parameter(self) -> float:
+        """Bytes of optimizer state of all ranks, over the elements of the model."""
+        return sum(a.state.total for a in self.accounts) / self.parameters
+
+    def step(self, rank: int) -> Phase:
+        """The update of the second step on one rank."""
+        return self.phases[rank][-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it but the update, for JSON; and in short, of the rank that has most.
+
+        ``transient_bytes``: what the optimizer's second step allocates besides what it leaves.
+        """
+        device = "cuda" if "cuda" in self.step(0).allocated else "cpu"
+        updates = [u[device] for rank in range(len(self.phases)) for u in self.step(rank).updates]
+        return {
+            **asdict(self.job),
+            "device": device,
+            "parameters": self.parameters,
+            "state_bytes_per_parameter": self.state_per_parameter,
+            "state_bytes_per_rank": max(a.state.total for a in self.accounts),
+            "peak_bytes_per_rank": max(
+                p.allocated[device].peak for phases in self.phases for p in phases if device in p.allocated
+            ),
+            "transient_bytes": max(update.transient for update in updates),
+            "rss_bytes_per_rank": max(p.rss for phases in self.phases for p in phases),
+            "ranks_measured": [
+                {"bytes": asdict(a), "phases": [asdict(p) for p in phases]}
+                for a, phases in zip(self.accounts, self.phases, strict=True)
+            ],
+        }
+
+
+def check(job: Job) -> None:
+    """Raise MemoryToolError where a package is not installed; it says how to install it."""
+    if not CANDIDATES[job.optimizer].installed():
+        raise MemoryToolError(f"not installed: pip install {CANDIDATES[job.optimizer].package}")
+    if CUTS[job.cut] is not None and importlib.util.find_spec("deepspeed") is None:
+        raise MemoryToolError("not installed: pip install deepspeed ninja")
+
+
+def measure(job: Job, timeout: float = 300) -> Measured:
+    """Train two steps on local ranks and count.
+
+    Args:
+        job: names of the catalogues; with the cut "none" its ranks are not used.
+        timeout: seconds.
+
+    Raises:
+        MemoryToolError: a package that is not installed.
+        RankError: a rank failed, or did not end in time.
+    """
+    check(job)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the ranks
+    backend = "nccl" if torch.cuda.device_count() >= job.ranks else "gloo"
+    if backend == "gloo":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    ranks = 1 if job.cut == "none" else job.ranks
+    found = run_ranks(_on_rank, ranks, job, timeout=timeout, backend=backend, quiet=True)
+    _, _, parameters, update = found[0]
+    return Measured(job, [f[0] for f in found], [f[1] for f in found], parameters, update)
+
+
+def deviation(found: Measured, uncut: Measured) -> float:
+    """How far the update of a cut model is from that of the same training in one process.
+
+    Every rank is given the same sample, so that the mean of the gradients is that of one process. The
+    length of the difference over the length of the update: 0 is the same training.
+    """
+    difference = torch.cat([found.update[name] - u for name, u in uncut.update.items()])
+    return float(difference.norm() / torch.cat(list(uncut.update.values())).norm())
+
+
+def _on_rank(job: Job) -> tuple[Account, list[Phase], int, dict[str, Tensor]]:
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    if device == "cuda":
+        torch.cuda.set_device(torch.distributed.get_rank())
+    with Recorder() as recorder:
+        with recorder.phase("model"):
+            model = models.build(job.model, device).eval()
+            parameters = sum(p.numel() for p in model.parameters())
+            before = {name: _sample(p) for name, p in model.named_parameters()}
+            training = set_up(model, CANDIDATES[job.optimizer], job.cut, job.precision)
+        sample = models.batch(job.model, model, device)
+        for when in ("warm-up ", ""):
+            held = _one_step(training, recorder, sample, when)
+    trained = getattr(training.model, "module", training.model).named_parameters()
+    update = {name: _sample(training.whole(p)) - before[name] for name, p in trained}
+    return held, recorder.phases(), parameters, update
+
+
+def _one_step(training: Training, recorder: Recorder, sample: dict[str, Tensor], when: str) -> Account:
+    with recorder.phase(f"{when}forward"):
+        loss = training.forward(sample)
+    with recorder.phase(f"{when}backward"):
+        training.backward(loss)
+        del loss
+    held = account(training.model, training.optimizer)
+    with recorder.phase(f"{when}step"):
+        training.step()
+    return held
+
+
+def _sample(weight: Tensor) -> Tensor:
+    flat = weight.detach().reshape(-1)
+    return flat[:: max(flat.numel() // SAMPLED, 1)].float().cpu().clone()

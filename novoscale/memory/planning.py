@@ -1,0 +1,188 @@
+"""Bytes on each rank for a model of any size: its shapes, the cut's arithmetic, each optimizer's rule.
+
+What is planned are the model states: parameters, gradients, optimizer state and float32 master weights.
+Activations, the collectives' buckets and layers that are gathered for a moment are not in it; ``novoscale
+memory`` measures those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from novoscale.memory.rules import FLOAT32, Piece, Rule, Stepped
+
+BFLOAT16 = 2
+# Elements: under stage 3 DeepSpeed keeps smaller parameters whole, beside the shards of all (its default).
+PERSISTENT = 100_000
+LARGEST_WORLD = 1 << 17
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of the model states on the rank that holds most.
+
+    Attributes:
+        parameters: the weights that forward and backward use, or the rank's shards of them.
+        gradients: after the backward pass, as they wait for the step.
+        state: of the optimizer.
+        master_weights: the copies that DeepSpeed gives to the optimizer.
+        transient: gradients that DeepSpeed holds for a moment besides: under stage 1 all of them until the
+            backward pass ends; under stages 1 and 2 the partition's once more in the step.
+        on_host: what of the former lies in the host's memory, by offload.
+    """
+
+    parameters: int
+    gradients: int
+    state: int
+    master_weights: int = 0
+    transient: int = 0
+    on_host: int = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes held between the backward pass and the step, host and device."""
+        return self.parameters + self.gradients + self.state + self.master_weights
+
+    @property
+    def on_device(self) -> int:
+        """Bytes that the device must have for the model states."""
+        return self.total + self.transient - self.on_host
+
+
+def plan(model: nn.Module, rule: Rule, cut: str, world: int, precision: str) -> Plan:
+    """Plan the memory of the rank that holds most.
+
+    Args:
+        model: on any device, the meta device included; only the shapes of its parameters are read. All
+            are taken to be trained.
+        rule: of the optimizer, see ``novoscale.memory.rules``.
+        cut: of ``novoscale.memory.cuts.CUTS``.
+        world: number of ranks.
+        precision: of ``novoscale.memory.cuts.PRECISIONS``.
+    """
+    shapes = [tuple(p.shape) for p in model.parameters()]
+    return _CUTS[cut](shapes, rule, world, precision)
+
+
+def smallest_world(model: nn.Module, rule: Rule, cut: str, precision: str, device_bytes: float) -> int | None:
+    """The fewest ranks on which the model states fit the device; None if no number of ranks is enough."""
+
+    def fits(world: int) -> bool:
+        return plan(model, rule, cut, world, precision).on_device <= device_bytes
+
+    low, high = 0, 1  # does not fit, may fit
+    while not fits(high):
+        low, high = high, 2 * high
+        if high > LARGEST_WORLD or cut in ("none", "ddp"):
+            return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+Shapes = Sequence[tuple[int, ...]]
+
+
+def _uncut(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
+    size = BFLOAT16 if precision == "bfloat16" else FLOAT32  # autocast keeps float32 weights
+    weights = size * _elements(shapes)
+    return Plan(weights, weights, rule([_whole(shape) for shape in shapes], size))
+
+
+def _fsdp2(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
+    """Slices along dimension 0; the first rank has the largest."""
+    size = BFLOAT16 if precision == "bfloat16" else FLOAT32
+    tensors = []
+    for shape in shapes:
+        rows, *rest = shape or (1,)
+        shard = (-(-rows // world), *rest)
+        tensors.append(Stepped(shard, (Piece(shape, math.prod(shard)),)))
+    weights = size * sum(t.numel for t in tensors)
+    return Plan(weights, weights, rule(tensors, size))
+
+
+def _zero_1_and_2(stage: int, offload: bool) -> Callable[[Shapes, Rule, int, str], Plan]:
+    def planned(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
+        """One flat tensor, padded to equal partitions of an even number of elements."""
+        size, master = _sizes(precision)
+        elements = _elements(shapes)
+        partition = 2 * math.ceil(elements / (2 * world))
+        state = rule([Stepped((partition,), _first(shapes, partition))], master)
+        master_weights = master * partition
+        parameters = size * 2 * world * math.ceil(elements / (2 * world))
+        if offload:  # float32 gradients on the host, and a buffer for the largest on either side
+            buffer = size * max(map(math.prod, shapes))
+            on_host = master_weights + state + FLOAT32 * partition + buffer
+            return Plan(parameters, FLOAT32 * partition + 2 * buffer, state, master_weights, 0, on_host)
+        transient = size * elements if stage == 1 else master_weights
+        gradients = size * _largest_share(shapes, partition)
+        return Plan(parameters, gradients, state, master_weights, transient)
+
+    return planned
+
+
+def _zero_3(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
+    """An equal slice of every parameter, padded, in one flat tensor; small parameters whole besides."""
+    size, master = _sizes(precision)
+    pieces = tuple(Piece(shape, math.ceil(math.prod(shape) / world)) for shape in shapes)
+    slices = sum(piece.numel for piece in pieces)
+    persistent = sum(piece.whole for piece in pieces if piece.whole <= PERSISTENT)
+    state = rule([Stepped((slices,), pieces)], master)
+    return Plan(size * (slices + persistent), size * slices, state, master * slices)
+
+
+_CUTS: dict[str, Callable[[Shapes, Rule, int, str], Plan]] = {
+    "none": _uncut,
+    "ddp": _uncut,
+    "zero1": _zero_1_and_2(1, offload=False),
+    "zero2": _zero_1_and_2(2, offload=False),
+    "zero3": _zero_3,
+    "offload": _zero_1_and_2(2, offload=True),
+    "fsdp2": _fsdp2,
+}
+
+
+def _sizes(precision: str) -> tuple[int, int]:
+    """Bytes of an element of the weights and of their master copies under DeepSpeed."""
+    return {
+        "float32": (FLOAT32, FLOAT32),
+        "bf16-mixed": (BFLOAT16, FLOAT32),
+        "bfloat16": (BFLOAT16, BFLOAT16),
+    }[precision]
+
+
+def _elements(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _whole(shape: tuple[int, ...]) -> Stepped:
+    return Stepped(shape, (Piece(shape, math.prod(shape)),))
+
+
+def _largest_share(shapes: Shapes, partition: int) -> int:
+    """The most elements of gradients that a rank holds: those of a parameter on its border count whole."""
+    held: defaultdict[int, int] = defaultdict(int)
+    start = 0
+    for numel in map(math.prod, shapes):
+        for rank in range(start // partition, (start + numel - 1) // partition + 1):
+            held[rank] += numel
+        start += numel
+    return max(held.values())
+
+
+def _first(shapes: Shapes, elements: int) -> tuple[Piece, ...]:
+    """The parameters, or the parts of them, that fill the first elements of a flat tensor."""
+    pieces = []
+    for shape in shapes:
+        if elements <= 0:
+            break
+        numel = min(math.prod(shape), elements)
+        pieces.append(Piece(shape, numel))
+        elements -= numel
+    return tuple(pieces)

@@ -1,0 +1,94 @@
+"""The picture of ``novoscale memory``: what an optimizer keeps, and what its step takes besides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+
+from novoscale.memory.comparison import Row
+from novoscale.memory.cuts import TITLES
+from novoscale.plotting import COLORS, save
+
+BASELINE = 8.0  # bytes per parameter: AdamW's, float32
+WRONG = "#c0392b"
+
+
+def memory(report: dict[str, Any], path: Path) -> None:
+    """Bars of state and of the step's transient, for each optimizer and cut; most state on top.
+
+    Args:
+        report: what ``novoscale memory`` writes as JSON.
+        path: of the files, without suffix.
+    """
+    rows = [row for row in report["rows"] if "why" not in row]
+    cuts = list(dict.fromkeys((row["cut"], row["ranks"]) for row in rows))
+    first = {row["optimizer"]: row["state_bytes_per_parameter"] for row in reversed(rows)}
+    names = sorted(first, key=lambda name: first[name])
+    height = 1.6 + len(names) * (0.1 + 0.17 * len(cuts))
+    figure, axes = plt.subplots(1, 2, figsize=(11, height), sharey=True, width_ratios=(3, 2))
+    for k, cut in enumerate(cuts):
+        found = {row["optimizer"]: row for row in rows if (row["cut"], row["ranks"]) == cut}
+        _bars(axes, names, found, place=0.4 - 0.8 * (k + 0.5) / len(cuts), height=0.74 / len(cuts), shade=k)
+    state, transient = axes
+    state.set_yticks(range(len(names)), names, size=9)
+    state.set(
+        xlabel="bytes per parameter, of all ranks", title="Optimizer state, and what it saves of AdamW's"
+    )
+    transient.set(xlabel="bytes per parameter, on one rank", title="What a step takes for a moment besides")
+    state.margins(x=0.42, y=0.01)
+    transient.margins(x=0.25)
+    model = f"{report['model']}, {rows[0]['parameters'] / 1e6:.4g}M parameters" if rows else report["model"]
+    figure.suptitle(f"{model}, {report['precision']}, measured", size=11)
+    _legend(figure, cuts, any(row.get("same_training") is False for row in rows))
+    save(figure, path, report["provenance"], bottom=0.45 / height)
+
+
+def _bars(
+    axes: Any, names: list[str], found: dict[str, Row], *, place: float, height: float, shade: int
+) -> None:
+    for axis, value in zip(axes, (_state, _transient), strict=True):
+        for y, row in ((y, found[name]) for y, name in enumerate(names) if name in found):
+            wrong = row.get("same_training") is False
+            bar = axis.barh(
+                y + place,
+                value(row),
+                height,
+                color=COLORS["NovoGrad" if row["optimizer"].startswith("NovoGrad") else "AdamW"],
+                alpha=1 / (1 + 0.7 * shade),
+                hatch="////" if wrong else None,
+                edgecolor=WRONG if wrong else None,
+                lw=0,
+            )
+            label = _saving(value(row)) if axis is axes[0] else f" {value(row):.2f}"
+            axis.bar_label(bar, [label + ("  not the same training" if wrong and axis is axes[0] else "")],
+                           size=7, color=WRONG if wrong else "black")  # fmt: skip
+
+
+def _state(row: Row) -> float:
+    return float(row["state_bytes_per_parameter"])
+
+
+def _transient(row: Row) -> float:
+    return float(row["transient_bytes"] / row["parameters"])
+
+
+def _saving(held: float) -> str:
+    """The bytes, and what part of AdamW's they save."""
+    saved = 1 - held / BASELINE
+    return f" {held:.2f}" + (f", saves {saved:.0%}" if saved >= 0.005 else "")
+
+
+def _legend(figure: Any, cuts: list[tuple[str, int]], wrong: bool) -> None:
+    handles = [
+        plt.Rectangle((0, 0), 1, 1, color=COLORS["AdamW"], alpha=1 / (1 + 0.7 * shade))
+        for shade in range(len(cuts))
+    ]
+    labels = [TITLES[cut] + (f", {ranks} ranks" if cut != "none" else "") for cut, ranks in cuts]
+    if wrong:
+        handles.append(plt.Rectangle((0, 0), 1, 1, fc="#cccccc", hatch="////", ec=WRONG, lw=0))
+        labels.append("the cut changes the training")
+    figure.legend(
+        handles, labels, frameon=False, fontsize=8, ncols=6, loc="lower left", bbox_to_anchor=(0, 0.02)
+    )

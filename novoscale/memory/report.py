@@ -1,0 +1,99 @@
+"""What ``novoscale memory`` and ``novoscale plan`` say: tables, and files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from novoscale.memory.cuts import TITLES
+from novoscale.memory.planning import Plan
+
+GIB, MIB = 2**30, 2**20
+
+
+def write(report: dict[str, Any], folder: Path, command: str) -> dict[str, Any]:
+    """Write memory.json with its provenance, and the picture of it; return what was written."""
+    from novoscale.memory import plots
+    from novoscale.provenance import provenance
+
+    found = {"provenance": provenance(command), **report}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.json").write_text(json.dumps(found, indent=1) + "\n")
+    plots.memory(found, folder / "memory")
+    return found
+
+
+def measured(report: dict[str, Any]) -> Table:
+    """A row for each optimizer and cut."""
+    device = next((row["device"] for row in report["rows"] if "device" in row), "cpu")
+    table = Table(
+        title=f"{report['model']}, {report['precision']}, measured on {device}",
+        caption="State: of the storages that are held. Transient: what the optimizer's step allocates "
+        "besides what it leaves, on the rank with most of it. Peak: of all phases, warm-up included. "
+        "Update: distance from that of one process, over its length.",
+    )
+    table.add_column("optimizer")
+    table.add_column("cut")
+    columns = ("state\nB/param", "state\nMiB/rank", "transient\nB/param", "peak\nMiB/rank")
+    for column in (*columns, "RSS\nMiB/rank", "update"):
+        table.add_column(column, justify="right")
+    for row in report["rows"]:
+        if "why" in row:
+            table.add_row(row["optimizer"], _cut(row), *[""] * 5, row["why"], style="dim")
+            continue
+        table.add_row(
+            row["optimizer"],
+            _cut(row),
+            f"{row['state_bytes_per_parameter']:.3f}",
+            f"{row['state_bytes_per_rank'] / MIB:.2f}",
+            f"{row['transient_bytes'] / row['parameters']:.3f}",
+            f"{row['peak_bytes_per_rank'] / MIB:.1f}",
+            f"{row['rss_bytes_per_rank'] / MIB:.0f}",
+            _update(row),
+        )
+    return table
+
+
+def _cut(row: dict[str, Any]) -> str:
+    ranks = f", {row['ranks']} ranks" if row["cut"] != "none" else ""
+    return TITLES[row["cut"]] + ranks
+
+
+def _update(row: dict[str, Any]) -> str:
+    if row.get("deviation") is None:
+        return ""
+    if row["same_training"]:
+        return f"{row['deviation']:.0e}"
+    return f"[red]not the same training: {row['deviation']:.0%} off[/]"
+
+
+def plan_row(optimizer: str, cut: str, plan: Plan, smallest: int | None) -> dict[str, Any]:
+    """A row of a plan, for JSON; bytes."""
+    sums = {"total": plan.total, "on_device": plan.on_device}
+    return {"optimizer": optimizer, "cut": cut, **asdict(plan), **sums, "smallest_world": smallest}
+
+
+def plan(report: dict[str, Any]) -> Table:
+    """The table of a plan, GiB on the rank that holds most."""
+    table = Table(
+        title=f"{report['model']}: {report['parameters'] / 1e9:.4g} billion parameters on {report['world']} "
+        f"ranks, {report['precision']}; GiB on the rank that holds most",
+        caption="Model states only: activations, buckets of collectives and gathered layers come on top. "
+        "Transient: gradients that DeepSpeed holds for a moment besides. State by rules that are tested "
+        "against measurement; novoscale memory measures, and shows which optimizers a cut changes.",
+    )
+    for column in ("optimizer", "cut"):
+        table.add_column(column)
+    parts = ("parameters", "gradients", "master_weights", "state", "transient", "on_host", "on_device")
+    for part in parts:
+        table.add_column(part.replace("_", "\n"), justify="right")
+    table.add_column(f"fits {report['device_memory_GiB']:g} GiB\nfrom ranks", justify="right")
+    for row in report["rows"]:
+        fits = "never" if row["smallest_world"] is None else f"{row['smallest_world']:,}"
+        sizes = [f"{row[part] / GIB:.2f}" for part in parts]
+        table.add_row(row["optimizer"], TITLES[row["cut"]], *sizes, fits)
+    return table

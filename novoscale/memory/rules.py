@@ -1,0 +1,118 @@
+"""How many bytes of state an optimizer will keep, by rule: for plans of models that do not fit here.
+
+A rule takes the tensors that the optimizer is given on one rank, and the bytes of their elements. Each is
+checked against what its optimizer really holds (tests/memory/test_planning.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+FLOAT32 = 4
+SMALL = 4096  # elements: bitsandbytes, torchao and NovoGrad leave smaller tensors in float32
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a tensor holds of one parameter: its shape before any cut, and how many elements lie here."""
+
+    shape: tuple[int, ...]
+    numel: int
+
+    @property
+    def whole(self) -> int:
+        """Elements of the parameter before any cut."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A tensor as an optimizer is given it on one rank: a parameter, a shard of one, or a flat partition."""
+
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements, padding included."""
+        return math.prod(self.shape)
+
+
+Rule = Callable[[Sequence[Stepped], int], int]
+
+
+def elementwise(copies: int, per_tensor: int = 0) -> Rule:
+    """``copies`` of the tensor in its dtype, and some bytes for each tensor."""
+    return lambda tensors, size: sum(copies * t.numel * size + per_tensor for t in tensors)
+
+
+def factored(*, momentum: bool, statistics: int = 1, as_weights: bool = False) -> Rule:
+    """Rows and columns of matrices (CAME: of two statistics) and a scalar; float32, or as the weights."""
+
+    def rule(tensors: Sequence[Stepped], size: int) -> int:
+        width = size if as_weights else FLOAT32
+        total = 0
+        for t in tensors:
+            *rest, rows, columns = (1, *t.shape) if len(t.shape) > 1 else (1, 0, 0)
+            second = statistics * math.prod(rest) * (rows + columns) if len(t.shape) > 1 else t.numel
+            total += width * (second + (t.numel if momentum else 0)) + FLOAT32
+        return total
+
+    return rule
+
+
+def bitsandbytes_8bit(states: int) -> Rule:
+    """A byte for an element, a float32 scale for each block of 256, one code book for each state."""
+
+    def rule(tensors: Sequence[Stepped], size: int) -> int:
+        large = [t.numel for t in tensors if t.numel >= SMALL]
+        small = sum(t.numel for t in tensors if t.numel < SMALL)
+        codes = sum(n + FLOAT32 * math.ceil(n / 256) for n in large)
+        return states * (codes + FLOAT32 * small + (FLOAT32 * 256 if large else 0))
+
+    return rule
+
+
+def torchao_adamw(bits: int, block: int) -> Rule:
+    """Codes, a float32 scale for each block and a code book for each state; only of whole blocks."""
+
+    def rule(tensors: Sequence[Stepped], size: int) -> int:
+        total = 0
+        for t in tensors:
+            quantised = t.numel >= SMALL and t.numel % block == 0
+            codes = t.numel * bits // 8 + FLOAT32 * (t.numel // block + 2**bits)
+            total += 2 * (codes if quantised else t.numel * size) + FLOAT32
+        return total
+
+    return rule
+
+
+def novograd(momentum: str = "float32", granularity: str = "tensor") -> Rule:
+    """The first moment in its format, and float32 scalars for each layer."""
+
+    def rule(tensors: Sequence[Stepped], size: int) -> int:
+        total = 0
+        for t in tensors:
+            counters = 2 if momentum != "float32" or size < FLOAT32 else 1  # exp_avg_sq, step
+            layers = sum(_layers(piece, granularity) for piece in t.pieces)
+            total += _first_moment(t, momentum) + FLOAT32 * counters * layers
+        return total
+
+    return rule
+
+
+def _layers(piece: Piece, granularity: str) -> int:
+    if granularity == "tensor" or len(piece.shape) < 2:
+        return 1
+    return math.ceil(piece.numel / (piece.whole // piece.shape[0]))
+
+
+def _first_moment(t: Stepped, momentum: str) -> int:
+    if momentum in ("float32", "bfloat16"):
+        return t.numel * (FLOAT32 if momentum == "float32" else 2)
+    bits = {"int8": 8, "int4": 4}[momentum]
+    small = sum(piece.numel for piece in t.pieces if piece.whole < SMALL)
+    blocks = sum(math.ceil(piece.numel / 128) for piece in t.pieces if piece.whole >= SMALL)
+    return FLOAT32 * small + blocks * (128 * bits // 8 + 2)  # a bfloat16 scale

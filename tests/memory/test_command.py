@@ -1,0 +1,69 @@
+"""``novoscale memory`` and ``novoscale plan``, as a user has them."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from novoscale.cli import app
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_memory_measures_and_writes(tmp_path):
+    arguments = ["--optimizer", "adamw-fused", "--optimizer", "novograd", "--cut", "none", "--cut", "ddp"]
+    done = run("memory", "builtin", *arguments, "--ranks", 2, "--out", tmp_path / "runs")
+    assert done.exit_code == 0, done.stderr
+    assert "there is no GPU" in done.stderr or "fewer GPUs" in done.stderr
+    assert "DDP, 2 ranks" in done.stdout
+    report = json.loads((tmp_path / "runs" / "memory.json").read_text())
+    assert {"date", "command", "commit", "versions", "machine"} <= report["provenance"].keys()
+    held = [row["state_bytes_per_parameter"] for row in report["rows"]]
+    assert held == pytest.approx([8, 16, 4, 8], rel=0.01)  # under DDP every rank has all of it
+    for name in ("memory.png", "memory.svg"):
+        assert (tmp_path / "runs" / name).stat().st_size > 5000
+
+
+def test_memory_of_a_config_file_as_json(tmp_path):
+    config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ["--optimizer", "novograd", "--cut", "none", "--json", "--out", tmp_path / "runs"]
+    done = run("memory", tmp_path / "config.json", *options)
+    assert done.exit_code == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["parameters"] == 64 * 32 + 1024 * 32 + 12 * 32 * 32 + 13 * 32 + 2 * 32
+
+
+def test_plan_shows_each_part_and_the_smallest_world():
+    arguments = ["--world", 64, "--optimizer", "novograd", "--cut", "zero3", "--device-memory", 80]
+    done = run("plan", "llama-70b", *arguments)
+    assert done.exit_code == 0, done.stderr
+    assert "70.55 billion parameters on 64 ranks" in done.stdout
+    assert "activations" in done.stdout
+    assert "12.32" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["memory", "--optimizer", "nvograd"], "no optimizer 'nvograd'; did you mean: novograd"),
+        (["memory", "lama"], "no model 'lama'; did you mean: llama"),
+        (["memory", "--cut", "zero4"], "no cut 'zero4'; did you mean: zero"),
+        (["plan", "llama-8b", "--precision", "fp16"], "no precision 'fp16'"),
+        (["plan", "llama-8b", "--optimizer", "gefen-x"], "gefen-x: no rule gives its state"),
+        (["plan", "broken.json"], "broken.json: not a transformers config that can be built"),
+        (["plan", "t5.json"], "transformers cannot build a causal language model"),
+        (["plan", "llama-8b", "--world", "0"], "--world"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_named_and_ends_with_code_2(arguments, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.json").write_text('{"vocab_size": ')
+    (tmp_path / "t5.json").write_text('{"model_type": "t5"}')
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert says in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
