@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts speed memory format clean
+.PHONY: demo test lint cuts speed memory quality format clean
 
 demo: $(VENV)/.installed
 	$(RUN) python benchmarks/demo.py $(ARGS)
@@ -24,6 +24,9 @@ cuts: $(VENV)/.rivals
 
 speed: $(VENV)/.installed
 	$(RUN) python benchmarks/speed.py $(ARGS)
+
+quality: $(VENV)/.installed
+	$(RUN) python benchmarks/quality.py $(ARGS)
 
 memory: $(VENV)/.rivals
 	$(RUN) python benchmarks/memory.py $(ARGS)

@@ -1,7 +1,7 @@
 """What a language model learns under each optimizer and each format, in one process: loss after equal steps.
 
-    python benchmarks/quality.py                 # everything: hours on two cores
-    python benchmarks/quality.py --only formats
+    make quality                                 # everything: an hour on two cores
+    make quality ARGS="--only formats"
 
 Every optimizer has the same number of learning rates, every learning rate the same seeds; the model, the text
 and the schedule are those of the demo. Each run is written to the result file when it ends, and one that is
