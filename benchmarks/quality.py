@@ -3,9 +3,9 @@
     make quality                                 # everything: an hour on two cores
     make quality ARGS="--only formats"
 
-Every optimizer has the same number of learning rates, with one seed, and the best of them two more. The model,
-the text and the schedule are those of the demo. Each run is written to the result file when it ends, and is
-not repeated if it is there.
+Every optimizer has the same number of learning rates, with one seed, and the best of them two more. Model,
+text and schedule are those of the demo. Each run is written to the result file when it ends, and one that is
+there is not repeated.
 """
 
 from __future__ import annotations
