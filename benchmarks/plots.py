@@ -118,14 +118,15 @@ def quality(report: dict[str, Any], path: Path) -> None:
         left.errorbar(range(len(means)), means, spread, label=case, color=color, marker="o", capsize=3)
     left.set_xticks(range(3), ["lowest", "middle", "highest"])
     left.set(xlabel="learning rate, of three for each", ylabel="validation loss, nats per byte")
-    left.legend(frameon=False, fontsize=8)
-    formats = list(dict.fromkeys(r["case"] for r in report["runs"] if r["set"] == "formats"))
+    left.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22))
+    seen = {r["case"] for r in report["runs"] if r["set"] == "formats"}
+    formats = [name for name in ("float32", "bfloat16", "int8", "int4") if name in seen]
     for k, case in enumerate(formats):
         (values,) = losses(report, "formats", case).values()
         right.plot([k] * len(values), values, "o", color=COLORS["NovoGrad"], alpha=0.6)
         right.plot([k - 0.2, k + 0.2], [statistics.mean(values)] * 2, color="#333333")
     right.set_xticks(range(len(formats)), formats)
-    right.set(xlabel="momentum_dtype, by row, rms: three seeds and their mean", ylabel="validation loss")
+    right.set(xlabel="momentum_dtype (by row, rms)", ylabel="validation loss of three seeds, mean")
     save(figure, path, report["provenance"])
 
 

@@ -93,7 +93,7 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     file = out / "quality.json"
     report = json.loads(file.read_text()) if file.exists() else {"runs": []}
-    report |= {"context": CONTEXT, "clip": CLIP, "provenance": provenance()}
+    report |= {"context": CONTEXT, "clip": CLIP, "provenance": provenance("make quality")}
     hidden = not sys.stdout.isatty()
     while missing := _missing(report["runs"], [only] if only else list(SETS)):
         # A process for each run: two that share one would share its threads.

@@ -27,6 +27,14 @@ def test_rows_give_the_trajectory_of_one_process(stage, world_size):
         assert max(deviation(weights[n], expected[n]) for n in expected) < 2e-5
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_recommended_groups(stage):
+    expected = reference(0.02, rows=True, normalize="rms", groups=True)
+    ds = with_options(config(stage, 3), normalize="rms")
+    for weights in run_ranks(zero_ranks.trained_in_recommended_groups, 3, ds):
+        assert max(deviation(weights[n], expected[n]) for n in expected) < 2e-5
+
+
 @pytest.mark.parametrize("options", [{"momentum_dtype": "int8"}, {"momentum_dtype": "int4", **ROWS}], ids=str)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_same_bits_in_every_block_that_is_not_cut(stage, options):

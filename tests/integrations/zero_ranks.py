@@ -32,7 +32,7 @@ def config(
 
 def engine(ds: dict[str, Any], *, groups: bool = False, model: nn.Module | None = None, **kwargs: Any) -> Any:
     model = model or OddModel()
-    if "optimizer" not in kwargs:
+    if not {"optimizer", "model_parameters"} & kwargs.keys():
         kwargs["model_parameters"] = two_groups(model) if groups else list(model.parameters())
     return deepspeed.initialize(model=model, config=ds, **kwargs)[0]
 
@@ -61,6 +61,15 @@ def weights(engine: Any) -> dict[str, Any]:
 
 def trained(ds: dict[str, Any], groups: bool) -> dict[str, Any]:
     e = engine(ds, groups=groups)
+    train(e)
+    return weights(e)
+
+
+def trained_in_recommended_groups(ds: dict[str, Any]) -> dict[str, Any]:
+    from novoscale import param_groups
+
+    model = OddModel()
+    e = engine(ds, model=model, model_parameters=param_groups(model, weight_decay=0.05))
     train(e)
     return weights(e)
 
