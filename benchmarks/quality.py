@@ -30,9 +30,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import plots, text  # noqa: E402
-from benchmarks.provenance import provenance  # noqa: E402
 from benchmarks.train import CONTEXT, VALIDATION_WINDOWS, build_model, schedule  # noqa: E402
 from novoscale import NovoGrad, param_groups  # noqa: E402
+from novoscale.provenance import provenance  # noqa: E402
 
 CLIP = 1.0
 SEEDS = (0, 1, 2)
