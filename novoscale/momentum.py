@@ -98,13 +98,12 @@ def stored(layout: Layout, momentum_dtype: str) -> list[Stored]:
     """Where the moments of a tensor lie, of which parts may be large parameters and parts small ones."""
     as_they_are = tuple((s.start, s.run or s.numel) for s in layout.segments)
     plain = Stored("exp_avg", layout.segments, as_they_are, layout.numel, in_blocks=False)
-    if not FORMATS[momentum_dtype].largest:
-        return [plain]
     sizes = [h.parameter.numel for h in layout.held]
+    # By the whole sizes: a rank may hold nothing of a DTensor, and has to keep it as the others do.
+    if not FORMATS[momentum_dtype].largest or max(sizes, default=0) < SMALL:
+        return [plain]
     large = tuple(s for s in layout.segments if sizes[s.parameter] >= SMALL)
     small = tuple(s for s in layout.segments if sizes[s.parameter] < SMALL)
-    if not large:
-        return [plain]
     counts = [_blocks(s) for s in large]
     found = [_packed("exp_avg", large, counts, in_blocks=True)]
     if small:

@@ -19,6 +19,7 @@ SHAPES = {
     "vector": (5000,),
     "tiny": (7, 9),
     "one": (1,),
+    "few": (3, 1500),
 }
 STEPS = 6
 Piece = tuple[str, int, Tensor, Tensor]  # parameter, first element in it, weights, first moments

@@ -239,7 +239,7 @@ def fixed_pieces(options: dict[str, Any], shape: tuple[int, ...], bfloat16: bool
     return fixed_gradients.pieces(optimizer)
 
 
-WHOLE_BLOCKS = {"a": (36, 256), "b": (33,), "c": (7, 8, 128), "d": (40, 128)}
+WHOLE_BLOCKS = {"a": (36, 256), "b": (33,), "c": (7, 8, 128), "d": (40, 128), "e": (3, 1536)}
 OTHERS = {"a": (37, 130), "b": (33,), "c": (5000,)}
 
 
