@@ -19,7 +19,7 @@ def with_options(ds, **options):
     return ds
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (1, 3), (2, 2), (2, 4), (3, 2), (3, 3), (3, 4)])
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 2), (1, 3), (2, 4), (3, 2), (3, 3)])
 def test_rows_give_the_trajectory_of_one_process(stage, world_size):
     expected = reference(0.02, rows=True, normalize="rms", clip=0.3)
     ds = with_options(config(stage, world_size, clip=0.3), **ROWS)
@@ -40,7 +40,7 @@ def test_recommended_groups(stage):
 def test_same_bits_in_every_block_that_is_not_cut(stage, options):
     options = {"lr": 0.05, "weight_decay": 0.1, **options}
     expected = fixed_gradients.uncut(options)
-    for world_size in (1, 2, 3, 4) if stage == 2 else (2, 3, 4):
+    for world_size in (1, 2, 3, 4) if options["momentum_dtype"] == "int4" else (3,):
         ranks = run_ranks(
             zero_ranks.fixed_pieces, world_size, with_options(config(stage, world_size), **options), False
         )
@@ -52,10 +52,8 @@ def test_same_bits_in_every_block_that_is_not_cut(stage, options):
 def test_same_bits_in_formats_without_blocks(stage, options):
     options = {"lr": 0.05, "weight_decay": 0.1, **options}
     expected = fixed_gradients.uncut(options)
-    for world_size in (2, 3):
-        ds = with_options(config(stage, world_size), **options)
-        ranks = run_ranks(zero_ranks.fixed_pieces, world_size, ds, False)
-        assert fixed_gradients.differing(ranks, expected, in_blocks=False) == set()
+    ranks = run_ranks(zero_ranks.fixed_pieces, 3, with_options(config(stage, 3), **options), False)
+    assert fixed_gradients.differing(ranks, expected, in_blocks=False) == set()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -68,16 +66,22 @@ def test_bfloat16_master_weights_are_rounded_as_in_one_process(stage):
 
 
 @pytest.mark.parametrize(
-    "options", [{"momentum_dtype": "bfloat16"}, {"momentum_dtype": "int4", **ROWS}], ids=str
+    ("stage", "options"),
+    [
+        (1, {"momentum_dtype": "bfloat16"}),
+        (2, {"momentum_dtype": "int4", **ROWS}),
+        (3, {"momentum_dtype": "int8"}),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_checkpoint_resumes_to_the_same_bits(stage, options, tmp_path):
     ds = with_options(config(stage, 2), **options)
     assert all(run_ranks(zero_ranks.fixed_resumed, 2, ds, str(tmp_path)))
 
 
-@pytest.mark.parametrize("momentum_dtype", ["bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("stage", "momentum_dtype"), [(1, "bfloat16"), (2, "int8"), (2, "int4"), (3, "int8"), (3, "int4")]
+)
 def test_bytes_are_divided_by_the_ranks(stage, momentum_dtype):
     ds = with_options(config(stage, 3), momentum_dtype=momentum_dtype)
     ds["zero_optimization"].update(reduce_bucket_size=10**6, allgather_bucket_size=10**6)
