@@ -85,5 +85,8 @@ def test_checkpoint_resumes_to_the_same_bits(stage, options, tmp_path):
 def test_bytes_are_divided_by_the_ranks(stage, momentum_dtype):
     ds = with_options(config(stage, 3), momentum_dtype=momentum_dtype)
     ds["zero_optimization"].update(reduce_bucket_size=10**6, allgather_bucket_size=10**6)
-    for found, whole in run_ranks(zero_ranks.bytes_of_gpt2, 3, ds):
-        assert found == pytest.approx(whole / 3, rel=0.01)
+    found = run_ranks(zero_ranks.bytes_of_gpt2, 3, ds)
+    whole = found[0][1]
+    assert sum(held for held, _ in found) == pytest.approx(whole, rel=0.01)
+    # Small parameters, in float32, make up 2 % here (and 0.1 % of GPT-2 124M), and not the same on each rank.
+    assert all(held == pytest.approx(whole / 3, rel=0.03) for held, _ in found)
