@@ -63,12 +63,18 @@ FORMATS = {
 }
 
 
-def format_of(exp_avg: Tensor, scale: Tensor | None) -> Format:
-    """The format of a stored moment. Any floating-point one that is no option counts as float32."""
+def known_format(exp_avg: Tensor, scale: Tensor | None) -> Format | None:
+    """The format of a stored moment; None if it is in no format that is an option."""
+    found = (exp_avg.dtype, None if scale is None else scale.dtype)
     for form in FORMATS.values():
-        if form.dtype == exp_avg.dtype and bool(form.largest) == (scale is not None):
+        if found == (form.dtype, torch.bfloat16 if form.largest else None):
             return form
-    return FORMATS["float32"]
+    return None
+
+
+def format_of(exp_avg: Tensor, scale: Tensor | None) -> Format:
+    """The same, but any floating-point one that is no option counts as float32."""
+    return known_format(exp_avg, scale) or FORMATS["float32"]
 
 
 # ---- where each element's moment lies ------------------------------------------------------------------

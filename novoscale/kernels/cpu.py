@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from novoscale.kernels.shards import START, STOP, Coefficients, Shard, chunks, in_one_order
-from novoscale.momentum import BLOCK
+from novoscale.momentum import BLOCK, known_format
 
 CHUNK = 1 << 16  # elements, a multiple of BLOCK: what a thread does at once, and the unit of the sums
 
@@ -134,7 +134,7 @@ def supports(shard: Shard) -> bool:
         return False
     if shard.param.dtype not in FORMATS or shard.grad.dtype not in FORMATS:
         return False
-    if shard.exp_avg is not None and shard.exp_avg.dtype not in MOMENTS:
+    if shard.exp_avg is not None and not known_format(shard.exp_avg, shard.exp_avg_scale):
         return False
     return in_one_order(shard)
 

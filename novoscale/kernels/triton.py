@@ -52,7 +52,6 @@ LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
 # Of weights, gradients and a first moment that is not in blocks. A further format is an entry here and a case
 # in triton_formats.
 FORMATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-MOMENTS = {form.dtype for form in momentum.FORMATS.values()}
 
 # Chunks begin at a multiple of so many elements of their tensor, the first lanes masked where their piece
 # begins within: then one tile of a piece is handled by elements, and not its whole first chunk. Where the
@@ -83,7 +82,7 @@ def supports(shard: Shard) -> bool:
         return False
     if any(t.device != shard.param.device for t in shard.tensors):
         return False
-    if shard.exp_avg is not None and shard.exp_avg.dtype not in MOMENTS:
+    if shard.exp_avg is not None and not momentum.known_format(shard.exp_avg, shard.exp_avg_scale):
         return False
     return in_one_order(shard)
 
