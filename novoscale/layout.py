@@ -309,6 +309,12 @@ def _box(shape: Sequence[int], local: Sequence[int], offsets: Sequence[int]) -> 
         start = stop
 
 
+def repeated(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Each index as often as ``counts`` says, and which of its repetitions each is: int64, on the CPU."""
+    index = torch.repeat_interleave(counts)
+    return index, torch.arange(len(index), device="cpu") - (counts.cumsum(0) - counts)[index]
+
+
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a DTensor, sharing its memory; any other tensor as it is."""
     if not isinstance(tensor, DTensor):

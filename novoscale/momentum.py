@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from novoscale import rounding
-from novoscale.layout import Layout, Segment, from_local, local_tensor
+from novoscale.layout import Layout, Segment, from_local, local_tensor, repeated
 
 BLOCK = 128  # elements
 # Parameters of fewer elements (whole, on all ranks) keep float32 where others are in blocks: they are biases
@@ -157,11 +157,8 @@ def pieces(layout: Layout, stored: Stored, first: int) -> Tensor:
         numbers = (s.numel // length, layer, h.parameter.layer_numel)
         rows.append((s.start, s.offset, place, length, s.stride, each, *numbers))
     table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 9)
-    segment = torch.repeat_interleave(table[:, 6])
-    table = table[segment]
-    counts = torch.bincount(segment, minlength=len(rows))
-    nth = torch.arange(len(segment), device="cpu") - (counts.cumsum(0) - counts)[segment]
-    begin, offset, first_place, run, stride, step, _, base, size = table.unbind(1)
+    segment, nth = repeated(table[:, 6])
+    begin, offset, first_place, run, stride, step, _, base, size = table[segment].unbind(1)
     start, position = begin + nth * run, offset + nth * stride
     return torch.stack(
         (start, start + run, base + position // size, position, size, first_place + nth * step), dim=1
@@ -184,15 +181,12 @@ def allocate(p: Tensor, layout: Layout, momentum_dtype: str) -> dict[str, Tensor
         ``exp_avg``; in blocks also ``exp_avg_scale`` (bfloat16, one for each block) and, where a flat
         partition holds small parameters too, ``exp_avg_small`` (float32, those in their order).
     """
-    kept = stored(layout, momentum_dtype)
+    kept, form = stored(layout, momentum_dtype), FORMATS[momentum_dtype]
     if not kept[0].in_blocks:
-        dtype = FORMATS[momentum_dtype].dtype
-        if FORMATS[momentum_dtype].largest:
-            dtype = torch.float32
+        dtype = torch.float32 if form.largest else form.dtype
         if dtype == torch.float32 and p.dtype == torch.float64:
             dtype = torch.float64
         return {"exp_avg": torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)}
-    form = FORMATS[momentum_dtype]
     made = {
         "exp_avg": _zeros(p, kept[0].length, BLOCK // form.packed, form.packed, form.dtype),
         "exp_avg_scale": _zeros(p, kept[0].length, 1, BLOCK, torch.bfloat16),
@@ -297,7 +291,7 @@ def write(
     """Store the moments of consecutive elements; the arguments of :func:`read`, and:
 
     Args:
-        exp_avg: as stored; changed in place.
+        exp_avg: as stored, in blocks or in float32; changed in place.
         scale: of its blocks; changed in place.
         place: see :func:`read`.
         position: see :func:`read`.
@@ -308,8 +302,6 @@ def write(
     numel = len(values)
     if scale is None:
         target = exp_avg.view(-1)[place : place + numel]
-        if exp_avg.dtype == torch.bfloat16:
-            values = rounding.to_bfloat16(values.float(), bits)
         target.copy_(torch.where(active, values.to(target.dtype), target))
         return
     begin = position % BLOCK

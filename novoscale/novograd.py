@@ -12,10 +12,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from novoscale import checkpoint, checks, kernels, momentum, prepared, rounding, second_moment
+from novoscale import checkpoint, checks, kernels, momentum, prepared, second_moment
 from novoscale.layout import Layout, Parameter, layers_of, sharded, whole
 from novoscale.plan import Plan
-from novoscale.prepared import NUMBER, NUMEL, Group, Groups, Prepared
+from novoscale.prepared import NUMEL, Group, Groups, Prepared
 
 # Tables kept: one for each set of tensors that is stepped together. A wrapper that steps its param groups
 # one by one has one for each; a model of which other parts get gradients at each step has many.
@@ -214,17 +214,10 @@ class NovoGrad(Optimizer):
             numel = ready.by_layer(index, NUMEL) if group["normalize"] == "rms" else None
             counted = t if group["bias_correction"] else None
             of_layers = second_moment.coefficients(new_v, counted, numel, scale, group)
-            parts.append((*of_layers, active, self._keys(ready, index, group["seed"])))
+            parts.append((*of_layers, active, ready.keys(index, group["seed"])))
         self._count(ready, statistic, finite)
         vectors = parts[0] if len(parts) == 1 else [torch.cat(v) for v in zip(*parts, strict=True)]
         return kernels.Coefficients(*vectors)
-
-    def _keys(self, ready: Prepared, index: int, seed: int) -> Tensor:
-        """What random bits each layer of a param group has in this step: see ``rounding.keys``."""
-        t = ready.steps[index]
-        if t is None or not ready.rounds[index]:
-            return torch.zeros_like(ready.second_moments[index], dtype=torch.int64)
-        return rounding.keys(seed, ready.by_layer(index, NUMBER), t.long())
 
     def _count(self, ready: Prepared, statistic: Tensor, finite: Tensor) -> None:
         """Note what the step has shown: see ``skipped_steps`` and ``layer_norms``."""

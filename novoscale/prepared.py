@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from novoscale import kernels, momentum
+from novoscale import kernels, momentum, rounding
 from novoscale.layout import Layout, from_local, local_gradient, local_tensor
 from novoscale.plan import Placed, Plan
 
@@ -90,6 +90,13 @@ class Prepared:
         table = self.parameters[group]
         layers = len(self.second_moments[group])
         return torch.repeat_interleave(table[:, column], table[:, COUNT], output_size=layers)
+
+    def keys(self, group: int, seed: int) -> Tensor:
+        """What random bits each layer of a param group has in this step: see ``rounding.keys``."""
+        t = self.steps[group]
+        if t is None or not self.rounds[group]:
+            return torch.zeros_like(self.second_moments[group], dtype=torch.int64)
+        return rounding.keys(seed, self.by_layer(group, NUMBER), t.long())
 
     def unscale(self, statistic: Tensor, groups: Groups, inverse_scale: Tensor) -> None:
         """Make the statistic of scaled gradients that of the gradients, in place."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from novoscale.layout import repeated
+
 # The columns of a table of pieces. A piece is a stretch of elements that are consecutive in a tensor and in a
 # parameter.
 START = 0  # elements start..stop of the tensor
@@ -151,8 +153,7 @@ def chunks(shards: Sequence[Shard], size: int, block: int) -> Tensor:
     start = torch.where(blocks, table[:, POSITION], table[:, START])
     stop = start + table[:, STOP] - table[:, START]
     begin, count = start // size, (stop - 1) // size + 1 - start // size
-    piece = torch.repeat_interleave(count)
-    nth = torch.arange(len(piece), device="cpu") - (count.cumsum(0) - count)[piece]
+    piece, nth = repeated(count)
     begin = (begin[piece] + nth) * size
     done = torch.maximum(start[piece], begin) - start[piece]  # elements of the piece before the chunk
     end = torch.minimum(stop[piece], begin + size) - start[piece]

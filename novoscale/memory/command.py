@@ -24,7 +24,6 @@ from novoscale.memory.optimizers import CANDIDATES, COMPARED
 from novoscale.memory.planning import plan as planned
 from novoscale.memory.planning import smallest_world
 
-GIB = 2**30
 # The state of AdamW is the same with foreach.
 PLANNED = [n for n in COMPARED if CANDIDATES[n].state is not None and n != "torch AdamW, foreach"]
 Names = Annotated[
@@ -110,7 +109,7 @@ def plan(
             name,
             c,
             planned(built, rule, c, world, precision),
-            smallest_world(built, rule, c, precision, device_memory * GIB),
+            smallest_world(built, rule, c, precision, device_memory * report.GIB),
         )
         for c in cuts
         for name, rule in rules.items()
