@@ -295,7 +295,8 @@ def write(
         scale: of its blocks; changed in place.
         place: see :func:`read`.
         position: see :func:`read`.
-        values: ``[numel]``, float32; where a block is shared, of the inactive elements what they were.
+        values: ``[numel]``, float32 or float64; where a block is shared, of the inactive elements what they
+            were.
         bits: 16 random bits for each.
         active: bool, for each: a block without any is left as it is.
     """
@@ -322,7 +323,7 @@ def encode(values: Tensor, bits: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     """Codes and scales of blocks.
 
     Args:
-        values: float32 ``[blocks, 128]``.
+        values: ``[blocks, 128]``, float32; float64 is rounded to it.
         bits: 16 random bits for each.
         form: one in blocks.
 
@@ -330,6 +331,7 @@ def encode(values: Tensor, bits: Tensor, form: Format) -> tuple[Tensor, Tensor]:
         Codes as they are stored, and bfloat16 scales ``[blocks]``. A block with a value that is not finite
         has the scale NaN.
     """
+    values = values.float()
     largest = values.abs().amax(dim=1)
     # Up to the next bfloat16, so that no code is beyond the largest.
     wide = (largest * (1 / form.largest)).view(torch.int32).long()

@@ -54,7 +54,8 @@ def random_bits(key: Tensor, position: Tensor) -> Tensor:
 
 
 def to_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
-    """Round float32 to one of the two nearest bfloat16, by 16 random bits."""
+    """Round float32 to one of the two nearest bfloat16, by 16 random bits; float64 to float32 before."""
+    value = value.float()
     # What is cut off is compared with the random bits by an addition: a carry rounds up. Infinity has nothing
     # to cut off.
     wide = (value.view(torch.int32).long() & MASK) + (bits & 0xFFFF)

@@ -122,6 +122,23 @@ def test_bytes_of_state_of_gpt2_124m(momentum_dtype, most, granularity):
     assert optimizer_state_bytes(optimizer).total / numel < most + per_row
 
 
+@pytest.mark.parametrize("momentum_dtype", momentum.FORMATS)
+def test_float64_parameters_have_every_format(momentum_dtype):
+    torch.manual_seed(0)
+    p, q = (nn.Parameter(torch.linspace(-1, 1, 9000, dtype=torch.float64).view(90, 100)) for _ in range(2))
+    optimizer, exact = NovoGrad([p], lr=1e-3, momentum_dtype=momentum_dtype), NovoGrad([q], lr=1e-3)
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+        optimizer.step()
+        exact.step()
+    form = momentum.FORMATS[momentum_dtype]
+    expected = torch.float64 if momentum_dtype == "float32" else form.dtype
+    assert optimizer.state[p]["exp_avg"].dtype == expected
+    assert torch.allclose(p, q, rtol=0, atol=1e-3)
+    assert torch.equal(p, q) == (momentum_dtype == "float32")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_formats_and_dtypes_of_torch_are_names_too(dtype):
     p = nn.Parameter(torch.randn(70, 70).to(dtype))
