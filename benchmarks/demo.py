@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import plots, text  # noqa: E402
-from benchmarks.train import build_model  # noqa: E402
+from benchmarks.language_models import gpt2  # noqa: E402
 from novoscale import NovoGrad  # noqa: E402
 from novoscale.memory import optimizer_state_bytes  # noqa: E402
 from novoscale.provenance import provenance  # noqa: E402
@@ -111,7 +111,7 @@ def launch(
 
 def uncut_state_bytes(name: str, params: dict[str, Any]) -> int:
     """Bytes of state of the same model and optimizer in one process, not cut; after one step."""
-    model = build_model()
+    model = gpt2()
     options = {key: value for key, value in params.items() if key != "torch_adam"}
     optimizer = OPTIMIZERS[name](model.parameters(), **options)
     tokens = torch.zeros(1, 8, dtype=torch.long)

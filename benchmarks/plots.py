@@ -106,37 +106,37 @@ def speed(run: dict[str, Any], path: Path) -> None:
     save(figure, path, run["provenance"], bottom=0.5 / figure.get_figheight())
 
 
-def quality(report: dict[str, Any], path: Path) -> None:
-    """Validation loss of each optimizer over its learning rates, and of each format."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(3, 2))
-    kinds = list(dict.fromkeys(r["case"] for r in report["runs"] if r["set"] == "optimizers"))
-    for k, case in enumerate(kinds):
-        found = losses(report, "optimizers", case)
-        means = [statistics.mean(v) for v in found.values()]
-        spread = [(max(v) - min(v)) / 2 for v in found.values()]
-        color = COLORS.get(case, plt.get_cmap("winter")(k / len(kinds)))
-        left.errorbar(range(len(means)), means, spread, label=case, color=color, marker="o", capsize=3)
-    left.set_xticks(range(3), ["lowest", "middle", "highest"])
-    left.set(xlabel="learning rate, of three for each", ylabel="validation loss, nats per byte")
-    left.legend(frameon=False, fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, 1.22))
-    seen = {r["case"] for r in report["runs"] if r["set"] == "formats"}
-    formats = [name for name in ("float32", "bfloat16", "int8", "int4") if name in seen]
-    for k, case in enumerate(formats):
-        (values,) = losses(report, "formats", case).values()
-        right.plot([k] * len(values), values, "o", color=COLORS["NovoGrad"], alpha=0.6)
-        right.plot([k - 0.2, k + 0.2], [statistics.mean(values)] * 2, color="#333333")
-    right.set_xticks(range(len(formats)), formats)
-    right.set(xlabel="momentum_dtype (by row, rms)", ylabel="validation loss of three seeds, mean")
-    save(figure, path, report["provenance"])
+def quality(results: dict[str, dict[str, Any]], steps: int, source: dict[str, Any], path: Path) -> None:
+    """Validation loss of each optimizer: over its learning rates, and of all seeds at the best of them.
 
-
-def losses(report: dict[str, Any], group: str, case: str) -> dict[float, list[float]]:
-    """The losses of a case, by learning rate."""
-    found: dict[float, list[float]] = {}
-    for r in sorted(report["runs"], key=lambda r: (r["lr"], r["seed"])):
-        if (r["set"], r["case"]) == (group, case):
-            found.setdefault(r["lr"], []).append(r["loss"])
-    return found
+    Args:
+        results: for each model and optimizer, "rates": the loss by learning rate; "seeds": the losses.
+        steps: of a run.
+        source: the provenance.
+        path: without suffix.
+    """
+    figure, axes = plt.subplots(2, len(results), figsize=(12, 8.6), squeeze=False, height_ratios=(3, 2))
+    for (model, cases), (over_rates, over_seeds) in zip(results.items(), axes.T, strict=True):
+        swept = {name: found for name, found in cases.items() if len(found["rates"]) > 1}
+        for k, (name, found) in enumerate(swept.items()):
+            color = COLORS.get(name, plt.get_cmap("tab20")(k))
+            # Rates as multiples of the best one: those of Lion or Adafactor mean something else.
+            best = min(found["rates"], key=lambda lr: found["rates"][lr])
+            rows = [(lr / best, loss) for lr, loss in sorted(found["rates"].items()) if loss < 10]
+            over_rates.plot(*zip(*rows, strict=True), marker="o", ms=3, lw=1.2, color=color, label=name)
+        over_rates.set_xscale("log", base=2)
+        over_rates.set(title=model, xlabel="learning rate over the best of it", ylabel="loss, nats per byte")
+        lowest = min(min(found["rates"].values()) for found in swept.values())
+        over_rates.set_ylim(lowest - 0.03, lowest + 0.9)
+        over_rates.legend(frameon=False, fontsize=7)
+        names = list(cases)[::-1]
+        for place, name in enumerate(names):
+            losses = cases[name]["seeds"]
+            over_seeds.plot(losses, [place] * len(losses), "o", ms=4, alpha=0.6, color="#4477aa")
+            over_seeds.plot([statistics.mean(losses)] * 2, [place - 0.3, place + 0.3], color="#333333")
+        over_seeds.set_yticks(range(len(names)), names, size=7)
+        over_seeds.set(xlabel=f"validation loss after {steps} steps: seeds at the best rate, and their mean")
+    save(figure, path, source)
 
 
 def _bars(axis: Any, values: list[dict[str, float]]) -> None:

@@ -1,167 +1,228 @@
-"""What a language model learns under each optimizer and each format, in one process: loss after equal steps.
+"""What a language model learns under each optimizer: validation loss after equal steps, in one process.
 
-    make quality                                 # everything: an hour on two cores
-    make quality ARGS="--only formats"
+    make quality                                  # everything: some 150 runs of about 90 seconds on one core
+    make quality ARGS="--only Lion --only NAdamW"
 
-Every optimizer has the same number of learning rates, with one seed, and the best of them two more. Model,
-text and schedule are those of the demo. Each run is written to the result file when it ends, and one that is
-there is not repeated.
+The same rule for every optimizer: four learning rates that differ by factors of two, and more until the best
+of them has a worse one on either side, all with one seed; then weight decay and further seeds at the best
+rate. The formats of the first moment have the rate of float32. Each run is written to the result file when
+it ends, and one that is there is not repeated.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import plots, text  # noqa: E402
-from benchmarks.train import CONTEXT, VALIDATION_WINDOWS, build_model, schedule  # noqa: E402
+from benchmarks.language_models import CONTEXT, MODELS, VALIDATION_WINDOWS, schedule  # noqa: E402
 from novoscale import NovoGrad, param_groups  # noqa: E402
 from novoscale.provenance import provenance  # noqa: E402
 
-CLIP = 1.0
-SEEDS = (0, 1, 2)
-RMS = (0.001, 0.002, 0.004)  # as AdamW's: what is added to a weight is about 1 times it
+BATCH, STEPS, LONG = 16, 400, 1600
+CLIP, DECAY = 1.0, 0.1
+BETAS = (0.9, 0.98)
+RATES = (0.0005, 0.001, 0.002, 0.004)
+MOST_RATES = 10
+OF_CURVE = 10  # steps in a point of the stored curve
 
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer, or a format, with the learning rates that it is tried with."""
+    """An optimizer on one model.
 
+    Attributes:
+        model: one of language_models.MODELS.
+        name: for tables.
+        kind: its class: one of torch.optim, of pytorch_optimizer, or NovoGrad.
+        options: keyword arguments, beside lr and weight_decay.
+        rates: the first learning rates.
+        by_row: param groups of novoscale.param_groups.
+        seeds: at the best rate.
+        long: whether it is also trained for ``LONG`` steps.
+        rate_of: the case whose best rate it has, instead of rates of its own.
+    """
+
+    model: str
     name: str
-    lrs: tuple[float, ...]
-    options: dict[str, Any] = field(default_factory=dict)
     kind: str = "NovoGrad"
-    rows: bool = False
+    options: dict[str, Any] = field(default_factory=lambda: {"betas": BETAS})
+    rates: tuple[float, ...] = RATES
+    by_row: bool = False
+    seeds: int = 3
+    long: bool = False
+    rate_of: str | None = None
 
 
-ROW_RMS = {"normalize": "rms", "grad_averaging": True, "betas": (0.9, 0.98)}
+class Run(NamedTuple):
+    """One training."""
+
+    model: str
+    case: str
+    lr: float
+    seed: int = 0
+    weight_decay: float = 0.0
+    steps: int = STEPS
+
+
 # Both moments averaged as Adam does it, so that the first gradients do not weigh more than others.
-ADAMS_AVERAGES = {**ROW_RMS, "init_zero": True, "bias_correction": True}
-OPTIMIZERS = [
-    Case("AdamW", RMS, {"betas": (0.9, 0.98)}, "AdamW"),
-    Case("Adafactor", (0.01, 0.03, 0.1), {}, "Adafactor"),
-    Case("NovoGrad: tensor, norm (the paper)", (0.001, 0.003, 0.01)),
-    Case("NovoGrad: tensor, rms", RMS, ADAMS_AVERAGES),
-    Case("NovoGrad: row, norm", (0.0003, 0.001, 0.003), rows=True),
-    Case("NovoGrad: row, rms", RMS, ADAMS_AVERAGES, rows=True),
+AVERAGES = {"normalize": "rms", "grad_averaging": True, "init_zero": True, "bias_correction": True}
+ROW = {"betas": BETAS, **AVERAGES}
+FACTORED = {**ROW, "granularity": "factored"}
+NESTEROV = {**FACTORED, "nesterov": True}
+# With all of its momentum_decay over at once, torch's NAdam has a constant beta1 (Dozat 2016).
+NADAMW = {"betas": BETAS, "momentum_decay": 1e9, "decoupled_weight_decay": True}
+LION_RATES = tuple(lr / 8 for lr in RATES)
+# Relative to the root mean square of the weights.
+RELATIVE_RATES = (0.01, 0.02, 0.04, 0.08)
+
+WINNER = "NovoGrad: factored, Nesterov"
+FORMATS = ("bfloat16", "int8", "int4")
+CASES = [
+    Case("llama", "AdamW", "AdamW", seeds=5, long=True),
+    Case("llama", "NAdamW", "NAdam", NADAMW, long=True),
+    Case("llama", "Adafactor", "Adafactor", {}, RELATIVE_RATES),
+    Case("llama", "Lion", "Lion", {"betas": (0.9, 0.99)}, LION_RATES),
+    Case("llama", "Adam-mini", "AdamMini", {"betas": BETAS, "num_embeds": 128, "num_heads": 4}),
+    Case("llama", "NovoGrad: the paper's", options={}, rates=(0.001, 0.002, 0.004, 0.008)),
+    Case("llama", "NovoGrad: row", options=ROW, by_row=True),
+    Case("llama", "NovoGrad: factored", options=FACTORED),
+    Case("llama", WINNER, options=NESTEROV, long=True),
+    Case("llama", f"{WINNER}, clipped", options={**NESTEROV, "clip_threshold": 1.0}),
+    Case("llama", f"{WINNER}, scaled", options={**NESTEROV, "scale_parameter": True}, rates=RELATIVE_RATES),
+    Case("gpt2", "AdamW", "AdamW", seeds=5),
+    Case("gpt2", "NAdamW", "NAdam", NADAMW),
+    Case("gpt2", "NovoGrad: row", options=ROW, by_row=True),
+    Case("gpt2", "NovoGrad: factored", options=FACTORED),
+    Case("gpt2", WINNER, options=NESTEROV),
+    *(
+        Case("llama", f"{WINNER}, {name}", options={**NESTEROV, "momentum_dtype": name}, rate_of=WINNER)
+        for name in FORMATS
+    ),
 ]
-FORMATS = [
-    Case(name, (0.002,), {**ROW_RMS, "momentum_dtype": name}, rows=True)
-    for name in ("float32", "bfloat16", "int8", "int4")
-]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is compared, over how many steps of how many windows."""
-
-    cases: list[Case]
-    steps: int
-    batch: int
-
-
-# Formats are close to each other, and few: they have the demo's steps and batch.
-SETS = {"optimizers": Setting(OPTIMIZERS, 200, 8), "formats": Setting(FORMATS, 400, 16)}
 
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for quality.json, and its plot.")] = Path("runs"),
-    only: Annotated[str | None, typer.Option(help=f"One of {', '.join(SETS)}.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A case by its name; may be repeated.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(MODELS)}.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a thread each.")] = os.cpu_count() or 1,
 ) -> None:
     """Train what is missing, and show the tables."""
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    if only is not None and only not in SETS:
-        console.print(f"[red]--only {only}: it is one of {', '.join(SETS)}")
+    chosen = [c for c in CASES if c.name in (only or [c.name]) and c.model in (model or MODELS)]
+    unknown = {*(only or ())} - {c.name for c in CASES} | {*(model or ())} - {*MODELS}
+    if unknown:
+        console.print(f"[red]no case or model of the name {', '.join(unknown)}; cases: ", end="")
+        console.print(", ".join(dict.fromkeys(c.name for c in CASES)), highlight=False)
         raise typer.Exit(2)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "quality.json"
     report = json.loads(file.read_text()) if file.exists() else {"runs": []}
-    report |= {"context": CONTEXT, "clip": CLIP, "provenance": provenance("make quality")}
+    report |= {"context": CONTEXT, "batch": BATCH, "clip": CLIP}
+    source = provenance("make quality")
     hidden = not sys.stdout.isatty()
-    while missing := _missing(report["runs"], [only] if only else list(SETS)):
+    while runs := list(missing(report["runs"], chosen)):
         # A process for each run: two that share one would share its threads.
         pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1)
         with pool, Progress(console=console, disable=hidden) as progress:
-            shown = progress.add_task("runs", total=len(missing))
-            futures = [pool.submit(train, *run) for run in missing]
-            for future in as_completed(futures):
-                run = future.result()
-                report["runs"].append(run)
+            shown = progress.add_task("runs", total=len(runs))
+            for future in as_completed([pool.submit(train, run) for run in runs]):
+                result = future.result()
+                report["runs"].append({**result, "commit": source["commit"]})
+                report["provenance"] = source
                 file.write_text(json.dumps(report, indent=1) + "\n")
                 progress.advance(shown)
                 if hidden:
-                    print(
-                        f"{run['case']}, lr {run['lr']:g}, seed {run['seed']}: {run['loss']:.4f}", flush=True
-                    )
+                    print({k: v for k, v in result.items() if k != "curve"}, flush=True)
     show(report, console)
-    plots.quality(report, out / "quality")
+    plots.quality(summary(report["runs"]), STEPS, report["provenance"], out / "quality")
 
 
-def show(report: dict[str, Any], console: Console) -> None:
-    """A table for each set: mean and spread over the seeds."""
-    for group in dict.fromkeys(r["set"] for r in report["runs"]):
-        first = next(r for r in report["runs"] if r["set"] == group)
-        title = f"validation loss after {first['steps']} steps of {first['batch']} x {CONTEXT} bytes"
-        table = Table(group, "lr", "mean", "lowest", "highest", "seeds", title=title)
-        for case in dict.fromkeys(r["case"] for r in report["runs"] if r["set"] == group):
-            rows = plots.losses(report, group, case)
-            best = min(rows, key=lambda lr: statistics.mean(rows[lr]))
-            for lr, found in rows.items():
-                cells = [f"{x:.3f}" for x in (statistics.mean(found), min(found), max(found))]
-                style = "bold" if lr == best and len(rows) > 1 else None
-                table.add_row(case, f"{lr:g}", *cells, str(len(found)), style=style)
-        console.print(table)
+def missing(results: Sequence[dict[str, Any]], cases: Sequence[Case]) -> Iterator[Run]:
+    """What can be run next, of the learning rates first."""
+    losses = by_run(results)
+    wanted: list[Run] = []
+    for case in cases:
+        if case.rate_of is None:
+            wanted += [Run(case.model, case.name, lr) for lr in rates(case, losses)]
+    if not all(run in losses for run in wanted):
+        yield from (run for run in wanted if run not in losses)
+        return
+    for seed in range(max((c.seeds for c in cases), default=0)):
+        for case in cases:
+            lr = best_rate(case, losses)
+            if lr is not None and seed < case.seeds:
+                wanted.append(Run(case.model, case.name, lr, seed))
+                if seed == 0 and case.rate_of is None:
+                    wanted.append(Run(case.model, case.name, lr, weight_decay=DECAY))
+                if seed == 0 and case.long:
+                    wanted.append(Run(case.model, case.name, lr, steps=LONG))
+    yield from (run for run in dict.fromkeys(wanted) if run not in losses)
 
 
-def _missing(runs: list[dict[str, Any]], sets: list[str]) -> list[tuple[str, Case, float, int]]:
-    """What to run next: every learning rate with the first seed; then the best of them with the others."""
-    losses = {(r["set"], r["case"], r["lr"], r["seed"]): r["loss"] for r in runs}
-    cases = [(group, case) for group in sets for case in SETS[group].cases]
-    first = [(group, case, lr, SEEDS[0]) for group, case in cases for lr in case.lrs]
-    missing = [run for run in first if _key(*run) not in losses]
-    if missing:
-        return missing
-    best = {
-        (group, case.name): min(case.lrs, key=lambda lr: losses[group, case.name, lr, SEEDS[0]])
-        for group, case in cases
+def by_run(results: Sequence[dict[str, Any]]) -> dict[Run, float]:
+    """The losses; infinite where the training diverged."""
+    return {
+        Run(*(r[name] for name in Run._fields)): math.inf if r["loss"] is None else r["loss"] for r in results
     }
-    others = [(group, case, best[group, case.name], seed) for seed in SEEDS[1:] for group, case in cases]
-    return [run for run in others if _key(*run) not in losses]
 
 
-def _key(group: str, case: Case, lr: float, seed: int) -> tuple[str, str, float, int]:
-    return group, case.name, lr, seed
+def rates(case: Case, losses: dict[Run, float]) -> list[float]:
+    """The learning rates to try: the first ones, and further ones while the best is at an end."""
+    found = sorted(case.rates)
+    while len(found) < MOST_RATES:
+        known = [losses.get(Run(case.model, case.name, lr)) for lr in found]
+        if None in known:
+            break
+        best = known.index(min(known))  # type: ignore[type-var]
+        if best == 0:
+            found.insert(0, found[0] / 2)
+        elif best == len(found) - 1:
+            found.append(found[-1] * 2)
+        else:
+            break
+    return found
 
 
-def train(group: str, case: Case, lr: float, seed: int) -> dict[str, Any]:
+def best_rate(case: Case, losses: dict[Run, float]) -> float | None:
+    """The learning rate with the lowest loss; None as long as it is not known."""
+    name = case.rate_of or case.name
+    tried = {run.lr: loss for run, loss in losses.items() if run == Run(case.model, name, run.lr)}
+    return min(tried, key=lambda lr: tried[lr]) if tried else None
+
+
+def train(run: Run) -> dict[str, Any]:
     """One run: the loss on the validation text at its end, in nats per byte."""
-    steps, batch = SETS[group].steps, SETS[group].batch
+    (case,) = (c for c in CASES if (c.model, c.name) == (run.model, run.case))
     torch.set_num_threads(1)
-    torch.manual_seed(seed)
+    torch.manual_seed(run.seed)
     training, validation = text.load(None)
-    model = build_model()
-    optimizer = _optimizer(case, model, lr, seed)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps))
+    model = MODELS[run.model]()
+    optimizer = make_optimizer(case, model, run)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(run.steps))
     losses = []
-    for step in range(steps):
-        tokens = text.windows(training, batch, CONTEXT, seed=seed * 1_000_003 + step)
+    for step in range(run.steps):
+        tokens = text.windows(training, BATCH, CONTEXT, seed=run.seed * 1_000_003 + step)
         loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -173,25 +234,82 @@ def train(group: str, case: Case, lr: float, seed: int) -> dict[str, Any]:
     tokens = text.windows(validation, VALIDATION_WINDOWS, CONTEXT, seed=1)
     with torch.no_grad():
         loss = sum(model(input_ids=t, labels=t).loss.item() * len(t) for t in tokens.split(16)) / len(tokens)
-    case_options = {"optimizer": case.kind, "rows": case.rows, "options": case.options}
+    points = [losses[i : i + OF_CURVE] for i in range(0, len(losses), OF_CURVE)]
     return {
-        "set": group,
-        "case": case.name,
-        **case_options,
-        "steps": steps,
-        "batch": batch,
-        "lr": lr,
-        "seed": seed,
-        "loss": loss,
-        "curve": losses,
+        **run._asdict(),
+        "optimizer": case.kind,
+        "options": case.options,
+        "loss": loss if math.isfinite(loss) else None,
+        "curve": [round(statistics.mean(p), 4) if all(map(math.isfinite, p)) else None for p in points],
     }
 
 
-def _optimizer(case: Case, model: torch.nn.Module, lr: float, seed: int) -> torch.optim.Optimizer:
-    if case.kind != "NovoGrad":
-        return getattr(torch.optim, case.kind)(model.parameters(), lr=lr, weight_decay=0.0, **case.options)
-    params = param_groups(model) if case.rows else model.named_parameters()
-    return NovoGrad(params, lr=lr, seed=seed, **case.options)
+def make_optimizer(case: Case, model: nn.Module, run: Run) -> torch.optim.Optimizer:
+    """The optimizer of a run, with weight decay on matrices only."""
+    options = {"lr": run.lr, **case.options}
+    if case.kind == "AdamMini":
+        import pytorch_optimizer
+
+        return pytorch_optimizer.AdamMini(model, weight_decay=run.weight_decay, **options)
+    if case.by_row:
+        return NovoGrad(param_groups(model, weight_decay=run.weight_decay), seed=run.seed, **options)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": run.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    if case.kind == "NovoGrad":
+        return NovoGrad(groups, seed=run.seed, **options)
+    if case.kind == "Lion":
+        import pytorch_optimizer
+
+        return pytorch_optimizer.Lion(groups, **options)
+    return getattr(torch.optim, case.kind)(groups, **options)
+
+
+def summary(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What ``plots.quality`` shows."""
+    losses = by_run(results)
+    found: dict[str, dict[str, Any]] = {}
+    for case in CASES:
+        lr = best_rate(case, losses)
+        run = Run(case.model, case.name, lr or 0)
+        seeds = [loss for r, loss in losses.items() if r == run._replace(seed=r.seed)]
+        if seeds:
+            tried = {r.lr: loss for r, loss in losses.items() if r == run._replace(lr=r.lr)}
+            found.setdefault(case.model, {})[case.name] = {"rates": tried, "seeds": seeds}
+    return found
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """A table for each model: every learning rate, then what was run at the best of them."""
+    losses = by_run(report["runs"])
+    for model in MODELS:
+        tokens = f"{BATCH} x {CONTEXT} bytes"
+        table = Table("optimizer", title=f"{model}: validation loss after {STEPS} steps of {tokens}")
+        for column in ("rates", "best rate", "mean", "lowest", "highest", "seeds", f"decay {DECAY:g}"):
+            table.add_column(column, justify="right")
+        table.add_column(f"{LONG} steps", justify="right")
+        for case in (c for c in CASES if c.model == model):
+            lr = best_rate(case, losses)
+            if lr is not None:
+                table.add_row(case.name, *_cells(case, lr, losses))
+        console.print(table)
+
+
+def _cells(case: Case, lr: float, losses: dict[Run, float]) -> list[str]:
+    run = Run(case.model, case.name, lr)
+    tried = sorted((r.lr, loss) for r, loss in losses.items() if r == run._replace(lr=r.lr))
+    seeds = [loss for r, loss in losses.items() if r == run._replace(seed=r.seed)]
+    rates = " ".join(f"{rate:g}: {loss:.3f}" for rate, loss in tried) if case.rate_of is None else "-"
+    of_seeds = [f"{f(seeds):.3f}" for f in (statistics.mean, min, max)] if seeds else ["-"] * 3
+    others = (run._replace(weight_decay=DECAY), run._replace(steps=LONG))
+    return [
+        rates,
+        f"{lr:g}",
+        *of_seeds,
+        str(len(seeds)),
+        *(f"{losses[r]:.3f}" if r in losses else "-" for r in others),
+    ]
 
 
 if __name__ == "__main__":

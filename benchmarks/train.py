@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import resource
 import sys
 import time
@@ -21,48 +20,15 @@ import typer
 from accelerate import Accelerator
 from accelerate.utils import DummyOptim, DummyScheduler, InitProcessGroupKwargs, set_seed
 from rich.progress import track
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import novoscale.integrations.deepspeed  # noqa: F401  registers "NovoGrad"
 
 from benchmarks import text
+from benchmarks.language_models import CONTEXT, VALIDATION_WINDOWS, gpt2, schedule
 from novoscale.memory import optimizer_state_bytes
-
-CONTEXT = 128
-VALIDATION_WINDOWS = 128
-
-
-def build_model() -> nn.Module:
-    """A decoder-only transformer over bytes, about 0.8M parameters, with random weights."""
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=256,
-            n_positions=CONTEXT,
-            n_embd=128,
-            n_layer=4,
-            n_head=4,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-def schedule(steps: int) -> Any:
-    """Factor of the learning rate: linear warm-up over a twentieth of the steps, then a cosine to 0.1."""
-    warmup = max(steps // 20, 1)
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.55 + 0.45 * math.cos(math.pi * min((step - warmup) / max(steps - warmup, 1), 1))
-
-    return factor
 
 
 def main(
@@ -79,7 +45,7 @@ def main(
     handlers = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
     accelerator = Accelerator(kwargs_handlers=handlers)
     set_seed(seed)
-    model = build_model()
+    model = gpt2()
     optimizer = DummyOptim(model.parameters())
     scheduler = DummyScheduler(
         optimizer, lr_scheduler_callable=lambda o: torch.optim.lr_scheduler.LambdaLR(o, schedule(steps))
