@@ -25,9 +25,9 @@ def results_of(runs, best):
 
 @pytest.mark.parametrize(("best", "tried"), [(0.001, 4), (0.008, 6), (0.0001, 7)])
 def test_learning_rates_are_added_until_the_best_is_inside_of_them(cases, best, tried):
-    results: list[dict] = []
-    while not any(run.steps == LONG for run in (runs := list(missing(results, cases[:1])))):
-        results += results_of(runs, best)
+    results = []
+    while all(run.steps < LONG for run in missing(results, cases[:1])):
+        results += results_of(missing(results, cases[:1]), best)
     rates = sorted(r["lr"] for r in results)
     chosen = min(rates, key=lambda lr: abs(lr - best))
     assert len(rates) == tried
@@ -62,7 +62,7 @@ def test_a_run_is_the_same_each_time_and_another_with_another_seed(cases):
     assert all(1 < loss < 7 for loss in losses)
 
 
-@pytest.mark.parametrize("case", {c.kind: c for c in quality.CASES}.values(), ids=lambda c: c.kind)
+@pytest.mark.parametrize("case", {c.kind: c for c in quality.CASES[::-1]}.values(), ids=lambda c: c.kind)
 def test_each_optimizer_trains_and_is_what_its_case_says(case):
     if case.kind in ("Lion", "AdamMini"):
         pytest.importorskip("pytorch_optimizer")
