@@ -8,12 +8,22 @@ exist since 0.9.5.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from deepspeed import comm as dist
 from torch import Tensor
 
-from novoscale.layout import Layout, LayoutError, Parameter, Segment, layers_of, partition, whole
+from novoscale.layout import (
+    Layout,
+    LayoutError,
+    Parameter,
+    Segment,
+    describe,
+    matrix_dimensions,
+    partition,
+    whole,
+)
 
 Bound = tuple[int, Tensor, Layout]
 
@@ -104,8 +114,7 @@ def unfused(wrapper: Any) -> Iterator[Bound]:
             name = (
                 known[position] if len(known) == len(copies) else f"parameter {position} of param group {i}"
             )
-            layers = layers_of(name, copy.shape, groups[i]["granularity"])
-            yield i, copy, whole(Parameter(name, copy.numel(), layers, number))
+            yield i, copy, whole(describe(name, copy.shape, groups[i]["granularity"], number))
             number += 1
 
 
@@ -136,16 +145,13 @@ def _cut(
     parameters = []
     for n, p in enumerate(params):
         name = names.get(p, f"parameter {n} of param group {group}")
-        layers = layers_of(name, getattr(p, "ds_shape", p.shape), granularity)
-        parameters.append(Parameter(name, getattr(p, "ds_numel", p.numel()), layers, number + n))
-    parallel = [
-        n
-        for n, p in enumerate(params)
-        if is_tensor_parallel(p) and _layers_are_cut(p, parameters[n], granularity)
-    ]
-    also = (
-        [(wrapper.mpu.get_model_parallel_group(), parallel)] if any(map(is_tensor_parallel, params)) else []
-    )
+        shape = getattr(p, "ds_shape", p.shape)
+        parameter = describe(name, shape, granularity, number + n)
+        if is_tensor_parallel(p):
+            parameter = _shared(p, parameter, shape, granularity, wrapper.mpu.get_model_parallel_world_size())
+        parameters.append(parameter)
+    parallel = [n for n, p in enumerate(params) if is_tensor_parallel(p)]
+    also = [(wrapper.mpu.get_model_parallel_group(), parallel)] if parallel else []
     return partition(
         parameters,
         pieces,
@@ -156,20 +162,25 @@ def _cut(
     )
 
 
-def _layers_are_cut(p: Any, parameter: Parameter, granularity: str | int) -> bool:
-    """Whether the layers of a tensor-parallel parameter are cut over the tensor-parallel group.
+def _shared(
+    p: Any, parameter: Parameter, shape: Sequence[int], granularity: str | int, ranks: int
+) -> Parameter:
+    """A rank's part of a tensor-parallel parameter: over how many ranks its layers or its columns are cut.
 
-    Rows are not if the parameter is cut along its first dimension, as Megatron's ``partition_dim`` says.
+    Rows are not if the parameter is cut along one of their dimensions, as Megatron's ``partition_dim`` says.
     """
-    if granularity != "row" or parameter.layers == 1:
-        return True
+    if granularity == "tensor" or isinstance(granularity, int) or (len(shape) < 2 and granularity == "row"):
+        return replace(parameter, row_shares=ranks)
     dim = getattr(p, "partition_dim", None)
     if dim is None:
         raise LayoutError(
             f"{parameter.name} is tensor-parallel and has no partition_dim: whether its rows are cut is "
             'not known. Set it, or use granularity="tensor"'
         )
-    return int(dim) != 0
+    of_rows = matrix_dimensions(shape) if parameter.factored else 1
+    if int(dim) < of_rows:
+        return replace(parameter, column_shares=ranks)
+    return replace(parameter, row_shares=ranks)
 
 
 def _check_weights(flat: Tensor, weights: Sequence[Tensor], segments: Sequence[Segment]) -> None:

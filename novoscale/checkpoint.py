@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from novoscale import momentum, second_moment
 from novoscale.layout import Layout, local_tensor
 
-PER_LAYER = ("exp_avg_sq", "step")
+SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
 # Options that say what the state is, and not what to do with it.
 STRUCTURE = ("momentum_dtype", "granularity", "allow_lossy_load")
 
@@ -53,36 +53,59 @@ def loaded(
         ValueError: a state that does not fit the parameter.
     """
     state = {key: value for key, value in saved.items() if not _is_known(key)}
-    for key in PER_LAYER:
-        if key in saved:
-            state[key] = second_moment.allocate(p, layout)
-            local_tensor(state[key]).copy_(_per_layer(name, key, saved[key], layout))
+    if any(key in saved for key in SECOND_MOMENTS):
+        made = second_moment.allocate(p, layout)
+        _check_second_moments(name, saved, made)
+        for key, tensor in made.items():
+            local_tensor(tensor).copy_(local_tensor(torch.as_tensor(saved[key])).reshape(_shape(tensor)))
+        state.update(made)
+    if "step" in saved:
+        state["step"] = second_moment.allocate_steps(p, layout)
+        target = local_tensor(state["step"])
+        target.copy_(_steps(name, saved["step"], target))
     if "exp_avg" in saved:
         state.update(_first_moment(name, saved, p, layout, group))
     return state
 
 
 def _is_known(key: str) -> bool:
-    return key in PER_LAYER or key.startswith("exp_avg")
+    return key == "step" or key.startswith("exp_avg")
 
 
-def _per_layer(name: str, key: str, saved: Any, layout: Layout) -> Tensor:
-    value = local_tensor(torch.as_tensor(saved))
-    if key == "step" and value.numel() == 1:  # other NovoGrads keep one number per parameter
-        return value.expand(layout.layers)
-    if value.numel() != layout.layers:
+def _shape(tensor: Tensor) -> torch.Size:
+    return local_tensor(tensor).shape
+
+
+def _check_second_moments(name: str, saved: Mapping[str, Any], made: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where saved second moments are not those of the parameter's layers."""
+    found = {key: local_tensor(torch.as_tensor(saved[key])).numel() for key in SECOND_MOMENTS if key in saved}
+    expected = {key: local_tensor(tensor).numel() for key, tensor in made.items()}
+    if found != expected:
+        has = " and ".join(f"{key} of {name} has {numel} elements" for key, numel in found.items())
+        wanted = " and ".join(f"{numel} in {key}" for key, numel in expected.items())
         raise ValueError(
-            f"{key} of {name} has {value.numel()} elements where NovoGrad keeps one per layer, here "
-            f"{layout.layers}: this is not the state of a NovoGrad, or of one whose layers are cut in "
-            "another way (the option granularity has to be the same)"
+            f"{has} where NovoGrad keeps one per layer, here {wanted}: this is not the state of a NovoGrad, "
+            "or of one whose layers are cut in another way (the option granularity has to be the same)"
         )
-    return value.reshape(layout.layers)
+
+
+def _steps(name: str, saved: Any, target: Tensor) -> Tensor:
+    value = local_tensor(torch.as_tensor(saved))
+    if value.numel() == 1:  # other NovoGrads keep one number per parameter
+        return value.reshape(()).expand(target.shape)
+    if value.numel() != target.numel():
+        raise ValueError(
+            f"step of {name} has {value.numel()} elements where NovoGrad keeps {target.numel()}: this is not "
+            "the state of a NovoGrad, or of one whose layers are cut in another way (the option granularity "
+            "has to be the same)"
+        )
+    return value.reshape(target.shape)
 
 
 def _first_moment(
     name: str, saved: Mapping[str, Any], p: Tensor, layout: Layout, group: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    keys = [key for key in saved if key.startswith("exp_avg") and key != "exp_avg_sq"]
+    keys = [key for key in saved if key.startswith("exp_avg") and key not in SECOND_MOMENTS]
     given = {key: local_tensor(saved[key]) for key in keys}
     form = momentum.format_of(given["exp_avg"], given.get("exp_avg_scale")).name
     expected = _shapes(momentum.allocate(p, layout, form))

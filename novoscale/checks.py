@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from novoscale import kernels, momentum
-from novoscale.layout import Layout
+from novoscale import kernels, momentum, presets
+from novoscale.layout import Layout, describe
 
 FLAGS = (
     "bias_correction",
@@ -20,7 +21,10 @@ FLAGS = (
     "maximize",
     "stochastic_rounding",
     "allow_lossy_load",
+    "nesterov",
+    "scale_parameter",
 )
+GRANULARITIES = ("tensor", "row", "factored", "element")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Options that other NovoGrads have and this one has not, and what to do instead.
@@ -29,6 +33,7 @@ _ELSEWHERE = {
     "set_grad_none": "use optimizer.zero_grad(set_to_none=...)",
     "luc": "NeMo's layer-wise update clipping is not implemented: leave the option out",
     "clip_grad": "use max_grad_norm",
+    "relative_step": "set lr, with scale_parameter=True if it is to be relative to the weights",
     "momentum": "use betas=(momentum, ...)",
     "block_size": "the blocks of int8 and int4 momenta have 128 elements: leave the option out",
     "bf16_stochastic_round": "use stochastic_rounding",
@@ -58,6 +63,7 @@ def check_options(options: dict[str, Any], where: str) -> None:
         ValueError: a value out of range.
         TypeError: a value of the wrong kind.
     """
+    presets.check(options["preset"], where)
     _check_lr(options["lr"], where)
     options["betas"] = _betas(options["betas"], where)
     for name in ("eps", "weight_decay"):
@@ -82,14 +88,50 @@ def check_options(options: dict[str, Any], where: str) -> None:
     _check_granularity(options["granularity"], where)
     if options["normalize"] not in ("norm", "rms"):
         raise ValueError(f'{where}: normalize must be "norm" or "rms", got {options["normalize"]!r}')
-    if options["normalize"] == "rms" and options["norm_type"] == 0:
-        raise ValueError(
-            f'{where}: normalize="rms" is the root of a mean of squares: it needs norm_type=2, not the '
-            "largest magnitude of norm_type=0"
-        )
+    if options["clip_threshold"] is not None:
+        _number("clip_threshold", options["clip_threshold"], where)
+        if options["clip_threshold"] == 0:
+            raise ValueError(f"{where}: clip_threshold must be above 0; None does not clip the update")
+    _check_together(options, where)
     seed = options["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"{where}: seed must be an integer of at least 0 and below 2**32, got {seed!r}")
+
+
+def _check_together(options: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for options that contradict each other."""
+
+    def said(option: str) -> str:
+        value = options[option]
+        return f"{option}={json.dumps(value)}{presets.origin(options, option)}"
+
+    factored = options["granularity"] == "factored"
+    if factored and options["normalize"] != "rms":
+        raise ValueError(
+            f"{where}: {said('granularity')} divides by the root of a mean square and needs "
+            f'normalize="rms", not {said("normalize")}'
+        )
+    wanted = [
+        option
+        for option, found in (
+            ("granularity", factored),
+            ("normalize", options["normalize"] == "rms"),
+            ("clip_threshold", options["clip_threshold"] is not None),
+            ("scale_parameter", options["scale_parameter"]),
+        )
+        if found
+    ]
+    if wanted and options["norm_type"] == 0:
+        raise ValueError(
+            f"{where}: {said(wanted[0])} is made of sums of squares and needs norm_type=2, not the largest "
+            "magnitudes of norm_type=0"
+        )
+    of_update = [o for o in wanted if o in ("clip_threshold", "scale_parameter")]
+    if of_update and not options["reg_inside_moment"]:
+        raise ValueError(
+            f"{where}: {said(of_update[0])} scales the normalised gradient before it enters the moment; "
+            "with reg_inside_moment=False the plain gradient enters it. Set reg_inside_moment=True"
+        )
 
 
 def _momentum_dtype(value: Any, where: str) -> str:
@@ -105,10 +147,12 @@ def _momentum_dtype(value: Any, where: str) -> str:
 
 def _check_granularity(value: Any, where: str) -> None:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    if value not in ("tensor", "row") and not is_count:
+    if value not in GRANULARITIES and not is_count:
+        near = difflib.get_close_matches(str(value), GRANULARITIES, n=1)
         raise ValueError(
             f'{where}: granularity must be "tensor", "row" or the number of layers of equal size into which '
-            f"a parameter is cut along its first dimension, got {value!r}"
+            f'a parameter is cut along its first dimension, or "factored" or "element", got {value!r}'
+            f"{f' (did you mean {near[0]!r}?)' if near else ''}"
         )
 
 
@@ -189,14 +233,14 @@ def check_gradient(name: str, p: Tensor) -> None:
 
 
 def check_structure(
-    name: str, state: Mapping[str, Any], layers: int, layout: Layout, group: Mapping[str, Any]
+    name: str, state: Mapping[str, Any], shape: Sequence[int], layout: Layout, group: Mapping[str, Any]
 ) -> None:
     """Raise RuntimeError where an option that says what the state is was changed while it is in use.
 
     Args:
         name: of the parameter.
         state: of the parameter, maybe empty.
-        layers: that it has now.
+        shape: of the parameter.
         layout: that it had when NovoGrad was given it.
         group: its param group.
     """
@@ -207,8 +251,10 @@ def check_structure(
         small = momentum.FORMATS[group["momentum_dtype"]].largest and not in_blocks
         if kept != ("float32" if small else group["momentum_dtype"]):
             was["momentum_dtype"] = kept
-    if layout.held and layers != layout.held[0].parameter.layers:
-        was["granularity"] = f"one of {layout.held[0].parameter.layers} layers"
+    if layout.held:
+        had, has = layout.held[0].parameter, describe(name, shape, group["granularity"])
+        if (had.layers, had.factored) != (has.layers, has.factored):
+            was["granularity"] = f"one of {had.layers} layers{' and of columns' if had.factored else ''}"
     for option, value in was.items():
         raise RuntimeError(
             f"{name}: the {option} of its param group was {value!r} and is {group[option]!r} now: the state "

@@ -1,4 +1,4 @@
-"""Param groups for a model: weight decay as the Hugging Face Trainer has it, and rows for layers."""
+"""Param groups for a model: weight decay as the Hugging Face Trainer has it, and layers that learn well."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from novoscale import presets
 
 
 class ParamGroups(list[dict[str, Any]]):
@@ -23,25 +25,32 @@ class ParamGroups(list[dict[str, Any]]):
 
 
 def param_groups(
-    model: nn.Module, *, weight_decay: float = 0.0, fused: Mapping[str, int] | None = None
+    model: nn.Module,
+    *,
+    weight_decay: float = 0.0,
+    preset: str | None = None,
+    fused: Mapping[str, int] | None = None,
 ) -> ParamGroups:
     """The recommended param groups of a model, for ``NovoGrad(param_groups(model, ...), ...)``.
 
-    Matrices (two dimensions or more: embeddings, linear layers, convolutions) have one second moment for each
-    row; all else, which are biases and the weights of norms, has one for each parameter, and no weight decay.
-    Parameters that need no gradient are left out.
+    Matrices (two dimensions or more: embeddings, linear layers, convolutions) have weight decay; all else,
+    which are biases and the weights of norms, has none. Parameters that need no gradient are left out.
 
     Args:
         model: before or after it is wrapped.
         weight_decay: of the matrices.
+        preset: of all groups, see ``NovoGrad``: it says what a layer is. None: matrices have one second
+            moment for each row, all else one for each parameter.
         fused: how many layers of equal size a parameter consists of, by a part of its name, such as
             ``{"qkv": 3}``; one second moment for each of them instead of for each row.
 
     Raises:
-        ValueError: no parameter has a part of ``fused`` in its name.
+        ValueError: no parameter has a part of ``fused`` in its name, or an unknown preset.
     """
     fused = fused or {}
-    made: dict[tuple[float, str | int], dict[str, Any]] = {}
+    if preset is not None:
+        presets.check(preset, "param_groups")
+    made: dict[tuple[float, str | int | None], dict[str, Any]] = {}
     unseen = set(fused)
     norms = {
         id(p)
@@ -55,14 +64,15 @@ def param_groups(
         parts = [part for part in fused if part in name]
         unseen -= set(parts)
         is_matrix = len(_shape(p)) > 1 and id(p) not in norms
-        granularity: str | int = fused[parts[0]] if parts else "row" if is_matrix else "tensor"
         decay = weight_decay if is_matrix else 0.0
-        empty: dict[str, Any] = {
-            "weight_decay": decay,
-            "granularity": granularity,
-            "params": [],
-            "param_names": [],
-        }
+        granularity: str | int | None = None if preset else "row" if is_matrix else "tensor"
+        if parts:
+            granularity = fused[parts[0]]
+        empty: dict[str, Any] = {"weight_decay": decay, "params": [], "param_names": []}
+        if granularity is not None:
+            empty["granularity"] = granularity
+        if preset is not None:
+            empty["preset"] = preset
         group = made.setdefault((decay, granularity), empty)
         group["params"].append(p)
         group["param_names"].append(name)

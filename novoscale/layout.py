@@ -1,9 +1,10 @@
 """Layers, and where their elements lie.
 
 A *layer* is what shares one second moment: a parameter, or one of several slices of equal size along its
-first dimension. A *segment* says that some elements of a tensor are elements of a parameter. A *layout*
-lists the segments of one tensor, the layers of which this rank holds something, and the process groups over
-which those that are cut between ranks have to be completed.
+first dimension. A *factored* parameter is a matrix that has a second moment for each row, which are its
+layers, and for each column. A *segment* says that some elements of a tensor are elements of a parameter. A
+*layout* lists the segments of one tensor, the layers of which this rank holds something, and the process
+groups over which those that are cut between ranks have to be completed.
 
 Everything NovoGrad keeps is either element-wise, which may be cut anywhere, or one scalar per layer,
 which one small all-reduce completes. Nothing here knows a framework: ``novoscale.integrations``
@@ -17,7 +18,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise, product
+from itertools import accumulate, pairwise, product
 from typing import cast
 
 import torch
@@ -41,17 +42,31 @@ class Parameter:
         numel: its number of elements, on all ranks.
         layers: of how many layers of equal size it consists, one after another.
         number: tells it from the other parameters of the model, the same however they are cut.
+        factored: whether its columns have second moments too.
+        counts_once: whether it has one count of steps, and not one for each layer.
+        row_shares: over how many ranks of a wrapper's own tensor parallelism each layer is cut, beside what
+            ``numel`` says.
+        column_shares: the same of each column.
     """
 
     name: str
     numel: int
     layers: int = 1
     number: int = 0
+    factored: bool = False
+    counts_once: bool = False
+    row_shares: int = 1
+    column_shares: int = 1
 
     @property
     def layer_numel(self) -> int:
         """Elements of each of its layers."""
         return self.numel // self.layers
+
+    @property
+    def columns(self) -> int:
+        """How many columns have second moments."""
+        return self.layer_numel if self.factored else 0
 
     def layer_name(self, layer: int) -> str:
         """The name of one of its layers."""
@@ -60,7 +75,10 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """The layers ``first..stop`` of a parameter, of which this rank holds elements or the second moment."""
+    """The layers ``first..stop`` of a parameter, of which this rank holds elements or the second moment.
+
+    Of a factored one it has the second moments of all columns: they are few, beside the elements.
+    """
 
     parameter: Parameter
     first: int
@@ -70,6 +88,16 @@ class Held:
     def count(self) -> int:
         """The number of layers."""
         return self.stop - self.first
+
+    @property
+    def columns(self) -> int:
+        """The number of columns."""
+        return self.parameter.columns
+
+    @property
+    def counts(self) -> int:
+        """How many counts of steps there are."""
+        return 1 if self.parameter.counts_once else self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +124,8 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """``count`` layers that follow each other; ``place`` of the first among those of the tensor on this rank,
-    None where the rank holds nothing of them."""
+    """``count`` layers (or columns, or parameters) that follow each other; ``place`` of the first among those
+    of the tensor on this rank, None where the rank holds nothing of them."""
 
     place: int | None
     count: int
@@ -107,13 +135,21 @@ class Span:
 class Completion:
     """The layers that are cut over one process group.
 
-    ``spans`` has them in the same order on every rank of the group; ``parameters`` are what the ranks have to
-    agree on: see ``Plan``.
+    Attributes:
+        process_group: of the ranks that hold parts of them.
+        spans: the layers, in the same order on every rank of the group.
+        parameters: what the ranks have to agree on: see ``Plan``.
+        columns: the columns of factored parameters that are cut, as the layers.
+        cut: the parameters that are cut, as the layers; ``place`` is the index in ``Layout.held``.
+        scattered: those of which some ranks, in any group that cuts them, have different layers.
     """
 
     process_group: dist.ProcessGroup | None
     spans: tuple[Span, ...]
     parameters: tuple[Parameter, ...]
+    columns: tuple[Span, ...] = ()
+    cut: tuple[Span, ...] = ()
+    scattered: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +161,7 @@ class Layout:
     Attributes:
         numel: elements of the tensor on this rank, padding included.
         held: the layers that this rank has, by parameter. In this order they make up the tensor's vector of
-            layers.
+            layers, but that those of factored parameters come after the others; and its vector of columns.
         segments: where the elements lie; ``Segment.parameter`` indexes ``held``.
         completions: the process groups that complete the layers that are cut, in order.
         scattered: whether each rank of those groups has other layers of the same parameter.
@@ -142,30 +178,117 @@ class Layout:
         """The number of layers that this rank has."""
         return sum(h.count for h in self.held)
 
+    @property
+    def columns(self) -> int:
+        """The number of columns of factored parameters."""
+        return sum(h.columns for h in self.held)
+
+    @property
+    def rows(self) -> int:
+        """The number of layers that are rows of factored parameters."""
+        return sum(h.count for h in self.held if h.parameter.factored)
+
+    @property
+    def counts(self) -> int:
+        """The number of counts of steps."""
+        return sum(h.counts for h in self.held)
+
+    def in_order(self) -> list[int]:
+        """The indices of ``held`` in the order of the tensor's vector of layers."""
+        return sorted(range(len(self.held)), key=lambda i: self.held[i].parameter.factored)
+
     def places(self) -> list[int]:
         """Of each parameter in ``held``, the place of its first layer in the tensor's vector of layers."""
-        places = [0]
-        for h in self.held:
-            places.append(places[-1] + h.count)
-        return places[:-1]
+        order = self.in_order()
+        places = dict(zip(order, _starts([self.held[i].count for i in order]), strict=True))
+        return [places[i] for i in range(len(self.held))]
+
+    def column_places(self) -> list[int]:
+        """The same of its columns."""
+        return _starts([h.columns for h in self.held])
+
+    def by_parameter(self) -> Layout:
+        """The elements, with each parameter as one layer; those in the order of the vector of layers."""
+        order = self.in_order()
+        parameters = (replace(self.held[i].parameter, layers=1, factored=False) for i in order)
+        segments = tuple(replace(s, parameter=order.index(s.parameter)) for s in self.segments)
+        return Layout(self.numel, tuple(Held(p, 0, 1) for p in parameters), segments)
+
+    def owned(self) -> list[range]:
+        """The places of the layers whose first element is on this rank.
+
+        Each layer of a parameter has one owner among the ranks that complete it: to count it once.
+        """
+        found, places = [], self.places()
+        for s in self.segments:
+            h, place = self.held[s.parameter], places[s.parameter]
+            size, run = h.parameter.layer_numel, s.run or s.numel
+            for nth in range(s.numel // run):
+                begin = s.offset + nth * s.stride
+                first, stop = -(-begin // size), (begin + run - 1) // size + 1
+                if first < stop:
+                    found.append(range(place + first - h.first, place + stop - h.first))
+        return found
 
 
-def layers_of(name: str, shape: Sequence[int], granularity: str | int) -> int:
-    """Into how many layers a parameter is cut along its first dimension.
+def _starts(counts: Sequence[int]) -> list[int]:
+    return list(accumulate(counts, initial=0))[:-1]
+
+
+def matrix_dimensions(shape: Sequence[int]) -> int:
+    """Of how many dimensions the rows of a factored parameter are made; the rest makes the columns.
+
+    The split with the fewest rows and columns together: the smallest state.
+    """
+    return min(range(1, len(shape)), key=lambda k: math.prod(shape[:k]) + math.prod(shape[k:]))
+
+
+def describe(
+    name: str, shape: Sequence[int], granularity: str | int, number: int = 0, numel: int | None = None
+) -> Parameter:
+    """A parameter with its layers.
 
     Args:
         name: the parameter's.
         shape: of the whole parameter.
-        granularity: "tensor": one; "row": one for each index of the first dimension, where there are two or
-            more; a number: so many.
+        granularity: what a layer is, see ``NovoGrad``.
+        number: see ``Parameter``.
+        numel: of the whole parameter, if not that of the shape.
 
     Raises:
-        LayoutError: the number does not divide the first dimension.
+        LayoutError: the number of layers does not divide the first dimension, or a layer for each element of
+            a parameter that is no vector.
     """
+    elements = math.prod(shape) if numel is None else numel
+    elementwise = granularity in ("element", "factored") and len(shape) < 2
+    factored = granularity == "factored" and len(shape) > 1 and elements > 0
+    return Parameter(
+        name,
+        elements,
+        layers_of(name, shape, granularity),
+        number,
+        factored=factored,
+        counts_once=factored or (elementwise and elements > 0),
+    )
+
+
+def layers_of(name: str, shape: Sequence[int], granularity: str | int) -> int:
+    """Into how many layers a parameter is cut along its leading dimensions: see :func:`describe`."""
     if granularity == "tensor" or math.prod(shape) == 0:
         return 1
     if granularity == "row":
         return shape[0] if len(shape) > 1 else 1
+    if granularity in ("element", "factored"):
+        if len(shape) < 2:
+            return math.prod(shape)
+        if granularity == "factored":
+            return math.prod(shape[: matrix_dimensions(shape)])
+        raise LayoutError(
+            f'{name} has the shape {tuple(shape)}: granularity="element" is for vectors, and would keep '
+            f"{math.prod(shape):,} second moments here, {4 * math.prod(shape):,} bytes, as many as Adam. Use "
+            f'granularity="factored", which keeps {sum(_factors(shape)):,} and has one for each element of '
+            "vectors"
+        )
     count = int(granularity)
     if not shape or shape[0] % count:
         raise LayoutError(
@@ -173,6 +296,12 @@ def layers_of(name: str, shape: Sequence[int], granularity: str | int) -> int:
             f"dimension, which its shape {tuple(shape)} does not allow. Put it into a param group of its own"
         )
     return count
+
+
+def _factors(shape: Sequence[int]) -> tuple[int, int]:
+    """The rows and the columns of a factored parameter."""
+    split = matrix_dimensions(shape)
+    return math.prod(shape[:split]), math.prod(shape[split:])
 
 
 def whole(parameter: Parameter) -> Layout:
@@ -202,8 +331,9 @@ def partition(
         rank: this rank, in the group.
         numel: elements of this rank's tensor, padding included.
         process_group: completes the layers that are cut.
-        also: further groups, each with the parameters of which every layer is cut over it too (indices into
-            ``parameters``), such as the tensor-parallel group. Its ranks hold the same layers.
+        also: further groups, each with the parameters that are cut over it too (indices into ``parameters``),
+            such as the tensor-parallel group. Of each its ranks have the same layers of ``pieces``:
+            ``Parameter.row_shares`` and ``column_shares`` say how the real ones are cut.
 
     Raises:
         LayoutError: if the pieces overlap, run over the end of a tensor, or do not make up every
@@ -220,19 +350,50 @@ def partition(
             ranges[s.parameter][holder] = range(min(first, known.start), max(stop, known.stop))
     mine = [index for index, held in enumerate(ranges) if rank in held]
     held = tuple(Held(parameters[i], ranges[i][rank].start, ranges[i][rank].stop) for i in mine)
-    place = dict(zip(mine, Layout(numel, held, ()).places(), strict=True))
-    spans = []
+    bare = Layout(numel, held, ())
+    place, column = (dict(zip(mine, p, strict=True)) for p in (bare.places(), bare.column_places()))
+    local = {index: i for i, index in enumerate(mine)}
+    spans, columns = [], []
+    cut = [i for i, by_rank in enumerate(ranges) if len(by_rank) > 1]
     for index, by_rank in enumerate(ranges):
         own = by_rank.get(rank, range(0))
-        for cut in _shared(list(by_rank.values())):
-            spans.append(Span(place[index] + cut.start - own.start if cut.start in own else None, len(cut)))
+        for shared in _shared(list(by_rank.values())):
+            here = place[index] + shared.start - own.start if shared.start in own else None
+            spans.append(Span(here, len(shared)))
+        if index in cut and parameters[index].factored:
+            columns.append(Span(column.get(index), parameters[index].columns))
+    scattered = [
+        i for i, p in enumerate(parameters) if p.column_shares > 1 or len(set(ranges[i].values())) > 1
+    ]
+
+    def held_of(indices: Sequence[int]) -> tuple[Span, ...]:
+        return tuple(Span(local.get(i), 1) for i in indices)
+
     # Also without a cut layer: the ranks must agree on whether a step is skipped.
-    completions = [Completion(process_group, tuple(spans), tuple(parameters))][: len(pieces) > 1]
+    completions = [
+        Completion(
+            process_group,
+            tuple(spans),
+            tuple(parameters),
+            tuple(columns),
+            held_of(cut),
+            held_of([i for i in cut if i in scattered]),
+        )
+    ][: len(pieces) > 1]
     for group, members in also:
-        cut_too = [i for i in mine if i in members]
-        spans = [Span(place[i], len(ranges[i][rank])) for i in cut_too]
-        completions.append(Completion(group, tuple(spans), tuple(parameters[i] for i in cut_too)))
-    local = {index: i for i, index in enumerate(mine)}
+        parallel = [i for i in mine if i in members]
+        rows = [i for i in parallel if parameters[i].row_shares > 1]
+        of_columns = [i for i in parallel if parameters[i].factored and parameters[i].column_shares > 1]
+        completions.append(
+            Completion(
+                group,
+                tuple(Span(place[i], len(ranges[i][rank])) for i in rows),
+                tuple(parameters[i] for i in parallel),
+                tuple(Span(column[i], parameters[i].columns) for i in of_columns),
+                held_of(parallel),
+                held_of([i for i in parallel if i in scattered]),
+            )
+        )
     segments = [replace(s, parameter=local[s.parameter]) for s in sorted(pieces[rank], key=lambda s: s.start)]
     return Layout(numel, held, tuple(segments), tuple(completions))
 
@@ -251,7 +412,7 @@ def _shared(ranges: Sequence[range]) -> Iterator[range]:
             yield range(low, high)
 
 
-def sharded(name: str, tensor: DTensor, layers: int = 1, number: int = 0) -> Layout:
+def sharded(parameter: Parameter, tensor: DTensor) -> Layout:
     """The layout of this rank's part of a DTensor parameter.
 
     A parameter that is one layer, or a few, has their second moments on every rank of its mesh. One whose
@@ -261,31 +422,43 @@ def sharded(name: str, tensor: DTensor, layers: int = 1, number: int = 0) -> Lay
     Raises:
         LayoutError: if the parameter is a partial sum.
     """
-    parameter = Parameter(name, tensor.numel(), layers, number)
     local, offsets = compute_local_shape_and_global_offset(
         tensor.shape, tensor.device_mesh, tensor.placements
     )
     rows = by_rows(tensor, parameter)
-    # Where nothing is held, the offset is the end.
-    held = Held(parameter, offsets[0], offsets[0] + local[0]) if rows else Held(parameter, 0, layers)
+    held = Held(parameter, 0, parameter.layers)
+    if rows:  # where nothing is held, the offset is the end
+        each = parameter.layers // tensor.shape[0]
+        held = Held(parameter, offsets[0] * each, (offsets[0] + local[0]) * each)
+    scattered = rows and any(map(cuts_rows, tensor.placements))
     completions = []
     for dim, placement in enumerate(tensor.placements):
         if placement.is_partial():
             raise LayoutError(
-                f"{name} is a DTensor with the placement {placement}: each rank holds a part of a sum, not a "
-                "part of the parameter. Redistribute it to Shard or Replicate"
+                f"{parameter.name} is a DTensor with the placement {placement}: each rank holds a part of a "
+                "sum, not a part of the parameter. Redistribute it to Shard or Replicate"
             )
         if not placement.is_replicate():
-            spans = () if rows and cuts_rows(placement) else (Span(0, held.count),)
-            completions.append(Completion(tensor.device_mesh.get_group(dim), spans, (parameter,)))
+            completions.append(
+                Completion(
+                    tensor.device_mesh.get_group(dim),
+                    () if rows and cuts_rows(placement) else (Span(0, held.count),),
+                    (parameter,),
+                    (Span(0, held.columns),) if parameter.factored else (),
+                    (Span(0, 1),),
+                    (Span(0, 1),) if scattered else (),
+                )
+            )
     segments = tuple(_box(tensor.shape, local, offsets)) if math.prod(local) else ()
-    scattered = rows and any(map(cuts_rows, tensor.placements))
     return Layout(math.prod(local), (held,), segments, tuple(completions), scattered)
 
 
 def by_rows(tensor: Tensor, parameter: Parameter) -> bool:
-    """Whether the layers of a parameter are its rows, so that one cut along its first dimension cuts none."""
-    return parameter.layers > 1 and parameter.layers == tensor.shape[0]
+    """Whether the layers of a parameter are its rows, so that one cut along its first dimension cuts none.
+
+    Of a factored one, a row may be an index of several dimensions.
+    """
+    return parameter.layers > 1 and parameter.layers % tensor.shape[0] == 0
 
 
 def cuts_rows(placement: Placement) -> bool:

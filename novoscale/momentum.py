@@ -137,31 +137,33 @@ def _blocks(s: Segment) -> tuple[int, int]:
     return runs, (s.run + BLOCK - 2) // BLOCK + 1  # as many as it may touch, wherever it begins
 
 
-def pieces(layout: Layout, stored: Stored, first: int) -> Tensor:
+def pieces(layout: Layout, stored: Stored, first: int, first_column: int = 0) -> Tensor:
     """The table of ``kernels.Shard`` for some segments of a layout.
 
     Args:
         layout: of the tensor.
         stored: the segments.
         first: the place of the tensor's layers in the vector of all layers.
+        first_column: the same of its columns.
 
     Returns:
-        int64 ``[pieces, 6]`` on the CPU.
+        int64 ``[pieces, 7]`` on the CPU.
     """
-    starts = layout.places()
+    starts, columns = layout.places(), layout.column_places()
     rows = []
     for s, (place, each) in zip(stored.segments, stored.places, strict=True):
         h = layout.held[s.parameter]
         layer = first + starts[s.parameter] - h.first
         length = s.run or s.numel
-        numbers = (s.numel // length, layer, h.parameter.layer_numel)
+        of_columns = first_column + columns[s.parameter] if h.columns else -1
+        numbers = (s.numel // length, layer, h.parameter.layer_numel, of_columns)
         rows.append((s.start, s.offset, place, length, s.stride, each, *numbers))
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 9)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 10)
     segment, nth = repeated(table[:, 6])
-    begin, offset, first_place, run, stride, step, _, base, size = table[segment].unbind(1)
+    begin, offset, first_place, run, stride, step, _, base, size, column = table[segment].unbind(1)
     start, position = begin + nth * run, offset + nth * stride
     return torch.stack(
-        (start, start + run, base + position // size, position, size, first_place + nth * step), dim=1
+        (start, start + run, base + position // size, position, size, first_place + nth * step, column), dim=1
     )
 
 
@@ -386,14 +388,14 @@ def _convert_elements(
     saved: Mapping[str, Tensor], source: Format, made: Mapping[str, Tensor], target: Format, layout: Layout
 ) -> None:
     flat = torch.zeros(layout.numel, dtype=torch.float32, device=made["exp_avg"].device)
-    for part, (start, stop, _, position, _, place) in _rows(layout, source):
+    for part, (start, stop, _, position, _, place, _) in _rows(layout, source):
         scale = saved["exp_avg_scale"] if part.in_blocks else None
         flat[start:stop] = read(saved[part.key].contiguous(), scale, place, position, stop - start)
     if not target.largest:
         made["exp_avg"].copy_(flat.view(made["exp_avg"].shape))
         return
     half = torch.tensor(0x7FFF, device=flat.device)  # to the nearest
-    for part, (start, stop, _, position, _, place) in _rows(layout, target):
+    for part, (start, stop, _, position, _, place, _) in _rows(layout, target):
         scale = made["exp_avg_scale"] if part.in_blocks else None
         bits = half.expand(stop - start)
         write(made[part.key], scale, place, position, flat[start:stop], bits, bits > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from novoscale import checkpoint, checks, kernels, momentum, prepared, second_moment
-from novoscale.layout import Layout, Parameter, layers_of, sharded, whole
-from novoscale.plan import Plan
-from novoscale.prepared import NUMEL, Group, Groups, Prepared
+from novoscale import checkpoint, checks, kernels, momentum, prepared, presets, second_moment
+from novoscale.collectives import Plan
+from novoscale.layout import Layout, describe, sharded, whole
+from novoscale.prepared import Group, Groups, Prepared
 
 # Tables kept: one for each set of tensors that is stepped together. A wrapper that steps its param groups
 # one by one has one for each; a model of which other parts get gradients at each step has many.
@@ -38,19 +39,25 @@ class NovoGrad(Optimizer):
 
     State, per parameter tensor: ``exp_avg`` (m; as ``momentum_dtype`` says, see ``novoscale.momentum``;
     float64 for a float64 parameter instead of float32; absent if beta1 is 0) and ``exp_avg_sq`` (v;
-    float32, one element per layer that this rank holds): 4 bytes per element plus 4 per layer. With
+    float32, one element per layer that this rank holds): 4 bytes per element plus 4 per layer. A factored
+    parameter has ``exp_avg_sq_row`` and ``exp_avg_sq_col`` instead, see ``second_moment.allocate``. With
     ``bias_correction``, and where anything is rounded stochastically, also ``step`` (float32, one element
-    per layer). They keep their dtype through ``load_state_dict``.
+    per layer, or per parameter where it is factored). They keep their dtype through ``load_state_dict``.
 
-    Option names are those of ``apex.optimizers.FusedNovoGrad``; the defaults are the paper's. The
-    arguments that reproduce other implementations are in ``docs/coming-from.md``.
+    Option names are those of ``apex.optimizers.FusedNovoGrad`` and Adafactor; the defaults are the
+    paper's. The arguments that reproduce other implementations are in ``docs/coming-from.md``. ``print``
+    shows the options of each param group and where they come from.
 
     Args:
         params: parameters, named parameters or param groups; float32, bfloat16, float16 or float64.
         lr: learning rate; a number or a tensor of one element.
-        betas: decay of the first moment and of the second. With beta1 = 0 no first moment is kept.
+        betas: decay of the first moment and of the second. With beta1 = 0 no first moment is kept. None, as
+            with every option that a preset has: the preset's.
         eps: added to the square root of the second moment.
         weight_decay: times the weight, added to the normalised gradient.
+        preset: a word for a set of options, of which each that is given wins: "paper" (Algorithm 1, the
+            default) or "adamw" (learns as AdamW does, at its learning rates: factored second moments, AdamW's
+            averages, Nesterov). A param group may have its own. See ``novoscale.presets``.
         bias_correction: divide m by 1 - beta1**t and sqrt(v) by sqrt(1 - beta2**t), t counting the
             layer's own steps (as Apex; the paper has none).
         grad_averaging: weight the new term of the first moment with 1 - beta1.
@@ -69,9 +76,19 @@ class NovoGrad(Optimizer):
             where others are in blocks. A torch dtype will do.
         granularity: what a layer is: "tensor" (the paper): a parameter; "row": an index of the first
             dimension of a parameter of two dimensions or more; a number n: one of n equal slices along the
-            first dimension, such as 3 for a fused QKV weight.
+            first dimension, such as 3 for a fused QKV weight. "factored": a parameter of two dimensions or
+            more is a matrix, by the split of its dimensions with the fewest rows and columns, and the second
+            moment of an element is that of its row times that of its column (Adafactor, arXiv 1804.04235); a
+            vector has one for each element. "element": that, for vectors only.
         normalize: "norm" (the paper): divide the gradient by the norm of its layer; "rms": by the root mean
             square, so that a learning rate means the same for every size and AdamW's values carry over.
+        nesterov: move the weight along the new term of the first moment too, as NAdam with a constant beta1
+            (Dozat 2016); costs no state.
+        clip_threshold: divide the normalised gradient u of a parameter by max(1, rms(u) / clip_threshold)
+            (Adafactor's option). rms(u) is taken from the sums that are known: the mean of S/v over the
+            layers, of factored parameters over the rows. None: no clipping.
+        scale_parameter: multiply u by max(1e-3, rms(w)) of the whole parameter (Adafactor's option), so that
+            the learning rate is relative to the weights; the decay is not. Reads the weights once more.
         stochastic_rounding: of the weights where they are bfloat16 (and have no float32 master: a wrapper
             that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost.
         seed: of the random bits for rounding; they do not depend on how the model is cut, nor on the rank.
@@ -105,20 +122,24 @@ class NovoGrad(Optimizer):
         self,
         params: Iterable[Any],
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.95, 0.98),
+        betas: tuple[float, float] | None = None,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        bias_correction: bool = False,
-        grad_averaging: bool = False,
+        preset: str = presets.DEFAULT,
+        bias_correction: bool | None = None,
+        grad_averaging: bool | None = None,
         norm_type: int = 2,
-        init_zero: bool = False,
+        init_zero: bool | None = None,
         reg_inside_moment: bool = True,
         max_grad_norm: float | None = None,
         maximize: bool = False,
         momentum_dtype: str | torch.dtype = "float32",
-        granularity: str | int = "tensor",
-        normalize: str = "norm",
+        granularity: str | int | None = None,
+        normalize: str | None = None,
+        nesterov: bool | None = None,
+        clip_threshold: float | None = None,
+        scale_parameter: bool = False,
         stochastic_rounding: bool = True,
         seed: int = 0,
         allow_lossy_load: bool = False,
@@ -128,6 +149,7 @@ class NovoGrad(Optimizer):
     ) -> None:
         defaults: dict[str, Any] = {
             "lr": lr,
+            "preset": preset,
             "betas": betas,
             "eps": eps,
             "weight_decay": weight_decay,
@@ -141,6 +163,9 @@ class NovoGrad(Optimizer):
             "momentum_dtype": momentum_dtype,
             "granularity": granularity,
             "normalize": normalize,
+            "nesterov": nesterov,
+            "clip_threshold": clip_threshold,
+            "scale_parameter": scale_parameter,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
             "allow_lossy_load": allow_lossy_load,
@@ -148,6 +173,7 @@ class NovoGrad(Optimizer):
             "fused": fused,
         }
         checks.refuse_unknown_options(unknown, defaults)
+        presets.complete(defaults, "NovoGrad")
         checks.check_options(defaults, "NovoGrad")
         self._forget()
         super().__init__(params, defaults)
@@ -179,17 +205,15 @@ class NovoGrad(Optimizer):
         if groups:
             ready = self._prepare(groups)
             inverse_scale, veto = self._amp()
-            statistic = ready.kernels.sum_of_squares()
-            if inverse_scale is not None:
-                ready.unscale(statistic, groups, inverse_scale)
+            statistic = ready.statistic(groups, inverse_scale)
             finite, total = ready.plan.complete(statistic, veto)
             clip = second_moment.clip_coefficient(total, checks.one_max_grad_norm(self.param_groups))
-            coefficients = self._second_moment(groups, ready, statistic, finite, clip, inverse_scale)
+            coefficients = self._second_moments(groups, ready, statistic, finite, clip, inverse_scale)
             ready.kernels.update(coefficients)
             ready.release()
         return loss
 
-    def _second_moment(
+    def _second_moments(
         self,
         groups: Groups,
         ready: Prepared,
@@ -200,24 +224,20 @@ class NovoGrad(Optimizer):
     ) -> kernels.Coefficients:
         """Update v of every layer; return what the update of m and w needs to know of it."""
         scale = clip if inverse_scale is None else inverse_scale if clip is None else clip * inverse_scale
-        parts: list[tuple[Tensor, ...]] = []
-        sums = ready.by_group(statistic)
-        rows = zip(groups, sums, ready.second_moments, ready.steps, strict=True)
-        for index, ((group, _), S, v, t) in enumerate(rows):
-            if clip is not None:
-                S = S * (clip if group["norm_type"] == 0 else clip.square())
-            new_v = torch.where(finite, second_moment.averaged(v, S, group), v)
-            active = finite & (new_v > 0)
-            v.copy_(new_v)
-            if t is not None:
-                t.add_(active)
-            numel = ready.by_layer(index, NUMEL) if group["normalize"] == "rms" else None
-            counted = t if group["bias_correction"] else None
-            of_layers = second_moment.coefficients(new_v, counted, numel, scale, group)
-            parts.append((*of_layers, active, ready.keys(index, group["seed"])))
+        steps = []
+        for (group, _), layers, sums in zip(groups, ready.layers, ready.by_group(statistic), strict=True):
+            S, of_columns, totals = sums if clip is None else second_moment.clipped(*sums, clip, group)
+            active = second_moment.advance(layers, S, of_columns, totals, finite, group)
+            steps.append((S, totals, active))
+        rms = ready.mean_square_updates(groups, steps)
+        parts = []
+        rows = zip(groups, ready.layers, steps, rms, strict=True)
+        for index, ((group, _), layers, (_, totals, active), mean_square) in enumerate(rows):
+            factor = second_moment.update_scale(layers, totals, mean_square, group)
+            found = second_moment.coefficients(layers, totals, scale, factor, group)
+            parts.append((found, active, ready.keys(index, group["seed"])))
         self._count(ready, statistic, finite)
-        vectors = parts[0] if len(parts) == 1 else [torch.cat(v) for v in zip(*parts, strict=True)]
-        return kernels.Coefficients(*vectors)
+        return second_moment.of_all(parts)
 
     def _count(self, ready: Prepared, statistic: Tensor, finite: Tensor) -> None:
         """Note what the step has shown: see ``skipped_steps`` and ``layer_norms``."""
@@ -275,8 +295,7 @@ class NovoGrad(Optimizer):
                 checks.check_gradient(name, p)
                 layout = self._find_layout(index, position, number, p)
                 if self._wrapper is None:  # a wrapper's tensors have not the parameters' shapes
-                    layers = layers_of(name, p.shape, group["granularity"])
-                    checks.check_structure(name, self.state.get(p, {}), layers, layout, group)
+                    checks.check_structure(name, self.state.get(p, {}), p.shape, layout, group)
                 layouts[index].append(layout)
         return [known for known in layouts if known]
 
@@ -288,8 +307,8 @@ class NovoGrad(Optimizer):
             cut = (p.device_mesh, p.placements)
             if layout is None or (mesh, placements) != cut or layout.held[0].parameter.numel != p.numel():
                 name = self._name(index, position)
-                layers = layers_of(name, p.shape, self.param_groups[index]["granularity"])
-                layout = sharded(name, p, layers, number)
+                granularity = self.param_groups[index]["granularity"]
+                layout = sharded(describe(name, p.shape, granularity, number), p)
                 self._sharded[id(p)] = (*cut, layout)
                 self._prepared.clear()  # they know layouts by id
             return layout
@@ -301,12 +320,12 @@ class NovoGrad(Optimizer):
 
     def _init_state(self, p: Tensor, layout: Layout, group: Group) -> None:
         state = self.state[p]
-        if "exp_avg_sq" not in state:
-            state["exp_avg_sq"] = second_moment.allocate(p, layout)
+        if "exp_avg_sq" not in state and "exp_avg_sq_row" not in state:
+            state.update(second_moment.allocate(p, layout))
         if "exp_avg" not in state and group["betas"][0] != 0:
             state.update(momentum.allocate(p, layout, group["momentum_dtype"]))
         if "step" not in state and prepared.counts_steps(group):
-            state["step"] = second_moment.allocate(p, layout)
+            state["step"] = second_moment.allocate_steps(p, layout)
 
     def _numbered(self) -> Iterator[tuple[int, int, int, Tensor]]:
         """Every tensor of ``param_groups``: index of the group, position in it, number, tensor.
@@ -341,8 +360,7 @@ class NovoGrad(Optimizer):
             for position, entry in enumerate([params] if isinstance(params, Tensor) else params):
                 name, p = entry if isinstance(entry, tuple) else (None, entry)
                 checks.check_parameter(name or f"parameter {position} of param group {index}", p)
-            for option, default in self.defaults.items():
-                param_group.setdefault(option, default)
+            presets.of_group(param_group, self.defaults, f"param group {index}")
             checks.check_options(param_group, f"param group {index}")
             checks.one_max_grad_norm([*self.param_groups, param_group])
         super().add_param_group(param_group)
@@ -432,6 +450,14 @@ class NovoGrad(Optimizer):
 
     # ---- state in and out -----------------------------------------------------------------------
 
+    def __repr__(self) -> str:
+        common = {name: parameter.default for name, parameter in _OPTIONS.items()}
+        groups = (
+            f"  param group {index}, {len(group['params'])} parameters\n{presets.described(group, common)}"
+            for index, group in enumerate(self.param_groups)
+        )
+        return "NovoGrad (\n" + "\n".join(groups) + "\n)"
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.load_state_dict``, but every state keeps the bits that were saved.
 
@@ -489,10 +515,13 @@ class NovoGrad(Optimizer):
         for index, position, number, p in self._numbered():
             if index == group:
                 name = self._name(index, position)
-                layers = layers_of(name, p.shape, granularity)
+                parameter = describe(name, p.shape, granularity, number)
                 if not isinstance(p, DTensor):
-                    self._layouts[id(p)] = whole(Parameter(name, p.numel(), layers, number))
+                    self._layouts[id(p)] = whole(parameter)
         self._prepared = {}
+
+
+_OPTIONS = inspect.signature(NovoGrad.__init__).parameters
 
 
 def _is_fsdp1(tensor: Tensor) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from novoscale import kernels, momentum, rounding
-from novoscale.layout import Layout, from_local, local_gradient, local_tensor
-from novoscale.plan import Placed, Plan
+from novoscale import kernels, momentum, rounding, second_moment
+from novoscale.collectives import Placed, Plan
+from novoscale.kernels import Kernels
+from novoscale.layout import Layout, local_gradient, local_tensor
+from novoscale.second_moment import Layers
 
 Group = dict[str, Any]
 Groups = list[tuple[Group, list[Tensor]]]  # the tensors to step, by param group
@@ -31,9 +34,11 @@ OPTIONS = (
     "stochastic_rounding",
     "fused",
     "foreach",
+    "eps",
+    "nesterov",
+    "clip_threshold",
+    "scale_parameter",
 )
-
-COUNT, NUMEL, NUMBER = 0, 1, 2  # the columns of Prepared.parameters
 
 
 @dataclass
@@ -43,11 +48,9 @@ class Prepared:
     Attributes:
         plan: which layers have to be completed over which process groups.
         kernels: both passes over the elements.
-        second_moments: for each param group v of all its layers, float32; the ``exp_avg_sq`` of its tensors
-            are views of it, so that a step need not gather them.
-        steps: the same of ``step``, where the group has one.
-        parameters: for each param group, of each parameter: int64 ``[parameters, 3]``, how many of its layers
-            are here, their elements each, and its number.
+        weights: the first of them over the weights, where ``scale_parameter`` asks for their norms.
+        layers: of each param group; its vectors are the state of its tensors, see :class:`Kept`.
+        kept: where that state is.
         rounds: for each param group, whether anything in it is rounded stochastically.
         tensors: of each shard of the kernels, which tensor it is; most tensors are one shard.
         first_layout: id of the layout of the first tensor.
@@ -57,10 +60,10 @@ class Prepared:
     """
 
     plan: Plan
-    kernels: kernels.Kernels
-    second_moments: list[Tensor]
-    steps: list[Tensor | None]
-    parameters: list[Tensor]
+    kernels: Kernels
+    weights: Kernels | None
+    layers: list[Layers]
+    kept: list[Kept]
     rounds: list[bool]
     tensors: list[int]
     first_layout: int
@@ -75,38 +78,88 @@ class Prepared:
                 return False
         except RuntimeError:  # a gradient without an address is sparse: for checks to say
             return False
+        for kept in self.kept:
+            kept.gather()
         self.gradients, addresses = gradients, _addresses(gradients)
         if addresses != self.addresses:
             self.addresses = addresses
             self.kernels.moved([addresses[tensor] for tensor in self.tensors])
         return True
 
-    def by_group(self, vector: Tensor) -> Sequence[Tensor]:
-        """The parts of a vector with one element per layer that belong to each param group."""
-        return torch.split(vector, [len(v) for v in self.second_moments])
+    def statistic(self, groups: Groups, inverse_scale: Tensor | None) -> Tensor:
+        """This rank's part of the vector of the step: see ``collectives.Plan``."""
+        statistic = self.kernels.sum_of_squares()
+        if inverse_scale is not None:
+            for (group, _), (S, of_columns, _) in zip(groups, self.by_group(statistic), strict=True):
+                S.mul_(inverse_scale if group["norm_type"] == 0 else inverse_scale.square())
+                of_columns.mul_(inverse_scale.square())
+        if not any(second_moment.adds_up(group) for group, _ in groups):
+            return statistic
+        numbers = statistic.new_zeros(second_moment.SUMS, self.plan.parameters)
+        if self.weights is not None:
+            numbers[second_moment.WEIGHTS] = self.weights.sum_of_squares()
+        statistic = torch.cat((statistic, numbers.view(-1)))
+        rows = zip(groups, self.layers, self.by_group(statistic), strict=True)
+        for (group, _), layers, (S, _, totals) in rows:
+            if second_moment.adds_up(group):
+                totals[: second_moment.WEIGHTS] = second_moment.sums(layers, S, group)
+        return statistic
 
-    def by_layer(self, group: int, column: int) -> Tensor:
-        """A column of ``parameters`` with one element per layer of the group."""
-        table = self.parameters[group]
-        layers = len(self.second_moments[group])
-        return torch.repeat_interleave(table[:, column], table[:, COUNT], output_size=layers)
+    def mean_square_updates(
+        self, groups: Groups, steps: Sequence[tuple[Tensor, Tensor, Tensor]]
+    ) -> list[Tensor | None]:
+        """For each param group rms(u)**2 of its parameters, where its ``clip_threshold`` asks for it.
+
+        A second collective where a parameter's layers are on different ranks: their second moments are known
+        after the first only.
+        """
+        rows = zip(groups, self.layers, steps, strict=True)
+        found = [
+            second_moment.mean_square_update(layers, S, active, group) if group["clip_threshold"] else None
+            for (group, _), layers, (S, _, active) in rows
+        ]
+        if all(part is None for part in found):
+            return found
+        counts = [len(layers.here) for layers in self.layers]
+        none = torch.zeros(0, dtype=torch.float64, device=self.plan.device)
+        parts = [none.new_zeros(n) if part is None else part for part, n in zip(found, counts, strict=True)]
+        shared = torch.split(self.plan.share(torch.cat(parts)), counts)
+        return [None if part is None else whole for part, whole in zip(found, shared, strict=True)]
+
+    def by_group(self, vector: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """The parts of the vector of the step that belong to each param group: views.
+
+        One element for each layer; for each column; and, for each parameter, the columns of a matrix.
+        """
+        counts = [(len(x.v), 0 if x.columns is None else len(x.columns), len(x.here)) for x in self.layers]
+        layers, columns, parameters = ([*n] for n in zip(*counts, strict=True))
+        first = self.plan.layers + self.plan.columns
+        rows = second_moment.SUMS if len(vector) > first else 0
+        numbers = vector[first:].view(rows, self.plan.parameters)
+        return list(
+            zip(
+                torch.split(vector[: self.plan.layers], layers),
+                torch.split(vector[self.plan.layers : first], columns),
+                torch.split(numbers, parameters, dim=1),
+                strict=True,
+            )
+        )
 
     def keys(self, group: int, seed: int) -> Tensor:
         """What random bits each layer of a param group has in this step: see ``rounding.keys``."""
-        t = self.steps[group]
-        if t is None or not self.rounds[group]:
-            return torch.zeros_like(self.second_moments[group], dtype=torch.int64)
-        return rounding.keys(seed, self.by_layer(group, NUMBER), t.long())
-
-    def unscale(self, statistic: Tensor, groups: Groups, inverse_scale: Tensor) -> None:
-        """Make the statistic of scaled gradients that of the gradients, in place."""
-        for (group, _), S in zip(groups, self.by_group(statistic), strict=True):
-            S.mul_(inverse_scale if group["norm_type"] == 0 else inverse_scale.square())
+        layers = self.layers[group]
+        if layers.t is None or not self.rounds[group]:
+            return torch.zeros_like(layers.v, dtype=torch.int64)
+        return rounding.keys(seed, layers.by_layer(layers.number), layers.steps().long())
 
     def release(self) -> None:
-        """Let go of tensors, at the end of a step."""
+        """Put the state back where it is kept, and let go of tensors, at the end of a step."""
+        for kept in self.kept:
+            kept.put_back()
         self.gradients = []
         self.kernels.release()
+        if self.weights is not None:
+            self.weights.release()
 
 
 def build(
@@ -122,30 +175,85 @@ def build(
         groups: the tensors, by param group.
         layouts: of each tensor.
         gradients: see :func:`local_gradients`.
-        state: of the optimizer, which has one for every tensor; see :func:`join`.
+        state: of the optimizer, which has one for every tensor; see :class:`Kept`.
         before: what was made for the same tensors earlier.
     """
     device = local_tensor(groups[0][1][0]).device
-    second_moments = [join(params, state, "exp_avg_sq", device) for _, params in groups]
-    steps = [join(params, state, "step", device) if counts_steps(group) else None for group, params in groups]
+    kept = [Kept(group, params, state, device) for group, params in groups]
+    known = zip(groups, layouts, kept, strict=True)
+    layers = [layers_of_group(group, of_group, k, device) for (group, _), of_group, k in known]
     made, tensors = shards(groups, layouts, gradients, state)
-    tables = kernels.Kernels(made, device, sum(map(len, second_moments)))
-    held = [[h for layout in known for h in layout.held] for known in layouts]
-    rows = [[(h.count, h.parameter.layer_numel, h.parameter.number) for h in group] for group in held]
+    columns = sum(len(x.columns) for x in layers if x.columns is not None)
+    tables = Kernels(made, device, sum(len(x.v) for x in layers), columns)
+    weights = None
+    if any(group["scale_parameter"] for group, _ in groups):
+        parameters = sum(len(x.here) for x in layers)
+        weights = Kernels(of_weights(groups, layouts, made, tensors), device, parameters)
+    reusable = tables.reusable and (weights is None or weights.reusable)
     return Prepared(
         # The ranks compare their layers when a plan is made: not again when a tensor has moved.
         plan=plan(groups, layouts, device) if before is None else before.plan,
         kernels=tables,
-        second_moments=second_moments,
-        steps=steps,
-        parameters=[torch.tensor(r, dtype=torch.int64, device=device).view(-1, 3) for r in rows],
+        weights=weights,
+        layers=layers,
+        kept=kept,
         rounds=[rounds(group) for group, _ in groups],
         tensors=tensors,
         first_layout=id(layouts[0][0]),
         gradients=gradients,
-        addresses=_addresses(gradients) if tables.reusable else [],
-        facts=facts(groups, gradients, state) if tables.reusable else [],
+        addresses=_addresses(gradients) if reusable else [],
+        facts=facts(groups, gradients, state) if reusable else [],
     )
+
+
+def layers_of_group(group: Group, layouts: Sequence[Layout], kept: Kept, device: torch.device) -> Layers:
+    """The tables of the layers of a param group."""
+    held = [layout.held[i] for layout in layouts for i in layout.in_order()]
+    parameters = [h.parameter for h in held]
+
+    def integers(values: Iterable[int]) -> Tensor:
+        return torch.tensor([*values], dtype=torch.int64, device=device)
+
+    share = scattered = None
+    if second_moment.adds_up(group):
+        scattered = torch.tensor(
+            [index in of for layout, of in zip(layouts, map(_scattered, layouts), strict=True)
+             for index in layout.in_order()],
+            dtype=torch.bool, device=device,
+        )  # fmt: skip
+        share = _shares(layouts).to(device)
+    return Layers(
+        v=kept.v,
+        columns=kept.columns,
+        t=kept.t,
+        counts_once=second_moment.counts_once(group),
+        here=integers(h.count for h in held),
+        numel=integers(p.layer_numel * p.row_shares for p in parameters),
+        number=integers(p.number for p in parameters),
+        layers=integers(p.layers * p.column_shares for p in parameters).double(),
+        factored=integers(p.factored for p in parameters) > 0,
+        width=integers(h.columns for h in held),
+        share=share,
+        scattered=scattered,
+    )
+
+
+def _scattered(layout: Layout) -> set[int | None]:
+    """The parameters (indices of ``held``) of which some ranks have different layers."""
+    return {span.place for completion in layout.completions for span in completion.scattered}
+
+
+def _shares(layouts: Sequence[Layout]) -> Tensor:
+    """See ``second_moment.Layers.share``; of tensor parallelism each rank counts an equal part of a layer."""
+    parts = []
+    for layout in layouts:
+        shares = torch.zeros(layout.layers, dtype=torch.float64, device="cpu")
+        for owned in layout.owned():
+            shares[owned.start : owned.stop] = 1
+        for h, place in zip(layout.held, layout.places(), strict=True):
+            shares[place : place + h.count] /= h.parameter.row_shares
+        parts.append(shares)
+    return torch.cat(parts)
 
 
 def rounds(group: Group) -> bool:
@@ -155,7 +263,7 @@ def rounds(group: Group) -> bool:
 
 
 def counts_steps(group: Group) -> bool:
-    """Whether the steps of each layer of a param group have to be known."""
+    """Whether the steps of each layer (or parameter) of a param group have to be known."""
     return group["bias_correction"] or rounds(group)
 
 
@@ -212,7 +320,7 @@ def shards(
     """
     made: list[kernels.Shard] = []
     tensors: list[int] = []
-    first = tensor = 0
+    first = column = tensor = 0
     for (group, params), known in zip(groups, layouts, strict=True):
         beta1 = group["betas"][0]
         for p, layout in zip(params, known, strict=True):
@@ -224,7 +332,7 @@ def shards(
                         grad=gradients[tensor],
                         exp_avg=local_tensor(state[p][part.key]) if beta1 != 0 else None,
                         exp_avg_scale=None if scale is None else local_tensor(scale),
-                        pieces=momentum.pieces(layout, part, first),
+                        pieces=momentum.pieces(layout, part, first, column),
                         norm_type=group["norm_type"],
                         beta1=beta1,
                         beta3=1 - beta1 if group["grad_averaging"] else 1.0,
@@ -232,44 +340,103 @@ def shards(
                         reg_inside_moment=group["reg_inside_moment"],
                         stochastic_rounding=group["stochastic_rounding"],
                         fused=False if group["foreach"] else group["fused"],
+                        eps=group["eps"],
+                        nesterov=group["nesterov"] and beta1 != 0,
                     )
                 )
                 tensors.append(tensor)
             first += layout.layers
+            column += layout.columns
             tensor += 1
     return made, tensors
+
+
+def of_weights(
+    groups: Groups,
+    layouts: Sequence[Sequence[Layout]],
+    made: Sequence[kernels.Shard],
+    tensors: Sequence[int],
+) -> list[kernels.Shard]:
+    """Shards whose statistic is the sum of squares of the weights of each parameter."""
+    firsts = list(accumulate((len(x.held) for known in layouts for x in known), initial=0))
+    flat = [(layout, group) for (group, _), known in zip(groups, layouts, strict=True) for layout in known]
+    shown: dict[int, kernels.Shard] = {}
+    for shard, tensor in zip(made, tensors, strict=True):
+        layout, group = flat[tensor]
+        if group["scale_parameter"] and tensor not in shown:
+            one = layout.by_parameter()
+            shown[tensor] = replace(
+                shard,
+                grad=shard.param,
+                exp_avg=None,
+                exp_avg_scale=None,
+                pieces=momentum.pieces(one, momentum.stored(one, "float32")[0], firsts[tensor]),
+            )
+    return list(shown.values())
 
 
 def plan(groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.device) -> Plan:
     """The plan of the layers of a step."""
     ops = {2: dist.ReduceOp.SUM, 0: dist.ReduceOp.MAX}
-    placed, first = [], 0
+    placed, first, column, parameter = [], 0, 0, 0
     for (group, _), known in zip(groups, layouts, strict=True):
         for layout in known:
-            placed.append(Placed(layout, first, ops[group["norm_type"]]))
+            placed.append(Placed(layout, first, ops[group["norm_type"]], column, parameter))
             first += layout.layers
-    return Plan(placed, device)
+            column += layout.columns
+            parameter += len(layout.held)
+    numbers = second_moment.SUMS if any(second_moment.adds_up(group) for group, _ in groups) else 0
+    return Plan(placed, device, numbers)
 
 
-def join(params: Sequence[Tensor], state: State, name: str, device: torch.device) -> Tensor:
-    """One vector of a state that has one element per layer; the states become views of it.
+class Kept:
+    """The second moments and the counts of steps of a param group as vectors.
+
+    Those of plain tensors are made views of one vector, so that a step need not gather them. A DTensor's stay
+    tensors of their own, for a view can be neither saved nor copied as the local part of one: they are
+    gathered, and put back after a step.
 
     Args:
-        params: the tensors of one param group.
-        state: of the optimizer; changed in place unless it is joined already.
-        name: ``exp_avg_sq`` or ``step``.
-        device: of the vector.
+        group: the param group.
+        params: its tensors.
+        state: of the optimizer; changed in place, but for what is a view already.
+        device: of the vectors.
     """
-    kept = [state[p][name] for p in params]
-    parts = [*map(local_tensor, kept)] if _has_dtensors(kept) else kept
-    joined = _joined(parts, device)
-    if joined is None:
-        joined = torch.cat([part.to(device) for part in parts])
-        views = torch.split(joined, [part.numel() for part in parts])
-        for p, old, view in zip(params, kept, views, strict=True):
-            is_cut = isinstance(old, DTensor)
-            state[p][name] = from_local(view, old, old.shape, old.placements) if is_cut else view
-    return joined
+
+    def __init__(self, group: Group, params: Sequence[Tensor], state: State, device: torch.device) -> None:
+        self._apart: list[tuple[Tensor, list[Tensor]]] = []
+        self.v = self._join(params, state, ("exp_avg_sq", "exp_avg_sq_row"), device)
+        has_columns = any("exp_avg_sq_col" in state[p] for p in params)
+        self.columns = self._join(params, state, ("exp_avg_sq_col",), device) if has_columns else None
+        self.t = self._join(params, state, ("step",), device) if counts_steps(group) else None
+
+    def gather(self) -> None:
+        """Have the vectors say what the states that are not views of them say: they may have been loaded."""
+        for vector, states in self._apart:
+            torch.cat([t.reshape(-1).to(vector.device) for t in states], out=vector)
+
+    def put_back(self) -> None:
+        """Copy the vectors to the states that are not views of them."""
+        for vector, states in self._apart:
+            parts = torch.split(vector, [t.numel() for t in states])
+            torch._foreach_copy_(states, [part.view_as(t) for part, t in zip(parts, states, strict=True)])
+
+    def _join(
+        self, params: Sequence[Tensor], state: State, names: Sequence[str], device: torch.device
+    ) -> Tensor:
+        kept = [(state[p], name) for p in params for name in names if name in state[p]]
+        tensors = [of[name] for of, name in kept]
+        if _has_dtensors(tensors):
+            local = [*map(local_tensor, tensors)]
+            vector = torch.cat([t.reshape(-1).to(device) for t in local])
+            self._apart.append((vector, local))
+            return vector
+        joined = _joined(tensors, device)
+        if joined is None:
+            joined = torch.cat([t.reshape(-1).to(device) for t in tensors])
+            for (of, name), view in zip(kept, torch.split(joined, [t.numel() for t in tensors]), strict=True):
+                of[name] = view.view(of[name].shape)
+        return joined
 
 
 def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor | None:

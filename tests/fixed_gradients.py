@@ -69,7 +69,7 @@ def pieces(optimizer: NovoGrad) -> list[Piece]:
         for part in momentum.stored(layout, optimizer.defaults["momentum_dtype"]):
             stored = local_tensor(state[part.key]).contiguous()
             scale = local_tensor(state["exp_avg_scale"]) if part.in_blocks else None
-            for start, stop, _, position, _, place in momentum.pieces(layout, part, 0).tolist():
+            for start, stop, _, position, _, place, _ in momentum.pieces(layout, part, 0).tolist():
                 (held,) = [s.parameter for s in layout.segments if s.start <= start < s.stop]
                 values = momentum.read(stored, scale, place, position, stop - start)
                 name = layout.held[held].parameter.name

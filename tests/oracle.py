@@ -87,3 +87,92 @@ def deviation(value: Array, reference: Array) -> float:
     """The largest difference, relative to the largest magnitude of the reference."""
     value, reference = np.asarray(value, dtype=np.float64), np.asarray(reference, dtype=np.float64)
     return float(np.abs(value - reference).max(initial=0) / max(np.abs(reference).max(initial=0), 1e-30))
+
+
+class FactoredOracle:
+    """granularity="factored" in NumPy float64, from the equations of Adafactor (1804.04235) and of NAdam.
+
+    A parameter of two dimensions or more is a matrix; a vector has a second moment for each element. One
+    whose second moment has only seen zeros is left as it is; steps are counted from the first gradient
+    of the parameter that is not all zero.
+    """
+
+    def __init__(
+        self,
+        weights: list[Array],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        bias_correction: bool = True,
+        grad_averaging: bool = True,
+        init_zero: bool = True,
+        nesterov: bool = True,
+        maximize: bool = False,
+        reg_inside_moment: bool = True,
+        clip_threshold: float | None = None,
+        scale_parameter: bool = False,
+    ) -> None:
+        self.options = locals()
+        self.weights = [np.array(w, dtype=np.float64) for w in weights]
+        self.t = [0 for _ in weights]
+        self.m = [np.zeros_like(w) for w in self.weights]
+        self.r, self.c = [], []
+        for w in self.weights:
+            rows, columns = self._matrix(w).shape
+            self.r.append(np.zeros(rows))
+            self.c.append(np.zeros(columns))
+
+    @staticmethod
+    def _matrix(a: Array) -> Array:
+        a = np.asarray(a, dtype=np.float64)
+        if a.ndim < 2:
+            return a.reshape(-1, 1)  # a row for each element: its second moment is the row's
+        sizes = [int(np.prod(a.shape[:k])) for k in range(1, a.ndim)]
+        return a.reshape(min(sizes, key=lambda n: n + a.size // n), -1)
+
+    def step(self, grads: list[Array]) -> None:
+        for i, grad in enumerate(grads):
+            self._step(i, np.asarray(grad, dtype=np.float64))
+
+    def _step(self, i: int, grad: Array) -> None:
+        o = self.options
+        beta1, beta2 = o["betas"]
+        vector = self.weights[i].ndim < 2
+        g = self._matrix(-grad if o["maximize"] else grad)
+        w = self._matrix(self.weights[i])
+        m = self._matrix(self.m[i])
+        self.r[i] = self._average(self.r[i], (g**2).mean(axis=1))
+        self.c[i] = self._average(self.c[i], (g**2).mean(axis=0))
+        if self.r[i].max(initial=0) == 0:
+            return
+        self.t[i] += 1
+        t = self.t[i] if o["bias_correction"] else None
+        r, c = self.r[i][:, None], self.c[i][None, :]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            v = r + 0 * c if vector else r * c / r.mean()
+            v = v / (1 - beta2**t if t else 1)
+            root = np.sqrt(v) + o["eps"]
+            known = (r > 0) & (c > 0)
+            u = g if not o["reg_inside_moment"] else np.where(known, g / root, 0.0)
+            if o["clip_threshold"]:
+                corrected = self.r[i] / (1 - beta2**t if t else 1)
+                mean_square = np.where(self.r[i] > 0, (g**2).mean(axis=1) / corrected, 0.0).mean()
+                u = u / max(1.0, np.sqrt(mean_square) / o["clip_threshold"])
+            if o["scale_parameter"]:
+                u = u * max(1e-3, np.sqrt((w**2).mean()))
+            n = u + (o["weight_decay"] * w if o["reg_inside_moment"] else 0.0)
+            beta3 = 1 - beta1 if o["grad_averaging"] else 1.0
+            new_m = beta1 * m + beta3 * n
+            one, two = (1 - beta1**t, 1 - beta1 ** (t + 1)) if t else (1.0, 1.0)
+            direction = beta1 * new_m / two + beta3 * n / one if o["nesterov"] else new_m / one
+            if not o["reg_inside_moment"]:
+                direction = direction / root + o["weight_decay"] * w
+        self.m[i] = np.where(known, new_m, m).reshape(self.weights[i].shape)
+        self.weights[i] = np.where(known, w - o["lr"] * direction, w).reshape(self.weights[i].shape)
+
+    def _average(self, v: Array, new: Array) -> Array:
+        beta2 = self.options["betas"][1]
+        average = beta2 * v + (1 - beta2) * new
+        return average if self.options["init_zero"] else np.where(v == 0, new, average)

@@ -10,10 +10,10 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 
-from novoscale import kernels, momentum, plan
+from novoscale import collectives, kernels, momentum
+from novoscale.collectives import Placed, Plan
 from novoscale.kernels import reference
 from novoscale.layout import LayoutError, Parameter, Segment, Span, partition, whole
-from novoscale.plan import Placed, Plan
 
 
 class ThreadGroup:
@@ -49,7 +49,7 @@ def on_ranks(size, function):
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(size)]
     with mock.patch.multiple(
-        plan.dist,
+        collectives.dist,
         all_reduce=lambda t, op, group: group.all_reduce(t, op),
         get_backend_config=lambda _: "cpu:threads",
     ):

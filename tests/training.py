@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from oracle import Oracle, RowOracle, clipped
+from oracle import FactoredOracle, Oracle, RowOracle, clipped
 from torch import Tensor, nn
 
 SAMPLES = 48  # divided by the ranks and the accumulation steps
@@ -54,8 +54,12 @@ def reference(
     weight_decay: float = 0.0,
     rows: bool = False,
     normalize: str = "norm",
+    adamw: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The weights after STEPS steps in one process: gradients in float64, the update by the oracle."""
+    """The weights after STEPS steps in one process: gradients in float64, the update by the oracle.
+
+    ``adamw``: options beside preset="adamw".
+    """
     model = OddModel().double()
     named = dict(model.named_parameters())
     decayed = {n for n, p in named.items() if p.ndim > 1}
@@ -65,12 +69,14 @@ def reference(
         else [list(named)]
     )
     decays = [0.05, 0.0] if groups else [weight_decay]
-    oracles = [
-        (RowOracle if rows else Oracle)(
-            [named[n].detach().numpy() for n in names], lr=lr, weight_decay=decay, normalize=normalize
-        )
-        for names, decay in zip(members, decays, strict=True)
-    ]
+    oracles: list[Any] = []
+    for names, decay in zip(members, decays, strict=True):
+        weights = [named[n].detach().numpy() for n in names]
+        if adamw is not None:
+            oracles.append(FactoredOracle(weights, lr=lr, weight_decay=decay, **adamw))
+        else:
+            kind = RowOracle if rows else Oracle
+            oracles.append(kind(weights, lr=lr, weight_decay=decay, normalize=normalize))
     for step in range(STEPS):
         x, y = data(step)
         model.zero_grad()

@@ -35,18 +35,19 @@ class Kernels:
         shards: the tensors.
         device: of the vectors that have one element per layer.
         layers: how many layers there are.
+        columns: how many columns of factored parameters.
 
     Attributes:
         reusable: whether the tables hold addresses only, so that they can be kept from step to step.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
+    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> None:
         self._places: defaultdict[tuple[ModuleType, torch.device], list[int]] = defaultdict(list)
         for index, shard in enumerate(shards):
             self._places[kernel_of(shard), shard.param.device].append(index)
         self._device = device
         self._parts: list[tuple[torch.device, Any]] = [
-            (where, module.Kernels([shards[i] for i in places], where, layers))
+            (where, module.Kernels([shards[i] for i in places], where, layers, columns))
             for (module, where), places in self._places.items()
         ]
         self.reusable = all(module is not reference for module, _ in self._places)
@@ -62,7 +63,7 @@ class Kernels:
             self._parts = []
 
     def sum_of_squares(self) -> Tensor:
-        """This rank's part of each layer's statistic: see ``reference.sum_of_squares``."""
+        """This rank's part of each layer's and column's statistic: see ``reference.sum_of_squares``."""
         # Each layer lies in one tensor, so that all parts but one have 0 for it.
         parts = [kernel.sum_of_squares().to(self._device) for _, kernel in self._parts]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)

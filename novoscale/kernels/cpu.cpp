@@ -1,6 +1,9 @@
 // Both passes over the elements, for tensors in a CPU's memory. reference.py is the definition; cpu.py
 // builds this file, fills the tables and calls the two functions at the end.
 //
+// The sums of a factored parameter's rows and columns are made of panels, in one pass over them. What a panel
+// adds to the columns is put into memory of its own, and added up when all panels of a wave are done.
+//
 // The update of a chunk goes by tiles, or by blocks of the first moment: what is not float32 is widened into
 // a buffer in the first-level cache and narrowed from there, so the arithmetic is written once, for float32.
 //
@@ -9,6 +12,7 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -20,23 +24,36 @@ namespace {
 constexpr int64_t TILE = 256;  // elements; with more, memory idles while a tile is widened
 constexpr int64_t SMALL = 1 << 15;  // elements that are done before other threads would have started
 
-enum Decay : int32_t { NO_DECAY, INSIDE, OUTSIDE };  // of the first moment
+// What is done to an element, beside the numbers that it is done with. As in cpu.py, but for
+// FACTORED and EACH, which chunks tell.
+enum Option : int32_t {
+  MOMENT = 1,  // there is a first moment
+  NESTEROV = 2,  // only with one
+  DECAYS = 4,
+  FACTORED = 8,
+  INSIDE = 16,  // the decay, and the division by a factored root, come before the moment
+  EACH = 32,  // each element is a layer
+};
 
 // One tensor with its options. As in cpu.py.
 struct Shard {
   void *param, *grad, *exp_avg, *scale;  // exp_avg is null where none is kept, scale where it has none
   int32_t param_format, grad_format, exp_avg_format;
-  int32_t norm_type, decay, rounds_weights;
-  float beta1, beta3, weight_decay;
+  int32_t norm_type, options, rounds_weights;
+  float beta1, beta3, weight_decay, eps;
 };
 
 // Elements start..stop of a shard: see shards.py. `end` elements are in the chunks up to this one.
 struct Chunk {
-  int64_t start, stop, layer, position, size, place, shard, end;
+  int64_t start, stop, layer, position, size, place, column, shard, end;
 
-  // Call visit(layer, start, stop) for each layer of which the chunk has elements.
+  // Whether its layers have one element each, as those of a vector may. Such layers are done together.
+  bool each() const { return size == 1; }
+
+  // Call visit(layer, start, stop) for each layer of which the chunk has elements; or once for all layers.
   template <typename Visit>
-  void each_layer(const Visit &visit) const {
+  void each_run(const Visit &visit) const {
+    if (each()) return visit(layer, start, stop);
     int64_t from = start, to = start + size - position % size;
     for (int64_t index = layer; from < stop; index++, from = to, to += size) {
       visit(index, from, to < stop ? to : stop);
@@ -44,13 +61,14 @@ struct Chunk {
   }
 };
 
-struct Table {
-  const Shard *shards;
-  const Chunk *chunks;
-  int64_t count;
+// Rows of a factored parameter, or the same columns of them; `stride` elements lie between the beginnings of
+// two. `end` elements are in the panels up to this one; its sums are put at `offset`, those of its rows first.
+// A wave begins where that is 0.
+struct Panel {
+  int64_t start, rows, width, stride, layer, column, shard, end, offset;
 };
 
-// ---- The first pass over a chunk ----
+// ---- The first pass over a chunk or a panel ----
 
 constexpr int64_t SHORT = 1 << 13;  // elements below which streams are not worth their beginnings
 
@@ -99,26 +117,86 @@ INLINE double largest_magnitude(const T *g, int64_t n) {
   return float_of(largest);
 }
 
-VARIANTS double statistic(const float *g, int64_t n, int32_t norm_type) {
-  return norm_type == 2 ? sum_of_squares(g, n) : largest_magnitude(g, n);
+// Of layers of one element each.
+template <typename T>
+INLINE void statistics(const T *g, int64_t n, int32_t norm_type, double *result) {
+  for (int64_t i = 0; i < n; i++) {
+    const float value = widen(g[i]);
+    const double square = static_cast<double>(value) * value;
+    result[i] = norm_type == 2 ? square : float_of(bits_of(value) & 0x7fffffff);
+  }
 }
 
-VARIANTS double statistic(const BFloat16 *g, int64_t n, int32_t norm_type) {
-  return norm_type == 2 ? sum_of_squares(g, n) : largest_magnitude(g, n);
+// The squares of some rows, added to the sums of the columns; and the sums of the rows. Several rows at once,
+// so that the columns' sums are read and written once for all of them.
+template <int64_t ROWS, typename T>
+INLINE void sum_rows(const T *g, int64_t width, int64_t stride, double *rows, double *columns) {
+  constexpr int64_t LANES = 8;
+  double sums[ROWS * LANES] = {};
+  int64_t j = 0;
+  for (; j + LANES <= width; j += LANES) {
+    double column[LANES];
+    for (int64_t lane = 0; lane < LANES; lane++) column[lane] = columns[j + lane];
+    for (int64_t row = 0; row < ROWS; row++) {
+      for (int64_t lane = 0; lane < LANES; lane++) {
+        const double value = widen(g[row * stride + j + lane]);
+        column[lane] += value * value;
+        sums[row * LANES + lane] += value * value;
+      }
+    }
+    for (int64_t lane = 0; lane < LANES; lane++) columns[j + lane] = column[lane];
+  }
+  for (int64_t row = 0; row < ROWS; row++) {
+    double sum = 0;
+    for (int64_t lane = 0; lane < LANES; lane++) sum += sums[row * LANES + lane];
+    for (int64_t k = j; k < width; k++) {
+      const double value = widen(g[row * stride + k]);
+      columns[k] += value * value;
+      sum += value * value;
+    }
+    rows[row] = sum;
+  }
 }
 
-VARIANTS double statistic(const Float16 *g, int64_t n, int32_t norm_type) {
-  return norm_type == 2 ? sum_of_squares(g, n) : largest_magnitude(g, n);
+// The sums of a panel's rows, and behind them those of its columns.
+template <typename T>
+INLINE void sum_panel(const T *g, const Panel &panel, double *sums) {
+  constexpr int64_t ROWS = 8;
+  double *columns = sums + panel.rows;
+  for (int64_t j = 0; j < panel.width; j++) columns[j] = 0;
+  int64_t row = 0;
+  for (; row + ROWS <= panel.rows; row += ROWS) {
+    sum_rows<ROWS>(g + row * panel.stride, panel.width, panel.stride, sums + row, columns);
+  }
+  for (; row < panel.rows; row++) {
+    sum_rows<1>(g + row * panel.stride, panel.width, panel.stride, sums + row, columns);
+  }
 }
 
-double statistic(const Shard &shard, int64_t start, int64_t n) {
+// What is done to gradients of each format.
+#define FIRST_PASS(T) \
+  VARIANTS double statistic(const T *g, int64_t n, int32_t norm_type) { \
+    return norm_type == 2 ? sum_of_squares(g, n) : largest_magnitude(g, n); \
+  } \
+  VARIANTS void statistics_of_each(const T *g, int64_t n, int32_t norm_type, double *result) { \
+    statistics(g, n, norm_type, result); \
+  } \
+  VARIANTS void sums_of_panel(const T *g, const Panel &panel, double *sums) { sum_panel(g, panel, sums); }
+
+FIRST_PASS(float)
+FIRST_PASS(BFloat16)
+FIRST_PASS(Float16)
+
+// Call visit(address) for the gradient from `start` on.
+template <typename Visit>
+auto with_gradient(const Shard &shard, int64_t start, const Visit &visit) {
   switch (shard.grad_format) {
     case BFLOAT16:
-      return statistic(static_cast<const BFloat16 *>(shard.grad) + start, n, shard.norm_type);
+      return visit(static_cast<const BFloat16 *>(shard.grad) + start);
     case FLOAT16:
-      return statistic(static_cast<const Float16 *>(shard.grad) + start, n, shard.norm_type);
+      return visit(static_cast<const Float16 *>(shard.grad) + start);
     default:
-      return statistic(static_cast<const float *>(shard.grad) + start, n, shard.norm_type);
+      return visit(static_cast<const float *>(shard.grad) + start);
   }
 }
 
@@ -157,61 +235,124 @@ void store(const float *values, void *tensor, int32_t format, int64_t start, int
   }
 }
 
+// The numbers of a step, for consecutive elements. What is an address is that of the first element's number.
 struct Step {
-  float grad_scale, step_size, outside_decay, beta1, beta3, weight_decay;
-  int32_t decay;
+  // One for all elements; EACH: one for each.
+  const float *grad_scale, *step_size, *decay, *ahead, *row_root;
+  const bool *active;
+  const float *column_root;  // one for each element; EACH: one for all
+  float beta1, beta3, weight_decay, eps;
+  int32_t options;
+
+  // Whether any of n elements is active.
+  bool changes(int64_t n) const {
+    const int64_t each = options & EACH ? 1 : 0;
+    for (int64_t i = 0; i < n; i++) {
+      if (active[each * i] && (!(options & FACTORED) || column_root[(1 - each) * i] > 0)) return true;
+    }
+    return false;
+  }
 };
 
-INLINE void step_piece(float *w, const float *g, float *m, int64_t n, const Step &s) {
+// The options are known where this becomes part of a caller, so that nothing is decided in the loop.
+INLINE void step_piece(float *w, const float *g, float *m, int64_t start, int64_t stop, const Step &s,
+                       const int32_t options) {
+  const bool each = options & EACH, factored = options & FACTORED, nesterov = options & NESTEROV;
+  const bool decays_inside = (options & DECAYS) && (options & INSIDE);
+  const bool decays_outside = (options & DECAYS) && !(options & INSIDE);
+  const float grad_scale = *s.grad_scale, step_size = *s.step_size, decay = *s.decay, ahead = *s.ahead;
+  const float row_root = *s.row_root, column_root = factored ? *s.column_root : 0;
 #pragma omp simd
-  for (int64_t i = 0; i < n; i++) {
-    float moment = g[i] * s.grad_scale;
-    if (s.decay == INSIDE) moment += w[i] * s.weight_decay;
-    moment *= s.beta3;
-    if (m) {
+  for (int64_t i = start; i < stop; i++) {
+    const float column = factored && !each ? s.column_root[i] : column_root;
+    const float root = (each ? s.row_root[i] : row_root) * column + s.eps;
+    const bool active = (!each || s.active[i]) && (!factored || column > 0);
+    float term = g[i] * (each ? s.grad_scale[i] : grad_scale);
+    if (factored && (options & INSIDE)) term /= root;
+    if (decays_inside) term += w[i] * s.weight_decay;
+    term *= s.beta3;
+    float moment = term;
+    if (options & MOMENT) {
       moment += m[i] * s.beta1;
-      m[i] = moment;
+      m[i] = active ? moment : m[i];
     }
-    float change = moment * s.step_size;
-    if (s.decay == OUTSIDE) change += w[i] * s.outside_decay;
-    w[i] -= change;
+    const float size = each ? s.step_size[i] : step_size;
+    float change = moment * (nesterov ? each ? s.ahead[i] : ahead : size);
+    if (nesterov) change += term * size;
+    if (factored && !(options & INSIDE)) change /= root;
+    if (decays_outside) change += w[i] * (each ? s.decay[i] : decay);
+    w[i] = active ? w[i] - change : w[i];
   }
 }
 
 // In two streams, for the same reason as the sums.
-VARIANTS void step(float *w, const float *g, float *m, int64_t n, const Step s) {
+template <int32_t OPTIONS>
+INLINE void step_layer(float *w, const float *g, float *m, int64_t n, const Step &s) {
   constexpr int64_t STREAMS = 2, PIECE = 64;
   const int64_t length = n < SHORT ? 0 : n / (STREAMS * PIECE) * PIECE;  // of a stream
   for (int64_t i = 0; i < length; i += PIECE) {
     for (int64_t stream = 0; stream < STREAMS; stream++) {
       const int64_t at = stream * length + i;
-      step_piece(w + at, g + at, m ? m + at : nullptr, PIECE, s);
+      step_piece(w, g, m, at, at + PIECE, s, OPTIONS);
     }
   }
-  const int64_t rest = STREAMS * length;
-  step_piece(w + rest, g + rest, m ? m + rest : nullptr, n - rest, s);
+  step_piece(w, g, m, STREAMS * length, n, s, OPTIONS);
 }
 
-// Vectors with one element per layer. What they hold enters the arithmetic as float32.
+// One option after another becomes known to the compiler, if it makes a difference.
+template <int32_t KNOWN, int32_t OPTION>
+INLINE void step_with(float *w, const float *g, float *m, int64_t n, const Step &s) {
+  constexpr bool differs = OPTION == NESTEROV ? KNOWN & MOMENT : OPTION != INSIDE || KNOWN & (DECAYS | FACTORED);
+  if constexpr (OPTION == EACH) {
+    step_layer<KNOWN>(w, g, m, n, s);
+  } else if (differs && s.options & OPTION) {
+    step_with<differs ? KNOWN | OPTION : KNOWN, 2 * OPTION>(w, g, m, n, s);
+  } else {
+    step_with<KNOWN, 2 * OPTION>(w, g, m, n, s);
+  }
+}
+
+VARIANTS void step(float *w, const float *g, float *m, int64_t n, const Step s) {
+  // Vectors hold few of a model's elements: nothing else is known, so that all compiles in seconds.
+  if (s.options & EACH && m) return step_piece(w, g, m, 0, n, s, s.options | EACH | MOMENT);
+  if (s.options & EACH) return step_piece(w, g, m, 0, n, s, (s.options | EACH) & ~MOMENT);
+  step_with<0, 1>(w, g, m, n, s);
+}
+
+// Vectors with one element per layer, and one with one per column.
 struct Layers {
-  const double *grad_scale, *step_size, *decay;
+  const float *grad_scale, *step_size, *decay, *ahead, *row_root, *column_root;
   const bool *active;
   const int64_t *key;
 
-  Step step(int64_t layer, const Shard &shard) const {
-    return {static_cast<float>(grad_scale[layer]),
-            static_cast<float>(step_size[layer]),
-            static_cast<float>(decay[layer]),
+  // For the elements of a chunk from `start` on, which is in this layer.
+  Step step(const Shard &shard, const Chunk &chunk, int64_t layer, int64_t start) const {
+    const bool factored = chunk.column >= 0;
+    const int64_t within = factored ? (chunk.position + start - chunk.start) % chunk.size : 0;
+    return {grad_scale + layer,
+            step_size + layer,
+            decay + layer,
+            ahead + layer,
+            row_root + layer,
+            active + layer,
+            factored ? column_root + chunk.column + within : nullptr,
             shard.beta1,
             shard.beta3,
             shard.weight_decay,
-            shard.decay};
+            shard.eps,
+            shard.options | (factored ? FACTORED : 0) | (chunk.each() ? EACH : 0)};
+  }
+
+  // The positions of elements, of which the first is in this layer, become their random bits.
+  void mix(const Chunk &chunk, int64_t layer, uint32_t *positions, int64_t n) const {
+    if (chunk.each()) return mix_keys(positions, key + layer, n);
+    mix_key(positions, static_cast<uint32_t>(key[layer]), n);
   }
 };
 
-// Elements start..stop of one layer; the moments lie from `place` on.
-void update_elements(const Shard &shard, int64_t start, int64_t stop, int64_t place, int64_t position,
-                     uint32_t key, const Step &s) {
+// Elements start..stop of a chunk, of one layer or of layers of one element.
+void update_elements(const Shard &shard, const Chunk &chunk, int64_t layer, int64_t start, int64_t stop,
+                     const Layers &layers) {
   alignas(64) float buffers[3][TILE];
   alignas(64) uint32_t bits[TILE];
   const bool in_place = shard.param_format == FLOAT32 && shard.grad_format == FLOAT32 &&
@@ -220,12 +361,16 @@ void update_elements(const Shard &shard, int64_t start, int64_t stop, int64_t pl
   const int64_t tile = in_place ? stop - start : TILE;
   for (int64_t at = start; at < stop; at += tile) {
     const int64_t n = stop - at < tile ? stop - at : tile;
-    const int64_t moments = place + at - start;
-    if (shard.rounds_weights || rounds_moment) random_bits(position + at - start, key, bits, n);
+    const int64_t moments = chunk.place + at - chunk.start;
+    const int64_t first = chunk.each() ? layer + at - start : layer;
+    if (shard.rounds_weights || rounds_moment) {
+      hash_positions(chunk.position + at - chunk.start, bits, n);
+      layers.mix(chunk, first, bits, n);
+    }
     const float *g = load(shard.grad, shard.grad_format, at, n, buffers[0]);
     float *w = load(shard.param, shard.param_format, at, n, buffers[1]);
     float *m = shard.exp_avg ? load(shard.exp_avg, shard.exp_avg_format, moments, n, buffers[2]) : nullptr;
-    step(w, g, m, n, s);
+    step(w, g, m, n, layers.step(shard, chunk, first, at));
     store(w, shard.param, shard.param_format, at, n, shard.rounds_weights ? bits : nullptr, 0);
     if (m) store(m, shard.exp_avg, shard.exp_avg_format, moments, n, bits, 16);
   }
@@ -256,20 +401,21 @@ void update_block(const Shard &shard, const Chunk &part, const Layers &layers) {
   alignas(64) float weights[BLOCK], gradients[BLOCK], moments[BLOCK];
   alignas(64) uint32_t bits[BLOCK];
   const int64_t lane = part.position % BLOCK, n = part.stop - part.start;
-  bool any = false, loaded = false;
-  part.each_layer([&](int64_t layer, int64_t start, int64_t stop) {
-    const uint32_t key = static_cast<uint32_t>(layers.key[layer]);
+  bool loaded = false;
+  hash_positions(part.position, bits + lane, n);
+  part.each_run([&](int64_t layer, int64_t start, int64_t stop) {
     const int64_t from = lane + start - part.start, count = stop - start;
-    random_bits(part.position + start - part.start, key, bits + from, count);
-    if (!layers.active[layer]) return;
+    layers.mix(part, layer, bits + from, count);
+    const Step s = layers.step(shard, part, layer, start);
+    if (!s.changes(count)) return;
     if (!loaded) load_block(shard, part.place, moments);
-    any = loaded = true;
+    loaded = true;
     const float *g = load(shard.grad, shard.grad_format, start, count, gradients);
     float *w = load(shard.param, shard.param_format, start, count, weights);
-    step(w, g, moments + from, count, layers.step(layer, shard));
+    step(w, g, moments + from, count, s);
     store(w, shard.param, shard.param_format, start, count, shard.rounds_weights ? bits + from : nullptr, 0);
   });
-  if (!any) return;
+  if (!loaded) return;
   // Of the rest of the block another rank has a part, or nobody.
   const auto clear = [&](int64_t from, int64_t to) {
     std::memset(moments + from, 0, (to - from) * sizeof *moments);
@@ -282,11 +428,8 @@ void update_block(const Shard &shard, const Chunk &part, const Layers &layers) {
 
 void update(const Shard &shard, const Chunk &chunk, const Layers &layers) {
   if (!shard.scale) {
-    chunk.each_layer([&](int64_t layer, int64_t start, int64_t stop) {
-      const int64_t done = start - chunk.start;
-      if (!layers.active[layer]) return;
-      update_elements(shard, start, stop, chunk.place + done, chunk.position + done,
-                      static_cast<uint32_t>(layers.key[layer]), layers.step(layer, shard));
+    chunk.each_run([&](int64_t layer, int64_t start, int64_t stop) {
+      if (chunk.each() || layers.active[layer]) update_elements(shard, chunk, layer, start, stop, layers);
     });
     return;
   }
@@ -302,69 +445,136 @@ void update(const Shard &shard, const Chunk &chunk, const Layers &layers) {
 
 // ---- The threads ----
 
-// The number of chunks that end within the first `elements`.
-int64_t chunks_within(const Table &table, int64_t elements) {
-  int64_t low = 0, high = table.count;
-  while (low < high) {
-    const int64_t middle = (low + high) / 2;
-    if (table.chunks[middle].end <= elements) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
+struct Range {
+  int64_t first, last;  // the last is not in it
+};
+
+// Of consecutive rows of a table, those of one thread: about as many elements as any other's.
+template <typename Row>
+Range own_rows(const Row *table, Range rows, int64_t thread, int64_t team) {
+  const int64_t before = rows.first ? table[rows.first - 1].end : 0;
+  const int64_t total = rows.first < rows.last ? table[rows.last - 1].end - before : 0;
+  const auto ending_within = [&](int64_t elements) {
+    const auto ends = [](const Row &row, int64_t most) { return row.end <= most; };
+    return std::lower_bound(table + rows.first, table + rows.last, before + elements, ends) - table;
+  };
+  return {ending_within(total * thread / team), ending_within(total * (thread + 1) / team)};
 }
 
-// Call visit(index) for every chunk. Each thread has a stretch of them, of about as many elements as any
-// other's and the same in both passes, so that a gradient is read twice by the same core.
+// How many threads for so many elements. One or all: libgomp would end the threads that a smaller team leaves
+// out, and start them again.
+int64_t team_for(int64_t elements, int64_t threads) { return elements <= SMALL ? 1 : threads; }
+
+// Call visit(index) for every chunk. Each thread has a stretch of them, the same in both passes, so that a
+// gradient is read twice by the same core.
 template <typename Visit>
-void each_chunk(const Table &table, int64_t threads, const Visit &visit) {
-  const int64_t total = table.count ? table.chunks[table.count - 1].end : 0;
-  // One or all: libgomp would end the threads that a smaller team leaves out, and start them again.
-#pragma omp parallel num_threads(total <= SMALL ? 1 : threads)
+void each_chunk(const Chunk *chunks, int64_t count, int64_t threads, const Visit &visit) {
+  if (!count) return;
+#pragma omp parallel num_threads(team_for(chunks[count - 1].end, threads))
   {
-    const int64_t team = omp_get_num_threads(), thread = omp_get_thread_num();
-    const int64_t first = chunks_within(table, total * thread / team);
-    const int64_t last = chunks_within(table, total * (thread + 1) / team);
-    for (int64_t index = first; index < last; index++) visit(index);
+    const Range own = own_rows(chunks, {0, count}, omp_get_thread_num(), omp_get_num_threads());
+    for (int64_t index = own.first; index < own.last; index++) visit(index);
   }
 }
 
-}  // namespace
-
-// The statistic of each of `layers` layers; `partial` has room for two numbers per chunk.
-extern "C" void novoscale_sum_of_squares(const Shard *shards, const Chunk *chunks, int64_t count,
-                                         double *partial, double *result, int64_t layers, int64_t threads) {
-  std::memset(result, 0, layers * sizeof *result);
+// The statistic of each layer that is not factored. `ends` has room for two numbers per chunk.
+void sum_chunks(const Shard *shards, const Chunk *chunks, int64_t count, double *ends, double *result,
+                int64_t threads) {
   // Only the first and the last layer of a chunk may go on in another one.
-  each_chunk({shards, chunks, count}, threads, [&](int64_t index) {
+  each_chunk(chunks, count, threads, [&](int64_t index) {
     const Chunk &chunk = chunks[index];
-    chunk.each_layer([&](int64_t layer, int64_t start, int64_t stop) {
-      const double found = statistic(shards[chunk.shard], start, stop - start);
-      if (start == chunk.start) {
-        partial[2 * index] = found;
-      } else if (stop == chunk.stop) {
-        partial[2 * index + 1] = found;
-      } else {
-        result[layer] = found;
-      }
+    const Shard &shard = shards[chunk.shard];
+    chunk.each_run([&](int64_t layer, int64_t start, int64_t stop) {
+      with_gradient(shard, start, [&](auto *g) {
+        if (chunk.each()) return statistics_of_each(g, stop - start, shard.norm_type, result + layer);
+        const double found = statistic(g, stop - start, shard.norm_type);
+        if (start == chunk.start) {
+          ends[2 * index] = found;
+        } else if (stop == chunk.stop) {
+          ends[2 * index + 1] = found;
+        } else {
+          result[layer] = found;
+        }
+      });
     });
   });
   // In the order of the table, so the bits do not depend on the threads.
   for (int64_t index = 0; index < count; index++) {
     const Chunk &chunk = chunks[index];
+    if (chunk.each()) continue;
     const int32_t norm_type = shards[chunk.shard].norm_type;
     const int64_t more = (chunk.position % chunk.size + chunk.stop - chunk.start - 1) / chunk.size;
-    result[chunk.layer] = combine(result[chunk.layer], partial[2 * index], norm_type);
-    if (more) result[chunk.layer + more] = combine(result[chunk.layer + more], partial[2 * index + 1], norm_type);
+    result[chunk.layer] = combine(result[chunk.layer], ends[2 * index], norm_type);
+    if (more) result[chunk.layer + more] = combine(result[chunk.layer + more], ends[2 * index + 1], norm_type);
   }
 }
 
+// What the panels of a wave found for some of their layers, or columns, added to the results: those of one
+// thread, in the order of the table, so the bits do not depend on the threads.
+// place(panel): its first layer or column, how many, and where their sums are.
+template <typename Place>
+void add_own(const Panel *panels, Range wave, double *result, int64_t thread, int64_t team, const Place &place) {
+  int64_t low = INT64_MAX, high = 0;
+  for (int64_t index = wave.first; index < wave.last; index++) {
+    const auto [first, n, sums] = place(panels[index]);
+    low = std::min(low, first);
+    high = std::max(high, first + n);
+  }
+  const int64_t from = low + (high - low) * thread / team, to = low + (high - low) * (thread + 1) / team;
+  for (int64_t index = wave.first; index < wave.last; index++) {
+    const auto [first, n, sums] = place(panels[index]);
+    const int64_t stop = std::min(to, first + n);
+    for (int64_t k = std::max(from, first); k < stop; k++) result[k] += sums[k - first];
+  }
+}
+
+// The sums of squares of factored parameters. `partial` has room for all sums of a wave.
+void sum_panels(const Shard *shards, const Panel *panels, int64_t count, double *partial, double *rows,
+                double *columns, int64_t threads) {
+  if (!count) return;
+  struct Sums {
+    int64_t first, n;
+    const double *values;
+  };
+#pragma omp parallel num_threads(team_for(panels[count - 1].end, threads))
+  for (Range wave = {0, 0}; wave.first < count; wave.first = wave.last) {
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+    do wave.last++;
+    while (wave.last < count && panels[wave.last].offset > 0);
+    const Range own = own_rows(panels, wave, thread, team);
+    for (int64_t index = own.first; index < own.last; index++) {
+      const Panel &panel = panels[index];
+      with_gradient(shards[panel.shard], panel.start,
+                    [&](auto *g) { sums_of_panel(g, panel, partial + panel.offset); });
+    }
+#pragma omp barrier
+    add_own(panels, wave, rows, thread, team, [&](const Panel &p) {
+      return Sums{p.layer, p.rows, partial + p.offset};
+    });
+    add_own(panels, wave, columns, thread, team, [&](const Panel &p) {
+      return Sums{p.column, p.width, partial + p.offset + p.rows};
+    });
+#pragma omp barrier
+  }
+}
+
+}  // namespace
+
+// The statistic of each layer, and behind them of each column.
+extern "C" void novoscale_sum_of_squares(const Shard *shards, const Chunk *chunks, int64_t chunk_count,
+                                         const Panel *panels, int64_t panel_count, double *ends,
+                                         double *partial, double *result, int64_t layers, int64_t columns,
+                                         int64_t threads) {
+  std::memset(result, 0, (layers + columns) * sizeof *result);
+  sum_chunks(shards, chunks, chunk_count, ends, result, threads);
+  sum_panels(shards, panels, panel_count, partial, result, result + layers, threads);
+}
+
 extern "C" void novoscale_update(const Shard *shards, const Chunk *chunks, int64_t count,
-                                 const double *grad_scale, const double *step_size, const double *decay,
+                                 const float *grad_scale, const float *step_size, const float *decay,
+                                 const float *ahead, const float *row_root, const float *column_root,
                                  const bool *active, const int64_t *key, int64_t threads) {
-  const Layers layers{grad_scale, step_size, decay, active, key};
-  each_chunk({shards, chunks, count}, threads,
+  const Layers layers{grad_scale, step_size, decay, ahead, row_root, column_root, active, key};
+  each_chunk(chunks, count, threads,
              [&](int64_t index) { update(shards[chunks[index].shard], chunks[index], layers); });
 }

@@ -1,6 +1,6 @@
 """Both passes fused, for tensors in a CPU's memory (ZeRO-Offload): ``cpu.cpp``, built at first use.
 
-The C++ source knows nothing of torch: it is called with addresses, so it compiles in a second and serves
+The C++ source knows nothing of torch: it is called with addresses, so it compiles in seconds and serves
 every version of torch. The library is kept in ``$XDG_CACHE_HOME/novoscale`` (``~/.cache/novoscale``) under a
 name made of all that it depends on. It chooses between the instruction sets of its kind of processor when
 it is loaded, so a home folder may be shared by different machines.
@@ -22,10 +22,25 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from novoscale.kernels.shards import START, STOP, Coefficients, Shard, chunks, in_one_order
+from novoscale.kernels.shards import (
+    COLUMN,
+    START,
+    STOP,
+    Coefficients,
+    Shard,
+    chunks,
+    in_one_order,
+    panels,
+)
+from novoscale.layout import repeated
 from novoscale.momentum import BLOCK, known_format
 
 CHUNK = 1 << 16  # elements, a multiple of BLOCK: what a thread does at once, and the unit of the sums
+# Of a factored parameter it is so many elements of the first pass, in rows of so many, whose sums the second
+# cache holds; and at least so many rows: the sums of their columns are written and read too, and must be few
+# beside the gradient's elements.
+PANEL, PANEL_WIDTH, PANEL_ROWS = 1 << 18, 1 << 14, 64
+WAVE = 1 << 22  # sums of panels that are kept at once: 32 MiB
 
 SOURCE, *HEADERS = (Path(__file__).with_name(n) for n in ("cpu.cpp", "cpu_formats.h", "cpu_rounding.h"))
 FLAGS = (
@@ -43,7 +58,7 @@ FLAGS = (
 # Numbered as in cpu.cpp and cpu_formats.h.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MOMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 3, torch.uint8: 4}
-NO_DECAY, INSIDE, OUTSIDE = 0, 1, 2
+MOMENT, NESTEROV, DECAYS, INSIDE = 1, 2, 4, 16
 
 
 class _Shard(ctypes.Structure):
@@ -56,11 +71,12 @@ class _Shard(ctypes.Structure):
         ("grad_format", ctypes.c_int32),
         ("exp_avg_format", ctypes.c_int32),
         ("norm_type", ctypes.c_int32),
-        ("decay", ctypes.c_int32),
+        ("options", ctypes.c_int32),
         ("rounds_weights", ctypes.c_int32),
         ("beta1", ctypes.c_float),
         ("beta3", ctypes.c_float),
         ("weight_decay", ctypes.c_float),
+        ("eps", ctypes.c_float),
     )
 
 
@@ -78,19 +94,25 @@ class Kernels:
         shards: the tensors.
         device: of the vectors that have one element per layer.
         layers: how many layers there are.
+        columns: how many columns of factored parameters.
 
     Raises:
         BuildError: see :func:`load`.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
-        self._library, self._device, self._layers = load(), device, layers
-        table = chunks(shards, CHUNK, BLOCK)
-        ends = (table[:, STOP] - table[:, START]).cumsum(0)
-        self._chunks = torch.cat((table, ends[:, None]), dim=1).contiguous()
-        self._partial = torch.empty((len(table), 2), dtype=torch.float64, device="cpu")
+    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> None:
+        self._library, self._device, self._counts = load(), device, (layers, columns)
         self._shards = (_Shard * len(shards))(*map(_entry, shards))
-        self._tables = (ctypes.addressof(self._shards), self._chunks.data_ptr(), len(self._chunks))
+        self._nesterov = any(s.nesterov for s in shards)
+        table = chunks(shards, CHUNK, BLOCK)
+        self._chunks = _with_ends(table, table[:, STOP] - table[:, START])
+        factored = table[:, COLUMN] >= 0
+        self._factored = bool(factored.any())
+        plain = table[~factored]
+        self._plain = _with_ends(plain, plain[:, STOP] - plain[:, START]) if self._factored else self._chunks
+        self._panels, sums = panel_table(shards)
+        self._ends = torch.empty((len(self._plain), 2), dtype=torch.float64, device="cpu")
+        self._partial = torch.empty(sums, dtype=torch.float64, device="cpu")
 
     def moved(self, gradients: Sequence[int]) -> None:
         """Go on with gradients at other addresses."""
@@ -98,17 +120,22 @@ class Kernels:
             entry.grad = address
 
     def sum_of_squares(self) -> Tensor:
-        """This rank's part of each layer's statistic: see ``reference.sum_of_squares``.
+        """This rank's part of each layer's and column's statistic: see ``reference.sum_of_squares``.
 
         Returns:
-            float64 ``[layers]``. The bits do not depend on the number of threads.
+            float64 ``[layers + columns]``. The bits do not depend on the number of threads.
         """
-        result = torch.empty(self._layers, dtype=torch.float64)
+        result = torch.empty(sum(self._counts), dtype=torch.float64, device="cpu")
         self._library.novoscale_sum_of_squares(
-            *self._tables,
+            ctypes.addressof(self._shards),
+            self._plain.data_ptr(),
+            len(self._plain),
+            self._panels.data_ptr(),
+            len(self._panels),
+            self._ends.data_ptr(),
             self._partial.data_ptr(),
             result.data_ptr(),
-            self._layers,
+            *self._counts,
             torch.get_num_threads(),
         )
         return result.to(self._device)
@@ -116,19 +143,69 @@ class Kernels:
     def update(self, coefficients: Coefficients) -> None:
         """m and w of every active layer, in place: the bits of ``reference.update``."""
         c = coefficients
-        vectors = [v.to("cpu", torch.float64).contiguous() for v in (c.grad_scale, c.step_size, c.decay)]
+        assert c.ahead is not None or not self._nesterov
+        assert (c.row_root is not None and c.column_root is not None) or not self._factored
+        optional = (c.ahead, c.row_root, c.column_root)
+        # What is not there does not enter the arithmetic, but its address may be read.
+        vectors = [c.grad_scale, c.step_size, c.decay, *(c.grad_scale if v is None else v for v in optional)]
+        vectors = [v.to("cpu", torch.float32).contiguous() for v in vectors]
         vectors.append(c.active.to("cpu", torch.bool).contiguous())
         vectors.append(c.key.to("cpu", torch.int64).contiguous())
         self._library.novoscale_update(
-            *self._tables, *(v.data_ptr() for v in vectors), torch.get_num_threads()
+            ctypes.addressof(self._shards),
+            self._chunks.data_ptr(),
+            len(self._chunks),
+            *(v.data_ptr() for v in vectors),
+            torch.get_num_threads(),
         )
+
+
+def panel_table(shards: Sequence[Shard]) -> tuple[Tensor, int]:
+    """The panels of factored parameters, in parts that a thread sums at once, and these in waves.
+
+    Returns:
+        int64 ``[panels, 9]``, the columns of ``Panel`` in cpu.cpp, and how many sums a wave has at most.
+    """
+    start, rows, stride, layer, column, shard = panels(shards).unbind(1)
+    width = stride.clamp(max=PANEL_WIDTH)
+    height = (PANEL // width).clamp(min=PANEL_ROWS)
+    across, down = (stride - 1) // PANEL_WIDTH + 1, (rows - 1) // height + 1
+    panel, nth = repeated(across * down)
+    top, left = nth // across[panel] * height[panel], nth % across[panel] * PANEL_WIDTH
+    rows = torch.minimum(rows[panel] - top, height[panel])
+    width = (stride[panel] - left).clamp(max=PANEL_WIDTH)
+    sums = rows + width
+    # Where they would lie if all were kept: a wave has those that begin within the same WAVE sums.
+    place = sums.cumsum(0) - sums
+    begins = place // WAVE != place.roll(1) // WAVE
+    begins[:1] = True
+    offset = place - place[begins][begins.cumsum(0) - 1]
+    table = torch.stack(
+        [
+            start[panel] + top * stride[panel] + left,
+            rows,
+            width,
+            stride[panel],
+            layer[panel] + top,
+            column[panel] + left,
+            shard[panel],
+        ],
+        dim=1,
+    )
+    table = torch.cat((_with_ends(table, rows * width), offset[:, None]), dim=1)
+    return table, int((offset + sums).max()) if len(table) else 0
+
+
+def _with_ends(table: Tensor, elements: Tensor) -> Tensor:
+    """A last column: how many elements there are up to and with each row."""
+    return torch.cat((table, elements.cumsum(0)[:, None]), dim=1).contiguous()
 
 
 def supports(shard: Shard) -> bool:
     """Whether :class:`Kernels` can do this shard; if not, the reference can.
 
     Its tensors must be in a CPU's memory, in the formats above, and in one order: see
-    ``shards.in_one_order``.
+    ``shards.in_one_order``. Nesterov's step needs a first moment.
     """
     if any(t.device.type != "cpu" or t.layout != torch.strided for t in shard.tensors):
         return False
@@ -136,11 +213,12 @@ def supports(shard: Shard) -> bool:
         return False
     if shard.exp_avg is not None and not known_format(shard.exp_avg, shard.exp_avg_scale):
         return False
-    return in_one_order(shard)
+    return in_one_order(shard) and (shard.exp_avg is not None or not shard.nesterov)
 
 
 def _entry(shard: Shard) -> _Shard:
-    where = INSIDE if shard.reg_inside_moment else OUTSIDE
+    options = MOMENT * (shard.exp_avg is not None) | NESTEROV * shard.nesterov
+    options |= DECAYS * (shard.weight_decay != 0) | INSIDE * shard.reg_inside_moment
     return _Shard(
         shard.param.data_ptr(),
         shard.grad.data_ptr(),
@@ -149,11 +227,12 @@ def _entry(shard: Shard) -> _Shard:
         FORMATS[shard.grad.dtype],
         0 if shard.exp_avg is None else MOMENTS[shard.exp_avg.dtype],
         shard.norm_type,
-        where if shard.weight_decay != 0 else NO_DECAY,
+        options,
         shard.rounds_weights,
         shard.beta1,
         shard.beta3,
         shard.weight_decay,
+        shard.eps,
     )
 
 
@@ -200,16 +279,9 @@ def _open(path: Path, compiler: Sequence[str]) -> ctypes.CDLL:
             built.replace(path)
     library = ctypes.CDLL(str(path))
     address, integer = ctypes.c_void_p, ctypes.c_int64
-    library.novoscale_sum_of_squares.argtypes = [
-        address,
-        address,
-        integer,
-        address,
-        address,
-        integer,
-        integer,
-    ]
-    library.novoscale_update.argtypes = [address, address, integer, *[address] * 5, integer]
+    table = (address, integer)
+    library.novoscale_sum_of_squares.argtypes = [address, *table * 2, *[address] * 3, *[integer] * 3]
+    library.novoscale_update.argtypes = [address, *table, *[address] * 8, integer]
     library.novoscale_sum_of_squares.restype = library.novoscale_update.restype = None
     return library
 

@@ -1,7 +1,7 @@
 // The formats of elements: one element to and from float32, and stretches of them.
 //
 // Without branches, so that loops over them become vector code. To add one: `widen` and `narrow`, and a
-// case in `load`, `store` and, for gradients, `statistic` (cpu.cpp).
+// case in `load`, `store` and, for gradients, `FIRST_PASS` and `with_gradient` (cpu.cpp).
 
 #pragma once
 

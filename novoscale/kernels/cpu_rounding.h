@@ -17,16 +17,24 @@ INLINE uint32_t scramble(uint32_t x) {
   return x ^ x >> 15;
 }
 
-VARIANTS void random_bits_of(uint32_t low, uint32_t high, uint32_t key, uint32_t *bits, int64_t n) {
-  for (int64_t i = 0; i < n; i++) bits[i] = scramble(scramble((low + static_cast<uint32_t>(i)) ^ high) ^ key);
+VARIANTS void hash_of(uint32_t low, uint32_t high, uint32_t *bits, int64_t n) {
+  for (int64_t i = 0; i < n; i++) bits[i] = scramble((low + static_cast<uint32_t>(i)) ^ high);
 }
 
-// 32 bits for each of n elements from `position` on.
-void random_bits(int64_t position, uint32_t key, uint32_t *bits, int64_t n) {
+// A hash of the place of each of n elements from `position` on. With a key in it, it is 32 random bits.
+void hash_positions(int64_t position, uint32_t *bits, int64_t n) {
   const int64_t rest = (int64_t{1} << 32) - (position & 0xffffffff);  // until the upper half changes
   const int64_t now = n < rest ? n : rest;
-  random_bits_of(static_cast<uint32_t>(position), scramble(position >> 32), key, bits, now);
-  if (now < n) random_bits(position + now, key, bits + now, n - now);
+  hash_of(static_cast<uint32_t>(position), scramble(position >> 32), bits, now);
+  if (now < n) hash_positions(position + now, bits + now, n - now);
+}
+
+VARIANTS void mix_key(uint32_t *bits, uint32_t key, int64_t n) {
+  for (int64_t i = 0; i < n; i++) bits[i] = scramble(bits[i] ^ key);
+}
+
+VARIANTS void mix_keys(uint32_t *bits, const int64_t *keys, int64_t n) {
+  for (int64_t i = 0; i < n; i++) bits[i] = scramble(bits[i] ^ static_cast<uint32_t>(keys[i]));
 }
 
 // ---- bfloat16 ----

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from novoscale import momentum, rounding
-from novoscale.kernels.shards import Coefficients, Shard, chunks
+from novoscale.kernels.shards import Coefficients, Shard, chunks, panels
 
 TILE = 1 << 16
 
@@ -24,22 +24,23 @@ class Kernels:
         shards: the tensors.
         device: of the vectors that have one element per layer.
         layers: how many layers there are.
+        columns: how many columns of factored parameters.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
-        self._shards, self._device, self._layers = shards, device, layers
+    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> None:
+        self._shards, self._device, self._layers, self._columns = shards, device, layers, columns
 
     def sum_of_squares(self) -> Tensor:
         """See :func:`sum_of_squares`."""
-        return sum_of_squares(self._shards, self._device, self._layers)
+        return sum_of_squares(self._shards, self._device, self._layers, self._columns)
 
     def update(self, coefficients: Coefficients) -> None:
         """See :func:`update`."""
         update(self._shards, coefficients)
 
 
-def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int) -> Tensor:
-    """This rank's part of each layer's statistic.
+def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> Tensor:
+    """This rank's part of each layer's statistic, and of each column's of factored parameters.
 
     Squares are formed and added in float64, where the square of a float32, bfloat16 or float16 is
     exact, so the way a layer is cut shows in the last bits of a float64 only.
@@ -47,13 +48,15 @@ def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int) -
     Args:
         shards: the tensors of the step.
         device: where the result goes.
-        layers: length of the result.
+        layers: how many layers there are.
+        columns: how many columns.
 
     Returns:
-        float64 ``[layers]``: the sum of g**2 (``norm_type`` 2) or the largest abs(g) (0).
+        float64 ``[layers + columns]``: the sum of g**2 (``norm_type`` 2) or the largest abs(g) (0).
     """
-    result = torch.zeros(layers, dtype=torch.float64, device=device)
-    for start, stop, layer, position, size, _, index in chunks(shards, TILE, momentum.BLOCK).tolist():
+    result = torch.zeros(layers + columns, dtype=torch.float64, device=device)
+    table = chunks(shards, TILE, momentum.BLOCK, factored=False)
+    for start, stop, layer, position, size, _, _, index in table.tolist():
         shard = shards[index]
         grad = _read(shard.grad, start, stop).double()
         for rows in _by_layers(grad, position % size, size):
@@ -64,6 +67,12 @@ def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int) -
                 result[held] = torch.maximum(result[held], rows.abs().amax(dim=1).to(device))
             layer += len(rows) if (position + rows.numel()) % size == 0 else 0
             position += rows.numel()
+    for start, rows, width, layer, column, index in panels(shards).tolist():
+        for first, stop, left, right in _tiles(rows, width):
+            grad = _read(shards[index].grad, start + first * width + left, start + (stop - 1) * width + right)
+            squares = grad.double().square().view(stop - first, right - left)
+            result[layer + first : layer + stop] += squares.sum(dim=1).to(device)
+            result[layers + column + left : layers + column + right] += squares.sum(dim=0).to(device)
     return result
 
 
@@ -75,11 +84,17 @@ def update(shards: Sequence[Shard], coefficients: Coefficients) -> None:
         m = beta1*m + beta3*(grad_scale*g + weight_decay*w);  w = w - step_size*m
         m = beta1*m + beta3*(grad_scale*g);                   w = w - step_size*m - decay*w
 
+    Where the second moment is factored, grad_scale*g (inside), or what is taken from the weight but for the
+    decay (outside), is divided by row_root*column_root + eps. With ``nesterov``, ahead*m + step_size*term is
+    taken in place of step_size*m; term is what was added to m.
+
     Computed in float32, or in float64 where the parameter is float64, each product and each sum rounded
     (no fused multiply-add: every kernel gives the same bits); what is stored is rounded to the nearest
     value of the tensor's dtype, or stochastically: see ``Shard.stochastic_rounding``.
     """
-    for start, stop, layer, position, size, place, index in chunks(shards, TILE, momentum.BLOCK).tolist():
+    for start, stop, layer, position, size, place, column, index in chunks(
+        shards, TILE, momentum.BLOCK
+    ).tolist():
         shard = shards[index]
         dtype = torch.float64 if shard.param.dtype == torch.float64 else torch.float32
         c = coefficients.to(shard.param.device)
@@ -91,21 +106,44 @@ def update(shards: Sequence[Shard], coefficients: Coefficients) -> None:
         if shard.needs_positions:
             bits = rounding.random_bits(c.key[layers], position + elements)
         weight = _read(shard.param, start, stop).to(dtype)
-        moment = _read(shard.grad, start, stop).to(dtype) * c.grad_scale.to(dtype)[layers]
+        term = _read(shard.grad, start, stop).to(dtype) * c.grad_scale.to(dtype)[layers]
+        if column >= 0:
+            assert c.row_root is not None
+            assert c.column_root is not None
+            of_column = c.column_root[column + (position + elements) % size].to(dtype)
+            active = active & (of_column > 0)
+            root = c.row_root.to(dtype)[layers] * of_column + shard.eps
+            if shard.reg_inside_moment:
+                term /= root
         if shard.reg_inside_moment and shard.weight_decay != 0:
-            moment += weight * shard.weight_decay
-        moment *= shard.beta3
+            term += weight * shard.weight_decay
+        term *= shard.beta3
+        moment = term
         if shard.exp_avg is not None:
             old = _read_moment(shard, start, stop, place, position).to(dtype)
-            moment += old * shard.beta1
+            moment = term + old * shard.beta1
             _write_moment(shard, start, place, position, torch.where(active, moment, old), bits >> 16, active)
-        change = moment * c.step_size.to(dtype)[layers]
+        if shard.nesterov:
+            assert c.ahead is not None
+            change = moment * c.ahead.to(dtype)[layers] + term * c.step_size.to(dtype)[layers]
+        else:
+            change = moment * c.step_size.to(dtype)[layers]
+        if column >= 0 and not shard.reg_inside_moment:
+            change /= root
         if not shard.reg_inside_moment and shard.weight_decay != 0:
             change += weight * c.decay.to(dtype)[layers]
         weight = weight - change
         if shard.rounds_weights:
             weight = rounding.to_bfloat16(weight, bits)
         _write(shard.param, start, stop, weight, active)
+
+
+def _tiles(rows: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+    """First and last (exclusive) row and column of parts of a matrix; consecutive in it, and bounded."""
+    many = max(TILE // width, 1)
+    for first in range(0, rows, many):
+        for left in range(0, width, TILE):
+            yield first, min(first + many, rows), left, min(left + TILE, width)
 
 
 def _by_layers(values: Tensor, within: int, size: int) -> Iterator[Tensor]:

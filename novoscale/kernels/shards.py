@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,16 @@ LAYER = 2  # of all layers, the one of the first element
 POSITION = 3  # of the first element in the parameter: its layers begin at the multiples of
 SIZE = 4  # the elements of a layer
 PLACE = 5  # where in exp_avg the first element's moment lies: an element, or a block
+COLUMN = 6  # of all columns, the first one of its parameter; -1 where its second moment is not factored
+
+# The columns of a table of panels. A panel is a stretch of elements of a factored parameter that is a matrix:
+# `rows` pieces of as many layers that follow each other, each with the same `width` columns.
+PANEL_START = 0  # of the tensor
+ROWS = 1
+WIDTH = 2
+FIRST_LAYER = 3
+FIRST_COLUMN = 4
+OF_SHARD = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +40,8 @@ class Shard:
         exp_avg: the first moment, in one of the formats of ``novoscale.momentum``; None where beta1 is 0 and
             none is kept.
         exp_avg_scale: its scales, where it is kept in blocks.
-        pieces: which elements belong to which layer, and where their moment lies: int64 ``[pieces, 6]`` on
-            the CPU, the columns above.
+        pieces: which elements belong to which layer, and where their moment lies: int64 ``[pieces, 7]`` on
+            the CPU, the columns above. The layers of a factored parameter are its rows.
         norm_type: 2 (sum of squares) or 0 (largest magnitude).
         beta1: decay of the first moment.
         beta3: weight of the new term in it: 1, or 1 - beta1 with ``grad_averaging``.
@@ -40,6 +50,8 @@ class Shard:
         stochastic_rounding: of the weights, if they are bfloat16. A first moment that is not float32 or
             float64 is always rounded so.
         fused: True: by a fused kernel; False: by the reference; None: by whichever can.
+        eps: what is added to the root of a factored second moment.
+        nesterov: whether the weight moves along the new term too: see ``Coefficients.ahead``.
     """
 
     param: Tensor
@@ -54,6 +66,8 @@ class Shard:
     reg_inside_moment: bool
     stochastic_rounding: bool
     fused: bool | None = None
+    eps: float = 0.0
+    nesterov: bool = False
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -83,6 +97,11 @@ class Coefficients:
         decay: lr * weight_decay, for tensors whose decay stays outside the moment.
         active: bool; a layer that is not active is left bit for bit as it is.
         key: int64 of 32 bits, for stochastic rounding: see ``novoscale.rounding.keys``.
+        ahead: multiplies the first moment where a shard is ``nesterov``; step_size then multiplies the new
+            term of it. None: no shard is.
+        row_root: of each layer that is a row of a factored parameter, its factor of the root of the second
+            moment. None: there is none.
+        column_root: the same of each column; one element per *column*. Where it is 0 nothing is changed.
     """
 
     grad_scale: Tensor
@@ -90,12 +109,16 @@ class Coefficients:
     decay: Tensor
     active: Tensor
     key: Tensor
+    ahead: Tensor | None = None
+    row_root: Tensor | None = None
+    column_root: Tensor | None = None
 
     def to(self, device: torch.device) -> Coefficients:
         """The same on another device."""
         if self.active.device == device:
             return self
-        return Coefficients(*(getattr(self, f.name).to(device) for f in fields(self)))
+        vectors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: v.to(device) for name, v in vectors.items() if v is not None})
 
 
 def in_one_order(shard: Shard) -> bool:
@@ -107,7 +130,7 @@ def in_one_order(shard: Shard) -> bool:
     if all(t.is_contiguous() for t in shard.tensors):
         return True
     numel = shard.param.numel()
-    whole = len(shard.pieces) == 1 and shard.pieces[0, [START, STOP]].tolist() == [0, numel]
+    whole = len(shard.pieces) == 1 and shard.pieces[0, [START, STOP, COLUMN]].tolist() == [0, numel, -1]
     position, size = shard.pieces[0, [POSITION, SIZE]].tolist() if whole else (0, 0)
     alike = not shard.needs_positions and position % max(size, 1) + numel <= size
     order = _order(shard.param)
@@ -125,7 +148,7 @@ def _order(tensor: Tensor) -> list[tuple[int, int]] | None:
     return dimensions
 
 
-def chunks(shards: Sequence[Shard], size: int, block: int) -> Tensor:
+def chunks(shards: Sequence[Shard], size: int, block: int, factored: bool = True) -> Tensor:
     """The pieces of all shards in chunks of at most ``size`` elements, those of a layer next to each other.
 
     A layer's chunks follow in the order of its elements. Chunks begin at multiples of ``size`` in their
@@ -137,19 +160,18 @@ def chunks(shards: Sequence[Shard], size: int, block: int) -> Tensor:
         shards: the tensors.
         size: a multiple of ``block``.
         block: elements of a block of the first moment.
+        factored: False: without the pieces of factored parameters, whose sums are made by :func:`panels`.
 
     Returns:
-        int64 ``[chunks, 7]`` on the CPU: the columns of a piece, and the index of the shard.
+        int64 ``[chunks, 8]`` on the CPU: the columns of a piece, and the index of the shard.
     """
-    tables = [s.pieces for s in shards]
-    pieces = torch.cat([torch.empty((0, 6), dtype=torch.int64, device="cpu"), *tables])
-    shard = torch.repeat_interleave(_int64([len(t) for t in tables]))
+    pieces, shard = _pieces(shards)
     in_blocks = torch.tensor([s.exp_avg_scale is not None for s in shards], dtype=torch.bool, device="cpu")
     table = torch.cat((pieces, shard[:, None], in_blocks[shard].long()[:, None]), dim=1)
-    table = table[pieces[:, STOP] > pieces[:, START]]
+    table = table[(pieces[:, STOP] > pieces[:, START]) & (factored | (pieces[:, COLUMN] < 0))]
     for column in (POSITION, LAYER):  # by layer, then by position
         table = table[torch.argsort(table[:, column], stable=True)]
-    blocks = table[:, 7] == 1
+    blocks = table[:, 8] == 1
     start = torch.where(blocks, table[:, POSITION], table[:, START])
     stop = start + table[:, STOP] - table[:, START]
     begin, count = start // size, (stop - 1) // size + 1 - start // size
@@ -168,8 +190,54 @@ def chunks(shards: Sequence[Shard], size: int, block: int) -> Tensor:
         POSITION: position + done,
         SIZE: table[:, SIZE],
         PLACE: table[:, PLACE] + in_place,
+        COLUMN: table[:, COLUMN],
     }
-    return torch.stack([*(columns[c] for c in sorted(columns)), table[:, 6]], dim=1)
+    return torch.stack([*(columns[c] for c in sorted(columns)), table[:, 7]], dim=1)
+
+
+def panels(shards: Sequence[Shard]) -> Tensor:
+    """The pieces of factored parameters as matrices, each of which is contiguous in its tensor.
+
+    A piece that begins or ends within a row has a panel of one row there; pieces of one row each that follow
+    each other, of a matrix that is cut along its columns, are one panel.
+
+    Returns:
+        int64 ``[panels, 6]`` on the CPU: the columns above. A layer may be in several panels, and a column.
+    """
+    pieces, shard = _pieces(shards)
+    known = (pieces[:, COLUMN] >= 0) & (pieces[:, STOP] > pieces[:, START])
+    pieces, shard = pieces[known], shard[known]
+    start, stop, layer, position, size, _, column = pieces.unbind(1)
+    within, numel = position % size, stop - start
+    head = torch.where((within > 0) | (numel < size), torch.minimum(numel, size - within), 0)
+    rows, tail = (numel - head) // size, (numel - head) % size
+    after = layer + (head > 0)
+    one = torch.ones_like(head)
+    parts = (
+        (start, one, head, layer, column + within, shard),
+        (start + head, rows, size, after, column, shard),
+        (start + head + rows * size, one, tail, after + rows, column, shard),
+    )
+    table = torch.stack([torch.stack(part, dim=1) for part in parts], dim=1).view(-1, 6)
+    table = table[(table[:, ROWS] > 0) & (table[:, WIDTH] > 0)]
+    before, following = table[:-1], table[1:]
+    same = (before[:, [WIDTH, FIRST_COLUMN, OF_SHARD]] == following[:, [WIDTH, FIRST_COLUMN, OF_SHARD]]).all(
+        1
+    )
+    same &= before[:, PANEL_START] + before[:, ROWS] * before[:, WIDTH] == following[:, PANEL_START]
+    same &= before[:, FIRST_LAYER] + before[:, ROWS] == following[:, FIRST_LAYER]
+    begins = torch.cat((torch.ones(min(len(table), 1), dtype=torch.bool, device="cpu"), ~same))
+    merged = table[begins]
+    merged[:, ROWS] = 0
+    merged[:, ROWS].index_add_(0, begins.cumsum(0) - 1, table[:, ROWS])
+    return merged
+
+
+def _pieces(shards: Sequence[Shard]) -> tuple[Tensor, Tensor]:
+    """The pieces of all shards, and of which shard each is."""
+    tables = [s.pieces for s in shards]
+    pieces = torch.cat([torch.empty((0, 7), dtype=torch.int64, device="cpu"), *tables])
+    return pieces, torch.repeat_interleave(_int64([len(t) for t in tables]))
 
 
 def _int64(values: Sequence[int]) -> Tensor:

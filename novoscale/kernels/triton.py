@@ -3,7 +3,8 @@
 A table on the device has one row for each chunk of some thousand elements: where its weights, gradient and
 first moment lie, as addresses, and which layers they belong to. It is made once and serves until a tensor
 moves. The statistic is made in two stages, partials of the chunks and then their sum for each layer in a
-fixed order; without atomics two runs give the same bits. The update is one pass, and gives the bits of
+fixed order; without atomics two runs give the same bits. Of factored parameters ``triton_factored`` makes it,
+in more launches where a model has billions of elements. The update is one pass, and gives the bits of
 ``reference``. Nothing depends on CUDA: the same code runs on ROCm, and on the CPU with TRITON_INTERPRET=1.
 """
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from novoscale import momentum
 from novoscale.kernels import triton_passes as passes
 from novoscale.kernels.shards import (
+    COLUMN,
     LAYER,
     POSITION,
     SIZE,
@@ -32,26 +34,24 @@ from novoscale.kernels.shards import (
     chunks,
     in_one_order,
 )
+from novoscale.kernels.triton_factored import Panels, to_device
+from novoscale.kernels.triton_formats import FORMATS
 
 # Elements of a chunk, the work of one program: enough of them to fill a GPU from models of a few million
-# elements on (an H100 runs about two thousand programs at a time), and a table of 96 bytes in 16384
+# elements on (an H100 runs about two thousand programs at a time), and a table of 112 bytes in 16384
 # elements, which is nothing beside what they take. A multiple of ALIGNMENT and of a moment's block, at most
 # 2**15, for passes._layers, and a power of two: a chunk aligned in its parameter does not cross 2**32.
 CHUNK = 1 << 14
 # Elements a program handles at a time: eight a thread, which is 128 bits of bfloat16 or twice 128 of float32
-# from each tensor, and 64 of int8 or 32 of int4 codes; half of it where weights are float32 and the moment is
-# in blocks, which takes more registers. With at most 64 of them a thread, as many threads run as have more
-# bytes in flight than the memory's latency times its bandwidth asks for. A warp of AMD's data-centre GPUs has
-# 64 lanes. Half of a tile is a multiple of a moment's block.
+# from each tensor, and 64 of int8 or 32 of int4 codes; half of it where that takes too many registers: see
+# ``halved``. With at most 64 of them a thread, as many threads run as have more bytes in flight than the
+# memory's latency times its bandwidth asks for. A warp of AMD's data-centre GPUs has 64 lanes. Half of a tile
+# is a multiple of a moment's block.
 WARPS = 4
 TILE = 8 * WARPS * (64 if torch.version.hip else 32)
 
 # No multiply-add is fused but where the kernels say so: the reference rounds each product and each sum.
 LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
-
-# Of weights, gradients and a first moment that is not in blocks. A further format is an entry here and a case
-# in triton_formats.
-FORMATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 # Chunks begin at a multiple of so many elements of their tensor, the first lanes masked where their piece
 # begins within: then one tile of a piece is handled by elements, and not its whole first chunk. Where the
@@ -61,6 +61,10 @@ ALIGNMENT = 16
 # Where layers are whole groups of so many elements, a thread looks up the coefficients of one layer for all
 # that it handles at a time.
 GROUP = 8
+
+# Chunks in a strip of a factored parameter, the work of one program of its statistic. The larger it is, the
+# fewer partials there are; with two, they take a twentieth of the bytes of a bfloat16 gradient.
+STRIP = 2
 
 
 def load() -> None:
@@ -101,11 +105,12 @@ class _Options(NamedTuple):
     beta3: float
     weight_decay: float
     reg_inside_moment: bool
+    nesterov: bool
+    eps: float  # where a piece is factored
 
     def constants(self) -> dict[str, Any]:
         """The arguments of passes.update."""
         moment = None if self.exp_avg is None else FORMATS.get(self.exp_avg, tl.int8)
-        halved = self.largest > 0 and self.param == torch.float32
         return {
             "beta1": self.beta1,
             "beta3": self.beta3,
@@ -118,8 +123,20 @@ class _Options(NamedTuple):
             "rounds_weights": self.rounds_weights,
             "inside": self.weight_decay != 0 and self.reg_inside_moment,
             "outside": self.weight_decay != 0 and not self.reg_inside_moment,
-            "tile": TILE // 2 if halved else TILE,
+            "nesterov": self.nesterov,
+            "eps": self.eps,
         }
+
+
+def halved(constants: dict[str, Any]) -> bool:
+    """Whether an update of these arguments handles half of a tile at a time.
+
+    Moments in blocks and divisions take more registers. Half of the elements are still 128 bits of float32
+    weights; and where it is done by elements, there is nothing to lose.
+    """
+    divided, by_elements = constants["divided"] is not None, constants["ragged"] or constants["group"] == 1
+    wide = constants["param_type"] == tl.float32
+    return (wide and (constants["largest"] > 0 or divided)) or (divided and by_elements)
 
 
 def _in_blocks(shard: Shard) -> momentum.Format | None:
@@ -143,6 +160,8 @@ def _options(shard: Shard) -> _Options:
         float(shard.beta3),
         float(shard.weight_decay),
         bool(shard.reg_inside_moment),
+        bool(shard.nesterov),
+        float(shard.eps) if (shard.pieces[:, COLUMN] >= 0).any() else 0.0,
     )
 
 
@@ -157,16 +176,19 @@ class Kernels:
         shards: the tensors; :func:`supports` is true of each.
         device: where they are, and the vectors that have one element per layer.
         layers: how many layers there are.
+        columns: how many columns of factored parameters.
 
     Raises:
         ValueError: a tensor that these kernels cannot take, or that is somewhere else.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int) -> None:
-        self._layers, self._device = layers, device
+    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> None:
+        self._statistic_size, self._device = layers + columns, device
         table = chunks(shards, CHUNK, momentum.BLOCK)
+        self._factored = table[:, COLUMN] >= 0
+        plain = table[~self._factored]
         # Of each chunk those of its first and of its last layer; if that is the same, the second stays 0.
-        self._partials = torch.zeros(2 * len(table), dtype=torch.float64, device=device)
+        self._partials = torch.zeros(2 * len(plain), dtype=torch.float64, device=device)
         self._index = self._partials.get_device()
         for shard in shards:
             if not supports(shard) or shard.param.device != self._partials.device:
@@ -180,14 +202,15 @@ class Kernels:
         # By name, for dtypes have no order.
         self._options = sorted({_options(s) for s in shards}, key=str)
         self._option_of = _int64([self._options.index(_options(s)) for s in shards])[self._shard_of]
-        ends = _to(device, _ends(table, _int64([s.norm_type for s in shards])))
+        self._panels = Panels(shards, device, layers, STRIP * CHUNK, TILE, **LAUNCH)
+        ends = to_device(device, _ends(plain, _int64([s.norm_type for s in shards])))
         self._ends = partial(passes.layer_statistic[(len(ends),)], ends, self._partials, tile=TILE, **LAUNCH)
         self._arrange()
 
     def _arrange(self) -> None:
         """The table on the device, the chunks of a launch next to each other, and the launches."""
-        launches, self._order = _launches(self._rows, self._options, self._option_of)
-        self._table = _to(self._device, self._rows[self._order])
+        launches, self._order = _launches(self._rows, self._factored, self._options, self._option_of)
+        self._table = to_device(self._device, self._rows[self._order])
         self._statistics = [
             partial(
                 passes.rows_statistic[(stop - start,)] if width else passes.chunk_statistic[(stop - start,)],
@@ -202,13 +225,14 @@ class Kernels:
             for (norm_type, grad, width), start, stop in _merged(launches)
         ]
         self._updates = [
-            partial(
-                passes.update[(stop - start,)],
-                self._table[start:stop],
-                **kind.options.constants(),
-                group=kind.group,
-                ragged=kind.ragged,
-                **LAUNCH,
+            (
+                kind,
+                partial(
+                    passes.update[(stop - start,)],
+                    self._table[start:stop],
+                    **kind.constants(),
+                    **LAUNCH,
+                ),
             )
             for kind, start, stop in reversed(launches)
         ]
@@ -221,34 +245,36 @@ class Kernels:
         if misaligned.any():
             self._arrange()
         else:
-            self._table[:, passes.GRAD.value] = _to(self._device, column[self._order])
+            self._table[:, passes.GRAD.value] = to_device(self._device, column[self._order])
+        self._panels.moved(gradients)
 
     def sum_of_squares(self) -> Tensor:
         """See :func:`novoscale.kernels.reference.sum_of_squares`."""
-        statistic = torch.zeros(self._layers, dtype=torch.float64, device=self._device)
+        statistic = torch.zeros(self._statistic_size, dtype=torch.float64, device=self._device)
         with torch.cuda.device(self._index):  # nothing where it is -1, the CPU's
             for launch in self._statistics:
                 launch(statistic)
             self._ends(statistic)
+            self._panels.add_to(statistic)
         return statistic
 
     def update(self, coefficients: Coefficients) -> None:
         """See :func:`novoscale.kernels.reference.update`."""
-        vectors = (
-            coefficients.grad_scale.contiguous(),
-            coefficients.step_size.contiguous(),
-            coefficients.decay.contiguous(),
-            coefficients.active.contiguous(),
-            coefficients.key.contiguous(),
-        )
+        c = coefficients
+        vectors = [t.contiguous() for t in (c.grad_scale, c.step_size, c.decay, c.active, c.key)]
+        ahead, row_root = (None if t is None else t.contiguous() for t in (c.ahead, c.row_root))
+        # float32, for of these one is read for each element; of the others, one for many.
+        column_root = None if c.column_root is None else c.column_root.to(torch.float32).contiguous()
         with torch.cuda.device(self._index):
-            for launch in self._updates:
-                launch(*vectors)
+            for kind, launch in self._updates:
+                # None where it is not needed: the kernel is the same whatever else there is in the model.
+                roots = (row_root, column_root) if kind.factored else (None, None)
+                launch(*vectors, ahead if kind.options.nesterov else None, *roots)
 
 
 def _rows(shards: Sequence[Shard], table: Tensor) -> Tensor:
     """The rows of the table, in the order of the chunks."""
-    start, stop, layer, position, size, place, shard_of = table.unbind(1)
+    start, stop, layer, position, size, place, column, shard_of = table.unbind(1)
     in_blocks = torch.tensor([s.exp_avg_scale is not None for s in shards], dtype=torch.bool, device="cpu")[
         shard_of
     ]
@@ -263,8 +289,10 @@ def _rows(shards: Sequence[Shard], table: Tensor) -> Tensor:
         [momentum.BLOCK // form.packed if (form := _in_blocks(s)) else 1 for s in shards]
     )
     # A layer larger than a chunk ends in it at most once, so that it may as well be as large as one.
-    left = size - position % size
+    within, width = position % size, size
+    left = size - within
     size = size.clamp(max=CHUNK)
+    several = stop - start > left
     rows = torch.zeros(len(table), passes.ROW.value, dtype=torch.int64, device="cpu")
     rows[:, [c.value for c in (passes.PARAM, passes.GRAD, passes.EXP_AVG, passes.SCALE)]] = (
         address[shard_of] + index * itemsize[shard_of]
@@ -272,10 +300,13 @@ def _rows(shards: Sequence[Shard], table: Tensor) -> Tensor:
     rows[:, passes.BEGIN.value] = begin
     rows[:, passes.END.value] = begin + stop - start
     rows[:, passes.LAYER.value] = layer
-    rows[:, passes.SLOT.value] = torch.arange(len(table), device="cpu")
+    rows[:, passes.SLOT.value] = (column < 0).cumsum(0) - 1
     rows[:, passes.POSITION.value] = position
     rows[:, passes.WITHIN.value] = size - torch.minimum(left, size)
     rows[:, passes.SIZE.value] = size
+    factored = column >= 0
+    rows[:, passes.COLUMN.value] = torch.where(factored, column + within - begin, 0)
+    rows[:, passes.WIDTH.value] = torch.where(factored & several, width, 0)
     return rows
 
 
@@ -284,19 +315,32 @@ class _Launch(NamedTuple):
 
     Attributes:
         options: of the tensors.
-        width: of passes.rows_statistic; 0 where the chunks lie in one layer each.
+        factored: whether they are of factored parameters.
+        width: of passes.rows_statistic; 0 where the chunks lie in one layer each, or are factored.
         group: of passes.update.
         ragged: of passes.update.
     """
 
     options: _Options
+    factored: bool
     width: int
     group: int
     ragged: bool
 
+    def constants(self) -> dict[str, Any]:
+        """The arguments of passes.update."""
+        divided = ("term" if self.options.reg_inside_moment else "change") if self.factored else None
+        found = {
+            **self.options.constants(),
+            "divided": divided,
+            "group": self.group,
+            "ragged": self.ragged,
+        }
+        return found | {"tile": TILE // 2 if halved(found) else TILE}
+
 
 def _launches(
-    rows: Tensor, options: Sequence[_Options], option_of: Tensor
+    rows: Tensor, factored: Tensor, options: Sequence[_Options], option_of: Tensor
 ) -> tuple[list[tuple[_Launch, int, int]], Tensor]:
     """The launches of the update, each with its first and last (exclusive) row, and the order of the rows."""
     begin, end, within, size = (
@@ -304,20 +348,22 @@ def _launches(
     )
     several = within + end - begin > size
     widths = 1 << torch.arange(3, TILE.bit_length(), device="cpu")
-    width = torch.where(several, widths[torch.bucketize(size.clamp(max=TILE), widths)], 0)
+    width = torch.where(several & ~factored, widths[torch.bucketize(size.clamp(max=TILE), widths)], 0)
     group = torch.where(((within - begin) | size) % GROUP == 0, GROUP, 1)
     group = torch.where(several, group, 0)
     addresses = rows[:, passes.PARAM.value] | rows[:, passes.GRAD.value]
-    ragged = (rows[:, passes.SCALE.value] != 0) & (((begin | end) % GROUP != 0) | (addresses % 16 != 0))
+    columns = rows[:, passes.COLUMN.value] | rows[:, passes.WIDTH.value]
+    ragged = ((begin | end) % GROUP != 0) | (addresses % 16 != 0) | ((group != 1) & (columns % GROUP != 0))
+    ragged &= rows[:, passes.SCALE.value] != 0
     # In an order in which the launches of the statistic, which depend on fewer options, have theirs together.
     prefixes = {o[:2]: i for i, o in enumerate(options)}
     prefix = _int64([prefixes[o[:2]] for o in options])[option_of]
-    kinds = torch.stack((prefix, width, option_of, group, ragged.long()), dim=1)
+    kinds = torch.stack((factored.long(), prefix, width, option_of, group, ragged.long()), dim=1)
     found, kind_of, counts = torch.unique(kinds, dim=0, return_inverse=True, return_counts=True)
     bounds = [0, *counts.cumsum(0).tolist()]
     launches = [
-        (_Launch(options[option], width, group, bool(ragged)), a, b)
-        for (_, width, option, group, ragged), a, b in zip(
+        (_Launch(options[option], bool(is_factored), width, group, bool(ragged)), a, b)
+        for (is_factored, _, width, option, group, ragged), a, b in zip(
             found.tolist(), bounds[:-1], bounds[1:], strict=True
         )
     ]
@@ -327,8 +373,12 @@ def _launches(
 def _merged(
     launches: list[tuple[_Launch, int, int]],
 ) -> list[tuple[tuple[int, torch.dtype, int], int, int]]:
-    """The launches of the statistic: fewer than of the update, for it depends on fewer options."""
-    groups = groupby(launches, key=lambda x: (x[0].options.norm_type, x[0].options.grad, x[0].width))
+    """The launches of the statistic: fewer than of the update, for it depends on fewer options.
+
+    Those of factored parameters are made by Panels.
+    """
+    plain = [launch for launch in launches if not launch[0].factored]
+    groups = groupby(plain, key=lambda x: (x[0].options.norm_type, x[0].options.grad, x[0].width))
     return [(key, found[0][1], found[-1][2]) for key, found in ((k, list(g)) for k, g in groups)]
 
 
@@ -349,7 +399,3 @@ def _ends(table: Tensor, norm_types: Tensor) -> Tensor:
 
 def _int64(values: Sequence[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
-
-
-def _to(device: torch.device, table: Tensor) -> Tensor:
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -16,6 +17,10 @@ from novoscale import momentum, rounding
 
 # With a type, because Triton ships none.
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
+
+# Of weights, gradients and a first moment that is not in blocks. A further format is an entry here and a case
+# below.
+FORMATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 BLOCK = tl.constexpr(momentum.BLOCK)
 _SMALLEST_SCALE = tl.constexpr(momentum.SMALLEST_SCALE)
@@ -55,18 +60,26 @@ def store_elements(
     mask: tl.tensor,
     dtype: tl.constexpr,
     aligned: tl.constexpr,
+    live: tl.tensor = None,
+    old: tl.tensor = None,
 ) -> None:
     """Round float32 ``value`` to ``dtype`` and write it.
 
-    By 16 random bits if there are any (bfloat16 only); else to the nearest, to even in the middle.
+    By 16 random bits if there are any (bfloat16 only); else to the nearest, to even in the middle. Where not
+    ``live``, what was there is written again, ``old`` as load_elements gave it: the same bits (of a NaN in
+    float16 only that it is one). A mask would do, but for each element its own would cut 128-bit stores up.
     """
     if dtype == tl.bfloat16:
         # By integers: Triton's interpreter cuts off, and not every GPU can do it in one instruction.
         wide = value.to(tl.uint32, bitcast=True)
         wide += 0x7FFF + ((wide >> 16) & 1) if bits is None else bits
-        wide = tl.where(value == value, wide >> 16, _NAN).to(tl.uint16)
-        tl.store(_pointers(address, index, tl.uint16, aligned), wide, mask=mask)
+        wide = tl.where(value == value, wide >> 16, _NAN)
+        if live is not None:
+            wide = tl.where(live, wide, old.to(tl.uint32, bitcast=True) >> 16)
+        tl.store(_pointers(address, index, tl.uint16, aligned), wide.to(tl.uint16), mask=mask)
     else:
+        if live is not None:
+            value = tl.where(live, value, old)
         tl.store(_pointers(address, index, dtype, aligned), value.to(dtype), mask=mask)
 
 

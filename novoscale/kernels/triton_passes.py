@@ -18,19 +18,22 @@ from novoscale.kernels.triton_formats import (
     store_elements,
 )
 
-# The columns of the table, int64. A row is 96 bytes, so that the rows of each launch are aligned alike.
+# The columns of the table, int64. A row is 112 bytes, a multiple of 16, so that the rows of each launch are
+# aligned alike.
 PARAM = tl.constexpr(0)  # addresses of the chunk's first element (or block), 0 where there is no such tensor
 GRAD = tl.constexpr(1)
 EXP_AVG = tl.constexpr(2)
 BEGIN = tl.constexpr(3)  # its elements begin..end, counted from there, are those of the piece
 END = tl.constexpr(4)
 LAYER = tl.constexpr(5)  # of all layers, the one of the element at begin
-SLOT = tl.constexpr(6)  # its place among the chunks: it has two partials
+SLOT = tl.constexpr(6)  # its place among the chunks that are not factored: it has two partials
 SCALE = tl.constexpr(7)  # address
 POSITION = tl.constexpr(8)  # of the element at begin in its parameter
 WITHIN = tl.constexpr(9)  # and in its layer
 SIZE = tl.constexpr(10)  # elements of a layer
-ROW = tl.constexpr(12)
+COLUMN = tl.constexpr(11)  # of all columns, the one of its index 0 if there is one: counted back from begin
+WIDTH = tl.constexpr(12)  # columns of its factored parameter, where it has elements of several rows; else 0
+ROW = tl.constexpr(14)
 
 
 # ---- the statistic ---------------------------------------------------------------------------------------
@@ -219,9 +222,14 @@ def _update_tile(
     grad_scale: tl.tensor,
     step_size: tl.tensor,
     decay: tl.tensor,
+    ahead: tl.tensor,
+    row_root: tl.tensor,
+    column_root: tl.tensor,
+    column: tl.tensor,
     beta1: tl.tensor,
     beta3: tl.tensor,
     weight_decay: tl.tensor,
+    eps: tl.tensor,
     param_type: tl.constexpr,
     grad_type: tl.constexpr,
     exp_avg_type: tl.constexpr,
@@ -230,6 +238,8 @@ def _update_tile(
     rounds_weights: tl.constexpr,
     inside: tl.constexpr,
     outside: tl.constexpr,
+    nesterov: tl.constexpr,
+    divided: tl.constexpr,
     group: tl.constexpr,
     tile: tl.constexpr,
     aligned: tl.constexpr,
@@ -238,7 +248,9 @@ def _update_tile(
     """The order of reference.update. No multiply-add is fused: see LAUNCH in triton.py.
 
     ``aligned``: addresses are, all positions have the same upper half, and of each eight lanes from a
-    multiple of eight on all are of the piece, or none. Unless ``masked``, all lanes are.
+    multiple of eight on all are of the piece, or none; their columns begin at a multiple of eight, unless
+    each may be of another layer. Unless ``masked``, all lanes are of the piece. An element's column is
+    ``column`` + its index.
     """
     index = offset + tl.arange(0, tile)
     mask = (index >= begin) & (index < end) if masked else None
@@ -253,32 +265,46 @@ def _update_tile(
     if rounds_weights or (exp_avg_type is not None and exp_avg_type != tl.float32):
         position = low + (index - begin).to(tl.uint32)
         bits = random_bits(key, position, high if aligned else tl.where(position < low, next_high, high))
+    root, live, selected = None, None, active
+    if divided is not None:
+        place = column + index
+        if aligned and group != 1:
+            place = tl.max_contiguous(tl.multiple_of(place, 8), 8)
+        of_column = tl.load(column_root + place, mask=mask)
+        root = row_root * of_column + eps
+        live = of_column > 0
+        selected = active & live if group > 0 else live
     weight = load_elements(param, index, mask, param_type, aligned)
-    moment = load_elements(grad, index, mask, grad_type, aligned) * grad_scale
+    term = load_elements(grad, index, mask, grad_type, aligned) * grad_scale
+    if divided == "term":
+        term = tl.div_rn(term, root)
     if inside:
-        moment += weight * weight_decay
-    moment *= beta3  # where it is 1, the same bits
+        term += weight * weight_decay
+    term *= beta3  # where it is 1, the same bits
+    moment = term
     if largest > 0:
         block = offset // BLOCK + tl.arange(0, tile // BLOCK)
         touched = block * BLOCK < end
         old = load_blocks(exp_avg, exp_avg_scale, block, touched, largest, codes_aligned)
         moment += old * beta1
         kept = moment
-        if group > 0:
-            kept = tl.where(active, moment, old)
-            touched = tl.max((active & mask).to(tl.int32).reshape(tile // BLOCK, BLOCK), 1) > 0
+        if group > 0 or divided is not None:
+            kept = tl.where(selected, moment, old)
+            touched = tl.max((selected & mask).to(tl.int32).reshape(tile // BLOCK, BLOCK), 1) > 0
         kept = tl.where(mask, kept, 0.0)
         store_blocks(exp_avg, exp_avg_scale, block, kept, bits >> 16, touched, largest, codes_aligned)
     elif exp_avg_type is not None:
-        moment += load_elements(exp_avg, index, mask, exp_avg_type, aligned) * beta1
+        old = load_elements(exp_avg, index, mask, exp_avg_type, aligned)
+        moment += old * beta1
         moment_bits = None if exp_avg_type == tl.float32 else bits >> 16
-        store_elements(exp_avg, index, moment, moment_bits, changed, exp_avg_type, aligned)
-    change = moment * step_size
+        store_elements(exp_avg, index, moment, moment_bits, changed, exp_avg_type, aligned, live, old)
+    change = moment * ahead + term * step_size if nesterov else moment * step_size
+    if divided == "change":
+        change = tl.div_rn(change, root)
     if outside:
         change += weight * decay
-    store_elements(
-        param, index, weight - change, bits & 0xFFFF if rounds_weights else None, changed, param_type, aligned
-    )
+    weight_bits = bits & 0xFFFF if rounds_weights else None
+    store_elements(param, index, weight - change, weight_bits, changed, param_type, aligned, live, weight)
 
 
 @jit
@@ -289,9 +315,13 @@ def update(
     decay: tl.tensor,
     active: tl.tensor,
     key: tl.tensor,
+    ahead: tl.tensor,
+    row_root: tl.tensor,
+    column_root: tl.tensor,
     beta1: tl.tensor,
     beta3: tl.tensor,
     weight_decay: tl.tensor,
+    eps: tl.tensor,
     param_type: tl.constexpr,
     grad_type: tl.constexpr,
     exp_avg_type: tl.constexpr,
@@ -300,14 +330,19 @@ def update(
     rounds_weights: tl.constexpr,
     inside: tl.constexpr,
     outside: tl.constexpr,
+    nesterov: tl.constexpr,
+    divided: tl.constexpr,
     group: tl.constexpr,
     ragged: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
     """First moment and weights of the active layers, in place.
 
-    ``group``: elements that surely are of one layer; 0: all of a chunk. ``ragged``, of moments in blocks: see
-    ``aligned`` of _update_tile. There it is known of a launch and no branch: two would take more registers.
+    ``ahead``, ``row_root`` and ``column_root``, which is float32, may be None where they are not needed.
+    ``divided``, of factored parameters: "term", what is added to the moment, or "change", what is taken from
+    the weight; else None. ``group``: elements that surely are of one layer; 0: all of a chunk. ``ragged``, of
+    moments in blocks: see ``aligned`` of _update_tile. There it is known of a launch and no branch: two would
+    take more registers.
     """
     # From the end: what the first pass read last is still in the cache.
     row = table + (tl.num_programs(0) - 1 - tl.program_id(0)) * ROW
@@ -323,7 +358,10 @@ def update(
         last_position = position + (end - begin - 1)
         high = scramble((position >> 32).to(tl.uint32))
         next_high = scramble((last_position >> 32).to(tl.uint32))
-        addresses = param | grad | exp_avg
+        wide = (param | grad | exp_avg) % 16 == 0
+        first = tl.load(row + COLUMN) if divided is not None else None
+        if divided is not None and group != 1:
+            wide = wide & ((first | tl.load(row + WIDTH)) % 8 == 0)
         one_half = True
         if rounds_weights or (exp_avg_type is not None and exp_avg_type != tl.float32):
             one_half = position >> 32 == last_position >> 32
@@ -332,7 +370,10 @@ def update(
             scale = tl.load(grad_scale + layer).to(tl.float32)
             step = tl.load(step_size + layer).to(tl.float32)
             shrink = tl.load(decay + layer).to(tl.float32)
+            forward = tl.load(ahead + layer).to(tl.float32) if nesterov else None
+            of_row = tl.load(row_root + layer).to(tl.float32) if divided is not None else None
         for offset in range(0, end, tile):
+            column = first
             if group > 0:
                 layers = _layers(row, offset, begin, end, group, tile)
                 moves = _each(tl.load(active + layers), group)
@@ -340,24 +381,32 @@ def update(
                 scale = _each(tl.load(grad_scale + layers).to(tl.float32), group)
                 step = _each(tl.load(step_size + layers).to(tl.float32), group)
                 shrink = _each(tl.load(decay + layers).to(tl.float32), group)
+                forward = _each(tl.load(ahead + layers).to(tl.float32), group) if nesterov else None
+                of_row = None
+                if divided is not None:
+                    of_row = _each(tl.load(row_root + layers).to(tl.float32), group)
+                    column = first - _each((layers - layer) * tl.load(row + WIDTH), group)
             if largest > 0:
                 _update_tile(
                     param, grad, exp_avg, exp_avg_scale, offset, begin, end, moves,
-                    hashed, position.to(tl.uint32), high, next_high, scale, step, shrink,
-                    beta1, beta3, weight_decay, param_type, grad_type, exp_avg_type, largest,
-                    codes_aligned, rounds_weights, inside, outside, group, tile, not ragged, True,
+                    hashed, position.to(tl.uint32), high, next_high, scale, step, shrink, forward,
+                    of_row, column_root, column, beta1, beta3, weight_decay, eps, param_type, grad_type,
+                    exp_avg_type, largest, codes_aligned, rounds_weights, inside, outside, nesterov,
+                    divided, group, tile, not ragged, True,
                 )  # fmt: skip
-            elif (addresses % 16 == 0) & (offset >= begin) & (offset + tile <= end) & one_half:
+            elif wide & (offset >= begin) & (offset + tile <= end) & one_half:
                 _update_tile(
                     param, grad, exp_avg, exp_avg_scale, offset, begin, end, moves,
-                    hashed, position.to(tl.uint32), high, next_high, scale, step, shrink,
-                    beta1, beta3, weight_decay, param_type, grad_type, exp_avg_type, largest,
-                    codes_aligned, rounds_weights, inside, outside, group, tile, True, False,
+                    hashed, position.to(tl.uint32), high, next_high, scale, step, shrink, forward,
+                    of_row, column_root, column, beta1, beta3, weight_decay, eps, param_type, grad_type,
+                    exp_avg_type, largest, codes_aligned, rounds_weights, inside, outside, nesterov,
+                    divided, group, tile, True, False,
                 )  # fmt: skip
             else:
                 _update_tile(
                     param, grad, exp_avg, exp_avg_scale, offset, begin, end, moves,
-                    hashed, position.to(tl.uint32), high, next_high, scale, step, shrink,
-                    beta1, beta3, weight_decay, param_type, grad_type, exp_avg_type, largest,
-                    codes_aligned, rounds_weights, inside, outside, group, tile, False, True,
+                    hashed, position.to(tl.uint32), high, next_high, scale, step, shrink, forward,
+                    of_row, column_root, column, beta1, beta3, weight_decay, eps, param_type, grad_type,
+                    exp_avg_type, largest, codes_aligned, rounds_weights, inside, outside, nesterov,
+                    divided, group, tile, False, True,
                 )  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from novoscale import presets
 from novoscale.memory import rules
 from novoscale.memory.rules import Rule
 
@@ -77,12 +78,13 @@ class Candidate:
 
 
 def _novograd(**options: Any) -> Candidate:
-    momentum, granularity = options.get("momentum_dtype", "float32"), options.get("granularity", "tensor")
+    momentum = options.get("momentum_dtype", "float32")
+    known = {**presets.PRESETS[options.get("preset", presets.DEFAULT)], **options}
     return Candidate(
         "novoscale:NovoGrad",
         {"lr": LR, **options},
         "novoscale",
-        state=rules.novograd(momentum, granularity),
+        state=rules.novograd(momentum, known["granularity"], known["bias_correction"]),
         timed_on=BOTH,
         moved=(2, 2, 2),
         state_bytes={"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}[momentum],
@@ -121,6 +123,9 @@ CANDIDATES: dict[str, Candidate] = {
     "NovoGrad, int8": _novograd(momentum_dtype="int8"),
     "NovoGrad, int4": _novograd(momentum_dtype="int4"),
     "NovoGrad, int8, by row": _novograd(momentum_dtype="int8", granularity="row", normalize="rms"),
+    "NovoGrad, adamw": _novograd(preset="adamw"),
+    "NovoGrad, adamw, int8": _novograd(preset="adamw", momentum_dtype="int8"),
+    "NovoGrad, adamw, int4": _novograd(preset="adamw", momentum_dtype="int4"),
     "NovoGrad, reference": _novograd(fused=False),
     "torch AdamW": _adamw(),
     "torch AdamW, fused": _adamw(BOTH, (2, 1, 4), fused=True),
@@ -180,8 +185,9 @@ COMPARED = (
     "NovoGrad",
     "NovoGrad, bfloat16",
     "NovoGrad, int8",
-    "NovoGrad, int8, by row",
     "NovoGrad, int4",
+    "NovoGrad, adamw, int8",
+    "NovoGrad, adamw, int4",
     "torch AdamW, fused",
     "torch AdamW, foreach",
     "torch SGD with momentum",

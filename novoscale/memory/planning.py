@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -113,7 +113,8 @@ def _zero_1_and_2(stage: int, offload: bool) -> Callable[[Shapes, Rule, int, str
         size, master = _sizes(precision)
         elements = _elements(shapes)
         partition = 2 * math.ceil(elements / (2 * world))
-        state = rule([Stepped((partition,), _first(shapes, partition))], master)
+        # Which rank holds most depends on the rule: columns are kept by every rank that has a part of them.
+        state = max(rule([Stepped((partition,), p)], master) for p in _partitions(shapes, partition))
         master_weights = master * partition
         parameters = size * 2 * world * math.ceil(elements / (2 * world))
         if offload:  # float32 gradients on the host, and a buffer for the largest on either side
@@ -176,13 +177,18 @@ def _largest_share(shapes: Shapes, partition: int) -> int:
     return max(held.values())
 
 
-def _first(shapes: Shapes, elements: int) -> tuple[Piece, ...]:
-    """The parameters, or the parts of them, that fill the first elements of a flat tensor."""
-    pieces = []
+def _partitions(shapes: Shapes, elements: int) -> Iterator[tuple[Piece, ...]]:
+    """The parameters, or the parts of them, that fill each partition of so many elements."""
+    pieces: list[Piece] = []
+    room = elements
     for shape in shapes:
-        if elements <= 0:
-            break
-        numel = min(math.prod(shape), elements)
-        pieces.append(Piece(shape, numel))
-        elements -= numel
-    return tuple(pieces)
+        left = math.prod(shape)
+        while left > 0:
+            numel = min(left, room)
+            pieces.append(Piece(shape, numel))
+            left, room = left - numel, room - numel
+            if room == 0:
+                yield tuple(pieces)
+                pieces, room = [], elements
+    if pieces:
+        yield tuple(pieces)

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from novoscale.layout import matrix_dimensions
+
 FLOAT32 = 4
 SMALL = 4096  # elements: bitsandbytes, torchao and NovoGrad leave smaller tensors in float32
 
@@ -89,24 +91,36 @@ def torchao_adamw(bits: int, block: int) -> Rule:
     return rule
 
 
-def novograd(momentum: str = "float32", granularity: str = "tensor") -> Rule:
+def novograd(
+    momentum: str = "float32", granularity: str | int = "tensor", bias_correction: bool = False
+) -> Rule:
     """The first moment in its format, and float32 scalars for each layer."""
 
     def rule(tensors: Sequence[Stepped], size: int) -> int:
+        counts = bias_correction or momentum != "float32" or size < FLOAT32
         total = 0
         for t in tensors:
-            counters = 2 if momentum != "float32" or size < FLOAT32 else 1  # exp_avg_sq, step
-            layers = sum(_layers(piece, granularity) for piece in t.pieces)
-            total += _first_moment(t, momentum) + FLOAT32 * counters * layers
+            for piece in t.pieces:
+                second, steps = _second_moments(piece, granularity)
+                total += FLOAT32 * (second + (steps if counts else 0))
+            total += _first_moment(t, momentum)
         return total
 
     return rule
 
 
-def _layers(piece: Piece, granularity: str) -> int:
-    if granularity == "tensor" or len(piece.shape) < 2:
-        return 1
-    return math.ceil(piece.numel / (piece.whole // piece.shape[0]))
+def _second_moments(piece: Piece, granularity: str | int) -> tuple[int, int]:
+    """How many second moments, and how many counts of steps."""
+    if granularity in ("factored", "element"):
+        if len(piece.shape) < 2:
+            return piece.numel, 1
+        split = matrix_dimensions(piece.shape)
+        columns = math.prod(piece.shape[split:])
+        return math.ceil(piece.numel / columns) + columns, 1
+    if granularity == "row" and len(piece.shape) > 1:
+        rows = math.ceil(piece.numel / (piece.whole // piece.shape[0]))
+        return rows, rows
+    return 1, 1
 
 
 def _first_moment(t: Stepped, momentum: str) -> int:

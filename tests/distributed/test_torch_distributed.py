@@ -62,12 +62,61 @@ def test_rows_and_splits_under_tensor_parallelism(options, world, data_world):
         assert max(deviations.values()) < BOUND, deviations
 
 
+ADAMW = {"preset": "adamw"}
+EVERYTHING = {"clip_threshold": 0.5, "scale_parameter": True, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("shape", [(2,), (3,), (4,), (2, 2)], ids=str)
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+def test_factored_under_fsdp2_and_hsdp(shape, options):
+    clip = 0.3 if options else 0.0
+    expected = reference(
+        torch_ranks.LR,
+        clip=clip,
+        weight_decay=options.get("weight_decay", 0.0),
+        adamw={k: v for k, v in options.items() if k != "weight_decay"},
+    )
+    given = {**ADAMW, **options, "max_grad_norm": clip}
+    for weights in run_ranks(torch_ranks.fsdp2, math.prod(shape), shape, given):
+        assert worst(weights, expected) < BOUND
+
+
+@pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(("world", "data_world"), [(3, 1), (4, 2)])
+def test_factored_under_tensor_parallelism(options, world, data_world):
+    for deviations, _ in run_ranks(torch_ranks.tensor_parallel, world, data_world, {**ADAMW, **options}):
+        assert max(deviations.values()) < BOUND, deviations
+
+
+@pytest.mark.parametrize("options", [{}, {**EVERYTHING, "init_zero": False}], ids=["plain", "everything"])
+def test_factored_parameters_of_any_dimensions_placed_in_any_way(options):
+    for deviations in run_ranks(torch_ranks.any_placement_factored, 4, options):
+        assert max(deviations.values()) < 1e-5, deviations
+
+
+@pytest.mark.parametrize("options", [{**ADAMW, "momentum_dtype": "int8"}, ROWS], ids=str)
+def test_a_state_dict_under_fsdp2_can_be_saved_and_copied(options, tmp_path):
+    for found in run_ranks(torch_ranks.carried, 2, options, str(tmp_path)):
+        assert found == dict.fromkeys(["deepcopy", "pickle", "torch.save"], True)
+
+
+@pytest.mark.parametrize("options", [ADAMW, {**ROWS, "bias_correction": True}], ids=str)
+def test_second_moments_of_a_distributed_checkpoint_load_on_any_number_of_ranks(options, tmp_path):
+    saved = run_ranks(torch_ranks.second_moments, 2, options, str(tmp_path), True)[0]
+    for world in (1, 3, 4):
+        for loaded in run_ranks(torch_ranks.second_moments, world, options, str(tmp_path), False):
+            assert loaded.keys() == saved.keys()
+            assert all((loaded[name] == saved[name]).all() for name in saved)
+
+
 FORMATS = [
     {"momentum_dtype": "float32"},
     {"momentum_dtype": "bfloat16"},
     {"momentum_dtype": "int8", **ROWS},
     {"momentum_dtype": "int4"},
     {"momentum_dtype": "int4", **ROWS, "max_grad_norm": 1.0},
+    {"momentum_dtype": "int8", "preset": "adamw", "max_grad_norm": 1.0},
+    {"momentum_dtype": "float32", "preset": "adamw", **EVERYTHING},
 ]
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import io
+import itertools
+import pickle
 from typing import Any
 from unittest import mock
 
 import fixed_gradients
 import torch
 import torch.distributed as dist
-from oracle import Oracle, RowOracle, deviation
+from oracle import FactoredOracle, Oracle, RowOracle, clipped, deviation
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -23,7 +26,7 @@ from torch.distributed.tensor.parallel import (
 )
 from training import STEPS, OddModel, data
 
-from novoscale import NovoGrad, plan
+from novoscale import NovoGrad
 
 LR = 0.02
 
@@ -91,7 +94,11 @@ PLAN = {
 
 
 def block_reference(
-    data_world: int, granularity: str | int = "tensor", normalize: str = "norm"
+    data_world: int,
+    granularity: str | int = "tensor",
+    normalize: str = "norm",
+    preset: str = "paper",
+    **adamw: Any,
 ) -> dict[str, Any]:
     model = Block().double()
     named = dict(model.named_parameters())
@@ -100,12 +107,15 @@ def block_reference(
     whole = [p.detach().numpy() for p in named.values()]
     matrices = sum(p.ndim > 1 for p in named.values())
     options = {"lr": LR, "normalize": normalize}
-    if granularity == "tensor":
+    if preset == "adamw":
+        oracles: list[Any] = [FactoredOracle(whole[:matrices], lr=LR, **adamw)]
+    elif granularity == "tensor":
         oracles = [Oracle(whole[:matrices], **options)]
     else:
         splits = None if granularity == "row" else granularity
         oracles = [RowOracle(whole[:matrices], splits=splits, **options)]
-    oracles.append(Oracle(whole[matrices:], **options))
+    of_vectors = FactoredOracle(whole[matrices:], lr=LR, **adamw) if preset == "adamw" else None
+    oracles.append(of_vectors or Oracle(whole[matrices:], **options))
     for step in range(STEPS):
         model.zero_grad()
         x = torch.cat([block_input(step, r) for r in range(data_world)]).double()
@@ -141,7 +151,7 @@ def tensor_parallel(
     options = options or {}
     model, mesh = tensor_parallel_model(data_world)
     params = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]
-    vectors = {"granularity": "tensor"}  # of one dimension
+    vectors = {} if "preset" in options else {"granularity": "tensor"}  # of one dimension
     optimizer = NovoGrad(
         [{"params": params[0], **options}, {"params": params[1], **options, **vectors}], lr=LR
     )
@@ -184,6 +194,36 @@ def any_placement() -> float:
             optimizer.step()
         worst = max(worst, deviation(full(p), oracle.weights[0]))
     return worst
+
+
+def any_placement_factored(options: dict[str, Any]) -> dict[str, float]:
+    """Parameters of two to four dimensions, cut along any of them, against the oracle; several at a time."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    shapes = ((5, 7), (3, 2, 4), (5, 3, 2, 3), (9,), (1, 6), (4, 6, 2))
+    found = {}
+    for cut in itertools.product([None, 0, 1, 2, 3], repeat=2):
+        placements = [Replicate() if dim is None else Shard(dim) for dim in cut]
+        torch.manual_seed(1)
+        wholes = [
+            torch.randn(shape)
+            for shape in shapes
+            if len(shape) > max((d for d in cut if d is not None), default=0)
+        ]
+        params = [nn.Parameter(distribute_tensor(w, mesh, placements)) for w in wholes]
+        oracle = FactoredOracle([w.numpy() for w in wholes], lr=LR, **options)
+        optimizer = NovoGrad(params, lr=LR, preset="adamw", max_grad_norm=2.0, **options)
+        for step in range(4):
+            generator = torch.Generator().manual_seed(step)
+            grads = [torch.randn(w.shape, generator=generator) for w in wholes]
+            for g in grads if step < 2 else ():  # on some ranks all zero, at first
+                g[: len(g) // 2] = 0
+            for p, g in zip(params, grads, strict=True):
+                p.grad = distribute_tensor(g, mesh, placements)
+            oracle.step(clipped([g.double().numpy() for g in grads], 2.0))
+            optimizer.step()
+        rows = zip(params, oracle.weights, strict=True)
+        found[str(cut)] = max(deviation(full(p), w) for p, w in rows)
+    return found
 
 
 def partial_sum_where_the_gradient_was() -> float:
@@ -266,6 +306,69 @@ def fixed_checkpoint(
     return fixed_gradients.pieces(optimizer)
 
 
+def carried(options: dict[str, Any], folder: str) -> dict[str, bool]:
+    """Whether a state dict survives what users do with it, and the training goes on to the same bits."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+
+    def made() -> tuple[nn.Module, Any]:
+        model = fsdp_model(init_device_mesh("cpu", (world,)))
+        return model, NovoGrad(model.named_parameters(), lr=LR, **options)
+
+    model, optimizer = made()
+    train(model, optimizer, rank, world, 2)
+    weights = copy.deepcopy(model.state_dict())
+    saved = optimizer.state_dict()
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    carriers = {
+        "deepcopy": copy.deepcopy(saved),
+        "pickle": pickle.loads(pickle.dumps(saved)),
+        "torch.save": torch.load(file, weights_only=False),
+    }
+    dcp.async_save(get_optimizer_state_dict(model, optimizer), checkpoint_id=folder).result()
+    train(model, optimizer, rank, world, 2, first=2)
+    found = {}
+    for name, state in carriers.items():
+        other, fresh = made()
+        other.load_state_dict(weights)
+        fresh.load_state_dict(state)
+        train(other, fresh, rank, world, 2, first=2)
+        rows = zip(model.parameters(), other.parameters(), strict=True)
+        found[name] = all((full(p) == full(q)).all() for p, q in rows)
+    return found
+
+
+def second_moments(options: dict[str, Any], folder: str, save: bool) -> dict[str, Any]:
+    """Every second moment, whole, saved as a distributed checkpoint or loaded from it on any mesh."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    shapes = {"a": (36, 256), "b": (33,), "c": (7, 8, 128), "d": (5, 3, 2, 3)}
+    model = fixed_gradients.FixedGradients(shapes)
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = NovoGrad(model.named_parameters(), lr=LR, **options)
+    for step in range(2 if save else 0):
+        optimizer.zero_grad()
+        model(torch.tensor(step)).backward()
+        optimizer.step()
+    m, o = get_state_dict(model, optimizer)
+    if save:
+        dcp.save({"model": m, "optimizer": o}, checkpoint_id=folder)
+    else:
+        dcp.load({"model": m, "optimizer": o}, checkpoint_id=folder)
+        set_state_dict(model, optimizer, model_state_dict=m, optim_state_dict=o)
+    return {
+        f"{name}.{key}": full(value)
+        for name, p in model.named_parameters()
+        for key, value in optimizer.state[p].items()
+        if key.startswith("exp_avg_sq") or key == "step"
+    }
+
+
 def collectives(kind: str) -> int:
     """How many all-reduces one step of the optimizer makes."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -294,7 +397,7 @@ def collectives(kind: str) -> int:
             loss_of(model, step, rank, world).backward()
         if step == 0:  # the ranks compare their layers
             optimizer.step()
-    with mock.patch.object(plan.dist, "all_reduce", wraps=dist.all_reduce) as counted:
+    with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as counted:
         optimizer.step()
     return counted.call_count
 

@@ -35,7 +35,19 @@ def test_recommended_groups(stage):
         assert max(deviation(weights[n], expected[n]) for n in expected) < 2e-5
 
 
-@pytest.mark.parametrize("options", [{"momentum_dtype": "int8"}, {"momentum_dtype": "int4", **ROWS}], ids=str)
+ADAMW = {"preset": "adamw", "clip_threshold": 0.5, "scale_parameter": True}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum_dtype": "int8"},
+        {"momentum_dtype": "int4", **ROWS},
+        # Without scale_parameter: rms(w) is of all elements, those in blocks that are cut too.
+        {"momentum_dtype": "int8", "preset": "adamw", "clip_threshold": 0.5},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_same_bits_in_every_block_that_is_not_cut(stage, options):
     options = {"lr": 0.05, "weight_decay": 0.1, **options}
@@ -47,7 +59,7 @@ def test_same_bits_in_every_block_that_is_not_cut(stage, options):
         assert fixed_gradients.differing(ranks, expected, in_blocks=True) == set()
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum_dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"momentum_dtype": "bfloat16"}, ADAMW], ids=str)
 @pytest.mark.parametrize("stage", [1, 3])
 def test_same_bits_in_formats_without_blocks(stage, options):
     options = {"lr": 0.05, "weight_decay": 0.1, **options}
@@ -71,6 +83,8 @@ def test_bfloat16_master_weights_are_rounded_as_in_one_process(stage):
         (1, {"momentum_dtype": "bfloat16"}),
         (2, {"momentum_dtype": "int4", **ROWS}),
         (3, {"momentum_dtype": "int8"}),
+        (2, {"preset": "adamw", "momentum_dtype": "int8"}),
+        (3, {"preset": "adamw", "momentum_dtype": "int4"}),
     ],
     ids=str,
 )

@@ -13,6 +13,12 @@ from novoscale.ranks import run_ranks
 BOUND = 2e-5  # float32, relative, after 10 steps
 BF16 = {"bf16": {"enabled": True}}
 CPU = {"device": "cpu"}
+ADAMW = {"preset": "adamw", "clip_threshold": 0.5, "scale_parameter": True}
+
+
+def with_options(ds, **options):
+    ds["optimizer"]["params"] |= options
+    return ds
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
@@ -34,6 +40,31 @@ CPU = {"device": "cpu"}
 def test_trajectory_is_that_of_one_process(stage, zero, world_size):
     ds = config(stage, world_size, clip=0.3, accumulate=2, **zero)
     expected = reference(0.02, clip=0.3, groups=True)
+    for weights in run_ranks(zero_ranks.trained, world_size, ds, True):
+        worst = {name: deviation(weights[name], expected[name]) for name in expected}
+        assert max(worst.values()) < BOUND, worst
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("stage", "zero"),
+    [
+        (0, {}),
+        (1, {}),
+        (2, {"offload_optimizer": CPU, "round_robin_gradients": True}),
+        (3, {"sub_group_size": 50, "stage3_param_persistence_threshold": 0}),
+        (3, {"offload_optimizer": CPU, "offload_param": CPU}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("options", [{}, ADAMW], ids=["factored", "with clip_threshold and scale_parameter"])
+def test_factored_trajectory_is_that_of_one_process(stage, zero, world_size, options):
+    ds = with_options(
+        config(stage, world_size, clip=0.3, accumulate=2, **zero), **{"preset": "adamw", **options}
+    )
+    expected = reference(
+        0.02, clip=0.3, groups=True, adamw={k: v for k, v in options.items() if k != "preset"}
+    )
     for weights in run_ranks(zero_ranks.trained, world_size, ds, True):
         worst = {name: deviation(weights[name], expected[name]) for name in expected}
         assert max(worst.values()) < BOUND, worst
@@ -61,6 +92,10 @@ def test_bfloat16_model_with_float32_master(wrapper, change, stage, world_size):
     for name, worst in run_ranks(wrapper_ranks.against_oracle, world_size, ds, torch.bfloat16):
         assert name == wrapper
         assert max(worst.values()) < BOUND, worst
+    if world_size == 3:
+        ds = with_options({**config(stage, world_size), **change}, **ADAMW)
+        for _, worst in run_ranks(wrapper_ranks.against_oracle, world_size, ds, torch.bfloat16):
+            assert max(worst.values()) < BOUND, worst
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
@@ -94,6 +129,19 @@ def test_dummy_step_at_construction_changes_nothing():
 def test_expert_parallel_groups(stage, world_size):
     for worst in run_ranks(wrapper_ranks.experts_against_oracle, world_size, config(stage, world_size)):
         assert any("experts" in name for name in worst)
+        assert max(worst.values()) < BOUND, worst
+
+
+def test_factored_experts():
+    for worst in run_ranks(wrapper_ranks.experts_against_oracle, 4, with_options(config(2, 4), **ADAMW)):
+        assert max(worst.values()) < BOUND, worst
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 4), (2, 3)])
+def test_factored_matrices_cut_along_rows_and_columns_by_tensor_parallelism(stage, world_size):
+    ds = with_options(wrapper_ranks.tensor_parallel_config(stage, world_size), **ADAMW)
+    for worst in run_ranks(wrapper_ranks.tensor_parallel_against_oracle, world_size, ds):
+        assert {"rows", "columns", "bias"} == worst.keys()
         assert max(worst.values()) < BOUND, worst
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
-from oracle import Oracle, deviation
+from oracle import FactoredOracle, Oracle, deviation
 from torch import nn
 from training import OddModel
 from zero_ranks import config, engine, train
@@ -25,6 +25,14 @@ BF16_MASTER = {
     "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 }
 BF16_MASTER_BOUND = STEPS * 2**-9  # each step rounds the weight once: half a unit in the last of its 8 bits
+
+
+def oracle_of(ds: dict[str, Any], weight: torch.Tensor, **options: Any) -> Any:
+    """The oracle that computes what the optimizer of a DeepSpeed config does, with its options."""
+    params = ds["optimizer"]["params"]
+    known = {k: params[k] for k in ("clip_threshold", "scale_parameter") if k in params}
+    kind = FactoredOracle if params.get("preset") == "adamw" else Oracle
+    return kind([weight.double().numpy()], lr=0.02, **known, **options)
 
 
 def grad_of(p: Any) -> torch.Tensor:
@@ -54,7 +62,7 @@ def against_oracle(
     named = dict(e.module.named_parameters())
     decays = [0.05 if len(getattr(p, "ds_shape", p.shape)) > 1 else 0.0 for p in named.values()]
     oracles = [
-        Oracle([master_of(e, p).double().numpy()], lr=0.02, weight_decay=decay)
+        oracle_of(ds, master_of(e, p), weight_decay=decay)
         for p, decay in zip(named.values(), decays, strict=True)
     ]
     backward = e.backward
@@ -108,7 +116,7 @@ def experts_against_oracle(ds: dict[str, Any]) -> dict[str, float]:
     deepspeed.init_distributed("gloo")
     e = engine(ds, model=Experts(ep_size=2 if dist.get_world_size() % 2 == 0 else 3))
     named = dict(e.module.named_parameters())
-    oracles = {n: Oracle([safe_get_full_fp32_param(p).double().numpy()], lr=0.02) for n, p in named.items()}
+    oracles = {n: oracle_of(ds, safe_get_full_fp32_param(p)) for n, p in named.items()}
     backward = e.backward
 
     def recorded(loss: torch.Tensor) -> None:
@@ -161,18 +169,24 @@ class ModelParallel:
 
 
 class Sharded(nn.Module):
-    """One rank's rows of a matrix that is cut over the model-parallel group, and a replicated bias."""
+    """One rank's part of two matrices that are cut over the model-parallel group, and a replicated bias.
 
-    def __init__(self, part: int, parts: int) -> None:
+    ``rows`` is cut along its rows; ``columns``, if it is there, along its columns.
+    """
+
+    def __init__(self, part: int, parts: int, columns: bool = False) -> None:
         super().__init__()
         torch.manual_seed(5)
-        whole = torch.randn(6, 13)
-        self.rows = nn.Parameter(whole.chunk(parts)[part].clone())
-        self.rows.tensor_model_parallel = True
+        self.rows = nn.Parameter(torch.randn(6, 13).chunk(parts)[part].clone())
+        self.rows.tensor_model_parallel, self.rows.partition_dim = True, 0
         self.bias = nn.Parameter(torch.randn(2))
+        if columns:
+            self.columns = nn.Parameter(torch.randn(3, 6).chunk(parts, dim=1)[part].clone())
+            self.columns.tensor_model_parallel, self.columns.partition_dim = True, 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.rows.t() + (self.bias * x[:, :2]).sum(1, keepdim=True)
+        h = x @ self.rows.t() + (self.bias * x[:, :2]).sum(1, keepdim=True)
+        return h @ self.columns.t() if hasattr(self, "columns") else h
 
 
 def tensor_parallel_config(stage: int, world_size: int) -> dict[str, Any]:
@@ -185,25 +199,25 @@ def tensor_parallel_against_oracle(ds: dict[str, Any]) -> dict[str, float]:
     size = 3 if dist.get_world_size() == 3 else 2
     mpu = ModelParallel(size)
     part = mpu.get_model_parallel_rank()
-    model = Sharded(part, size)
+    model = Sharded(part, size, columns="preset" in ds["optimizer"]["params"])
     e = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=ds, mpu=mpu)[0]
 
-    def across(t: torch.Tensor) -> torch.Tensor:
+    def whole(p: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if not hasattr(p, "partition_dim"):
+            return t
         parts = [torch.empty_like(t) for _ in range(size)]
         dist.all_gather(parts, t.contiguous(), group=mpu.model)
-        return torch.cat(parts)
+        return torch.cat(parts, dim=p.partition_dim)
 
-    rows = Oracle([across(safe_get_full_fp32_param(e.module.rows)).double().numpy()], lr=0.02)
-    bias = Oracle([safe_get_full_fp32_param(e.module.bias).double().numpy()], lr=0.02)
+    named = dict(e.module.named_parameters())
+    oracles = {n: oracle_of(ds, whole(p, safe_get_full_fp32_param(p))) for n, p in named.items()}
     for step in range(STEPS):
         x = torch.randn(8, 13, generator=torch.Generator().manual_seed(step * 2 + dist.get_rank(mpu.data)))
-        out = e(x)
-        e.backward((out**2).mean())
-        rows.step([across(safe_get_full_grad(e.module.rows)).double().numpy()])
-        bias.step([safe_get_full_grad(e.module.bias).double().numpy()])
+        e.backward((e(x) ** 2).mean())
+        for n, p in named.items():
+            oracles[n].step([whole(p, safe_get_full_grad(p)).double().numpy()])
         e.step()
-    mine = rows.weights[0].reshape(size, -1, 13)[part]
     return {
-        "rows": deviation(safe_get_full_fp32_param(e.module.rows).numpy(), mine),
-        "bias": deviation(safe_get_full_fp32_param(e.module.bias).numpy(), bias.weights[0]),
+        n: deviation(whole(p, safe_get_full_fp32_param(p)).double().numpy(), oracles[n].weights[0])
+        for n, p in named.items()
     }

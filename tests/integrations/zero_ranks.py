@@ -247,19 +247,19 @@ def collectives_of_a_step(ds: dict[str, Any]) -> list[int]:
     """Elements of each all-reduce that NovoGrad makes in one step."""
     from unittest import mock
 
-    from novoscale import plan
+    from novoscale import collectives
 
     e = engine(ds, groups=True)
     train(e, 1)
     sizes = []
-    original = plan.dist.all_reduce
+    original = collectives.dist.all_reduce
 
     def counted(tensor: torch.Tensor, **kwargs: Any) -> None:
         if tensor.dtype == torch.float64:
             sizes.append(tensor.numel())
         original(tensor, **kwargs)
 
-    with mock.patch.object(plan.dist, "all_reduce", counted):
+    with mock.patch.object(collectives.dist, "all_reduce", counted):
         train(e, 1, first=1)
     return sizes
 

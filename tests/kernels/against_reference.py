@@ -44,7 +44,8 @@ def values(
 class Part(NamedTuple):
     """Elements start..stop of a tensor are those from ``offset`` on of a parameter.
 
-    Its layers have ``size`` elements each; ``layer`` is the first of them.
+    Its layers have ``size`` elements each; ``layer`` is the first of them. ``column``: the first of its
+    columns, if its second moment is factored.
     """
 
     start: int
@@ -52,6 +53,7 @@ class Part(NamedTuple):
     layer: int
     offset: int = 0
     size: int = 2**40
+    column: int = -1
 
 
 def shard(
@@ -74,9 +76,9 @@ def shard(
     for p in parts:
         in_order = scale is not None or (exp_avg is not None and exp_avg.numel() != param.numel())
         layer = first + p.layer + p.offset // p.size
-        rows.append((p.start, p.stop, layer, p.offset, p.size, place if in_order else p.start))
+        rows.append((p.start, p.stop, layer, p.offset, p.size, place if in_order else p.start, p.column))
         place += blocks(p) if scale is not None else p.stop - p.start
-    table = torch.tensor(rows, dtype=torch.int64).view(-1, 6)
+    table = torch.tensor(rows, dtype=torch.int64).view(-1, 7)
     usual = {"norm_type": 2, "beta1": 0.9, "beta3": 1.0, "weight_decay": 0.1, "reg_inside_moment": True}
     return Shard(param, grad, exp_avg, scale, table, **{**usual, "stochastic_rounding": False, **options})
 
@@ -112,8 +114,9 @@ def moment(
 
 
 @st.composite
-def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], int, Coefficients]:
-    """Shards of every format over common layers, with padding; the number of layers; coefficients.
+def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], tuple[int, int], Coefficients]:
+    """Shards of every format over common layers, some of them factored, with padding; the numbers of layers
+    and of columns; coefficients.
 
     Args:
         draw: hypothesis's.
@@ -124,11 +127,12 @@ def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], i
     special = draw(st.sampled_from([0.0, 0.0, 0.05, 1.0]))
     norm_types = draw(st.lists(st.sampled_from([2, 0]), min_size=1, max_size=tensors))
     pieces: list[list[Part]] = [[] for _ in norm_types]
-    first = 0
+    first = columns = 0
     for _ in range(draw(st.integers(0, 4))):
         # A parameter: its layers, cut anywhere, parts of it in any tensor of one norm type, or elsewhere.
         size, layers = draw(st.sampled_from(sizes)), draw(st.sampled_from([1, 1, 1, 2, 5]))
         norm_type = draw(st.sampled_from(norm_types))
+        factored = norm_type == 2 and draw(st.booleans())
         own = [t for t, n in enumerate(norm_types) if n == norm_type]
         bounds = [0, *draw(st.lists(st.integers(0, size * layers), max_size=3)), size * layers]
         bounds.sort()
@@ -136,8 +140,9 @@ def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], i
             if a < b and draw(st.integers(0, 4)):
                 tensor = pieces[draw(st.sampled_from(own))]
                 start = (tensor[-1].stop if tensor else 0) + draw(st.sampled_from([0, 0, 1, 7]))
-                tensor.append(Part(start, start + b - a, first, a, size))
+                tensor.append(Part(start, start + b - a, first, a, size, columns if factored else -1))
         first += layers
+        columns += size if factored else 0
     shards = []
     for parts, norm_type in zip(pieces, norm_types, strict=True):
         numel = (parts[-1].stop if parts else 0) + draw(st.sampled_from([0, 1, 5]))
@@ -162,15 +167,19 @@ def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], i
             "weight_decay": draw(st.sampled_from([0.0, 0.01, 1e-60])),
             "reg_inside_moment": draw(st.booleans()),
             "stochastic_rounding": draw(st.booleans()),
+            "eps": draw(st.sampled_from([0.0, 1e-8, 0.1])),
+            "nesterov": exp_avg is not None and draw(st.booleans()),
         }
         shards.append(shard(param, grad, exp_avg, parts, scale=scale, **options))
-    return shards, first, random_coefficients(first, generator)
+    return shards, (first, columns), random_coefficients(first, generator, columns)
 
 
-def random_coefficients(layers: int, generator: torch.Generator) -> Coefficients:
-    vectors = [torch.rand(layers, generator=generator, dtype=torch.float64) for _ in range(4)]
+def random_coefficients(layers: int, generator: torch.Generator, columns: int = 0) -> Coefficients:
+    vectors = [torch.rand(layers, generator=generator, dtype=torch.float64) for _ in range(6)]
     key = torch.randint(2**32, (layers,), generator=generator)
-    return Coefficients(100 * vectors[0], *vectors[1:3], vectors[3] > 0.2, key)
+    of_columns = torch.rand(columns, generator=generator, dtype=torch.float64)
+    of_columns[torch.rand(columns, generator=generator) < 0.1] = 0
+    return Coefficients(100 * vectors[0], *vectors[1:3], vectors[3] > 0.2, key, *vectors[4:], of_columns)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -205,15 +214,18 @@ def assert_same_bits(shards: Sequence[Shard], expected: Sequence[Shard]) -> None
             assert torch.equal(bits(whole(mine)), bits(whole(its)))
 
 
-def assert_same_statistic(statistic: Tensor, shards: Sequence[Shard], layers: int) -> None:
-    expected = reference.sum_of_squares(shards, CPU, layers)
-    assert (statistic.dtype, statistic.shape) == (torch.float64, (layers,))
-    numel, largest = torch.zeros(layers, dtype=torch.float64), torch.zeros(layers, dtype=torch.bool)
+def assert_same_statistic(statistic: Tensor, shards: Sequence[Shard], layers: int, columns: int = 0) -> None:
+    expected = reference.sum_of_squares(shards, CPU, layers, columns)
+    assert (statistic.dtype, statistic.shape) == (torch.float64, (layers + columns,))
+    numel, largest = (torch.zeros(layers + columns, dtype=t) for t in (torch.float64, torch.bool))
     for s in shards:
-        for start, stop, layer, position, size, _ in s.pieces.tolist():
-            touched = slice(layer, layer + (position % size + stop - start - 1) // size + 1)
+        for start, stop, layer, position, size, _, column in s.pieces.tolist():
+            rows = (position % size + stop - start - 1) // size + 1
+            touched = slice(layer, layer + rows)
             numel[touched] += min(stop - start, size)
             largest[touched] = s.norm_type == 0
+            if column >= 0:
+                numel[layers + column : layers + column + size] += rows
     bound = torch.where(largest, 0.0, numel * 2.0**-52) * expected
     difference = (statistic.cpu() - expected).abs()
     same = (statistic.cpu() == expected) | (statistic.cpu().isnan() & expected.isnan())
@@ -223,14 +235,18 @@ def assert_same_statistic(statistic: Tensor, shards: Sequence[Shard], layers: in
 def assert_as_reference(
     module: ModuleType,
     shards: Sequence[Shard],
-    layers: int,
+    counts: int | tuple[int, int],
     coefficients: Coefficients,
     device: torch.device = CPU,
 ) -> None:
-    """Both passes of ``module.Kernels``, of which the first changes nothing; ``shards`` are on the CPU."""
+    """Both passes of ``module.Kernels``, of which the first changes nothing; ``shards`` are on the CPU.
+
+    ``counts``: of layers, and of columns if there are any.
+    """
     mine, expected = copied(shards, device), copied(shards, CPU)
-    kernels = module.Kernels(mine, device, layers)
-    assert_same_statistic(kernels.sum_of_squares(), shards, layers)
+    layers, columns = counts if isinstance(counts, tuple) else (counts, 0)
+    kernels = module.Kernels(mine, device, layers, columns)
+    assert_same_statistic(kernels.sum_of_squares(), shards, layers, columns)
     assert_same_bits(mine, shards)
     reference.update(expected, coefficients)
     kernels.update(coefficients.to(device))

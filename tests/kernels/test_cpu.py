@@ -8,6 +8,7 @@ from against_reference import (
     Part,
     assert_as_reference,
     assert_follows_gradients,
+    assert_same_bits,
     assert_same_statistic,
     bits,
     copied,
@@ -30,8 +31,8 @@ except cpu.BuildError as error:
 SIZES = [1, 2, 7, 15, 16, 17, 63, 127, 128, 129, 200, 768, 1023, 1024, 1025, 3000]
 
 
-def random(layers, seed=0):
-    return random_coefficients(layers, torch.Generator().manual_seed(seed))
+def random(layers, seed=0, columns=0):
+    return random_coefficients(layers, torch.Generator().manual_seed(seed), columns)
 
 
 @settings(max_examples=250, deadline=None)
@@ -74,26 +75,146 @@ def test_every_number_of_16_bits_and_its_neighbours_are_converted_as_torch_does(
     assert torch.equal(bits(widened.param), bits(every))
 
 
+def matrix(rows, width, dtype=torch.float32, *, begin=0, end=0, form="float32", first=0, column=0, **options):
+    """A factored parameter, but for its first ``begin`` and last ``end`` elements."""
+    generator = torch.Generator().manual_seed(rows)
+    numel = rows * width - begin - end
+    parts = [Part(0, numel, 0, begin, width, column)]
+    exp_avg, scale = moment(form, parts, numel, generator, 0, 0.001)
+    param, grad = (values((numel,), dtype, generator) for _ in range(2))
+    return shard(param, grad, exp_avg, parts, scale=scale, first=first, eps=1e-8, **options)
+
+
+def assert_same_bits_for_every_number_of_threads(shards, counts):
+    results = []
+    layers, columns = counts
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            own = copied(shards, CPU)
+            kernels = cpu.Kernels(own, CPU, layers, columns)
+            sums = kernels.sum_of_squares()
+            kernels.update(random(layers, columns=columns))
+            results.append([sums, *(t for s in own for t in s.tensors)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(
+        torch.equal(bits(a), bits(b)) if a.dtype != torch.float64 else torch.equal(a, b)
+        for other in results[1:]
+        for a, b in zip(results[0], other, strict=True)
+    )
+    assert_as_reference(cpu, shards, counts, random(layers, columns=columns))
+
+
 def test_a_large_layer_gives_the_same_bits_for_every_number_of_threads():
     generator = torch.Generator().manual_seed(0)
     shards = [
         shard(*(values((numel,), torch.float32, generator) for _ in range(3)), first=first)
         for first, numel in enumerate((1_000_001, 5, 300_000))
     ]
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 3):
-            torch.set_num_threads(threads)
-            own = copied(shards, CPU)
-            kernels = cpu.Kernels(own, CPU, 3)
-            sums = kernels.sum_of_squares()
-            kernels.update(random(3))
-            results.append([sums, *(s.param for s in own), *(s.exp_avg for s in own)])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
-    assert_as_reference(cpu, shards, 3, random(3))
+    assert_same_bits_for_every_number_of_threads(shards, (3, 0))
+
+
+# Matrices of several panels: high; with rows in several panels; narrow; cut within rows; all of them, beside
+# a layer that is not factored.
+HIGH = matrix(1501, 1000, nesterov=True)
+WIDE = matrix(67, 40_001, torch.bfloat16, form="int8", first=1501, column=1000)
+NARROW = matrix(90_000, 3, torch.float16, form="bfloat16", first=1568, column=41_001, reg_inside_moment=False)
+CUT = matrix(900, 777, begin=300, end=500, form=None, first=91_568, column=41_004)
+PLAIN = shard(torch.ones(100_000), torch.ones(100_000), None, first=92_468)
+
+
+@pytest.mark.parametrize(("wave", "waves"), [(cpu.WAVE, 1), (20_000, 7), (1, 19)])
+def test_factored_matrices_give_the_same_bits_for_every_number_of_threads(wave, waves, monkeypatch):
+    monkeypatch.setattr(cpu, "WAVE", wave)
+    shards = [HIGH, WIDE, NARROW, CUT, PLAIN]
+    table, sums = cpu.panel_table(shards)
+    assert (len(table), (table[:, -1] == 0).sum()) == (19, waves)
+    assert sums < wave + (table[:, 1] + table[:, 2]).max()
+    assert_same_bits_for_every_number_of_threads(shards, (92_469, 41_781))
+
+
+def test_how_a_matrix_is_cut_shows_in_the_rounding_of_float64_only():
+    """Panels that begin and end within rows, in two tensors; each row and column is there once."""
+    generator = torch.Generator().manual_seed(0)
+    grad = values((700 * 1000,), torch.float32, generator)
+    cut = 333_333
+    halves = [
+        shard(g.clone(), g, None, [Part(0, len(g), 0, begin, 1000, 0)])
+        for begin, g in ((0, grad[:cut]), (cut, grad[cut:]))
+    ]
+    squares = grad.double().square().view(700, 1000)
+    expected = torch.cat((squares.sum(1), squares.sum(0)))
+    sums = cpu.Kernels(halves, CPU, 700, 1000).sum_of_squares()
+    assert torch.allclose(sums, expected, rtol=1e-13, atol=0)
+    assert_as_reference(cpu, halves, (700, 1000), random(700, columns=1000))
+
+
+# Rows, columns, how many: Llama 3.1 8B (its embedding and head too), and the extremes of shape.
+LLAMA = [(128_256, 4096, 2), (4096, 4096, 64), (1024, 4096, 64), (14_336, 4096, 64), (4096, 14_336, 32)]
+
+
+@pytest.mark.parametrize("shapes", [LLAMA, [(2**28, 1, 4)], [(1, 2**30, 4)], [(2**14, 2**18, 2)]])
+def test_partial_sums_are_bounded_whatever_the_size_of_a_model(shapes):
+    shards, layers, columns = [], 0, 0
+    for rows, width, count in shapes:
+        for _ in range(count):
+            nothing = torch.empty(rows * width, dtype=torch.bfloat16, device="meta")
+            part = Part(0, rows * width, 0, 0, width, columns)
+            shards.append(shard(nothing, nothing, None, [part], first=layers))
+            layers, columns = layers + rows, columns + width
+    table, sums = cpu.panel_table(shards)
+    assert 8 * sums <= 64 << 20
+    rows, width = table[:, 1], table[:, 2]
+    assert int((rows * width).sum()) == int(table[-1, -2]) == sum(s.param.numel() for s in shards)
+    assert (rows * width).max() <= 2**20
+    # Of a matrix that has enough rows, the sums are little beside the gradient.
+    if shapes is LLAMA:
+        assert 40 * int((rows + width).sum()) <= int(table[-1, -2])
+
+
+@pytest.mark.parametrize("form", [None, "float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("column", [-1, 0])
+def test_layers_of_one_element(form, dtype, column):
+    generator = torch.Generator().manual_seed(0)
+    numel = 70_001  # more than a chunk
+    parts = [Part(0, numel, 0, 0, 1, column)]
+    exp_avg, scale = moment(form, parts, numel, generator, 0, 0.001)
+    param, grad = (values((numel,), dtype, generator, 0, 0.001) for _ in range(2))
+    for inside, decay in ((True, 0.1), (False, 0.1), (True, 0.0)):
+        options = {"reg_inside_moment": inside, "weight_decay": decay, "stochastic_rounding": True}
+        nesterov = exp_avg is not None and inside
+        s = shard(param, grad, exp_avg, parts, scale=scale, nesterov=nesterov, eps=0.1, **options)
+        coefficients = random(numel, columns=1)
+        coefficients.column_root.fill_(0.5)
+        assert_as_reference(cpu, [s], (numel, 1), coefficients)
+
+
+@pytest.mark.parametrize("norm_type", [2, 0])
+def test_the_statistics_of_layers_of_one_element(norm_type):
+    g = torch.tensor([3.0, -2.0, torch.nan, -torch.inf, 0.0, 1e-30] * 20_000)
+    s = shard(g, g, None, [Part(0, 7, 0, 0, 1), Part(9, len(g), 0, 7, 1)], norm_type=norm_type)
+    found = cpu.Kernels([s], CPU, len(g)).sum_of_squares()
+    held = torch.cat((g[:7], g[9:])).double()
+    expected = held.square() if norm_type == 2 else held.abs()
+    assert torch.equal(bits(found[:-2].float()), bits(expected.float()))
+    assert found[-2:].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4"])
+def test_columns_without_a_second_moment_are_left_as_they_are(form):
+    s = matrix(300, 500, torch.bfloat16, form=form, stochastic_rounding=True)
+    coefficients = random(300, columns=500)
+    coefficients.active.fill_(True)
+    coefficients.column_root[:] = torch.tensor([0.0, -1.0, torch.nan, 1e-60]).repeat(125)
+    before = copied([s], CPU)
+    (mine,) = copied([s], CPU)
+    cpu.Kernels([mine], CPU, 300, 500).update(coefficients)
+    assert_same_bits([mine], before)
+    coefficients.column_root[::7] = 1.0
+    assert_as_reference(cpu, [s], (300, 500), coefficients)
 
 
 def test_a_thousand_layers_and_a_large_one():
@@ -177,6 +298,9 @@ def test_what_is_not_supported():
     assert supports(t, t.half(), t.bfloat16())
     assert not supports(t.double(), t.double(), None)
     assert not supports(t, t, t.half())
+    assert not supports(t, t, None, nesterov=True)
+    assert not supports(t.t(), t.t(), None, [Part(0, 24, 0, 0, 24, 0)]), "columns are consecutive"
+    assert supports(t, t, t, [Part(0, 24, 0, 0, 6, 0)], nesterov=True)
     assert not supports(t, t.to_sparse(), None)
     assert not supports(t.to("meta"), t, None)
     assert not supports(t.t(), t.view(6, 4), None)

@@ -45,7 +45,7 @@ def test_ranges_of_a_large_strided_tensor_are_few_views():
 @settings(max_examples=100, deadline=None)
 @given(steps([1, 5, 60, 128, 200], tensors=3), st.integers(0, 3))
 def test_strides_and_tiles_do_not_matter(case, seed):
-    shards, layers, coefficients = case
+    shards, counts, coefficients = case
     plain, strided = copied(shards, CPU), []
     for s in copied(shards, CPU):  # every second element of a tensor twice as long
         spread = lambda t: torch.stack((t, t), dim=-1)[..., 0]  # noqa: E731
@@ -55,11 +55,11 @@ def test_strides_and_tiles_do_not_matter(case, seed):
     reference.update(plain, coefficients)
     original, reference.TILE = reference.TILE, 128 << seed
     try:
-        statistic = reference.sum_of_squares(strided, CPU, layers)
+        statistic = reference.sum_of_squares(strided, CPU, *counts)
         reference.update(strided, coefficients)
     finally:
         reference.TILE = original
-    assert_same_statistic(statistic, shards, layers)
+    assert_same_statistic(statistic, shards, *counts)
     for mine, other in zip(strided, plain, strict=True):
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(mine.tensors, other.tensors, strict=True))
 

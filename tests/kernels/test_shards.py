@@ -5,15 +5,15 @@ import torch
 from against_reference import Part, shard, steps
 from hypothesis import given, settings
 
-from novoscale.kernels.shards import chunks
+from novoscale.kernels.shards import COLUMN, chunks, panels
 from novoscale.momentum import BLOCK
 
 
-def elements(start, stop, layer, position, size, place, index, in_blocks):
+def elements(start, stop, layer, position, size, place, column, index, in_blocks):
     """What a row of a table says of each element: where it and its moment lie, and of what layer it is."""
     for n in range(stop - start):
         at = place + ((position + n) // BLOCK - position // BLOCK if in_blocks else n)
-        yield index, start + n, layer + (position % size + n) // size, position + n, size, at
+        yield index, start + n, layer + (position % size + n) // size, position + n, size, at, column
 
 
 def of_pieces(shards):
@@ -28,11 +28,11 @@ def test_chunks_are_the_pieces_cut_at_multiples_of_the_size_and_sorted_by_layer(
     shards, _, _ = case
     rows = chunks(shards, size, BLOCK).tolist()
     in_blocks = [s.exp_avg_scale is not None for s in shards]
-    found = [e for row in rows for e in elements(*row, in_blocks[row[6]])]
+    found = [e for row in rows for e in elements(*row, in_blocks[row[7]])]
     assert sorted(found) == sorted(of_pieces(shards))
-    order = [(layer, position) for _, _, layer, position, _, _, _ in rows]
+    order = [(layer, position) for _, _, layer, position, *_ in rows]
     assert order == sorted(order)
-    for start, stop, _, position, _, _, index in rows:
+    for start, stop, _, position, _, _, _, index in rows:
         first = position if in_blocks[index] else start
         assert first // size == (first + stop - start - 1) // size
 
@@ -42,6 +42,38 @@ def test_offsets_pass_32_bits():
     tensor = torch.empty(0)
     parts = [Part(start, start + 200, 1, offset=2**34)]
     assert chunks([shard(tensor, tensor, None, parts, first=3)], 128, BLOCK).tolist() == [
-        [start, 2**33 + 128, 4, 2**34, 2**40, start, 0],
-        [2**33 + 128, start + 200, 4, 2**34 + 123, 2**40, 2**33 + 128, 0],
+        [start, 2**33 + 128, 4, 2**34, 2**40, start, -1, 0],
+        [2**33 + 128, start + 200, 4, 2**34 + 123, 2**40, 2**33 + 128, -1, 0],
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(steps([1, 3, 50, 128, 200, 300], tensors=4))
+def test_panels_are_the_elements_of_factored_parameters_each_once(case):
+    shards, _, _ = case
+    factored = [e for e in of_pieces(shards) if e[-1] >= 0]
+    expected = [
+        (index, at, layer, column + position % size)
+        for index, at, layer, position, size, _, column in factored
+    ]
+    found = [
+        (index, start + n, layer + n // width, column + n % width)
+        for start, rows, width, layer, column, index in panels(shards).tolist()
+        for n in range(rows * width)
+    ]
+    assert sorted(found) == sorted(expected)
+    table = chunks(shards, 128, BLOCK, factored=False)
+    assert (table[:, COLUMN] == -1).all()
+    assert (table[:, 1] - table[:, 0]).sum() + len(found) == sum(1 for _ in of_pieces(shards))
+
+
+def test_a_matrix_cut_along_its_columns_is_one_panel_and_one_cut_within_rows_three():
+    tensor = torch.empty(0)
+    columns = [Part(100 * row, 100 * row + 100, 0, 300 * row + 50, 300, 0) for row in range(5)]
+    assert panels([shard(tensor, tensor, None, columns)]).tolist() == [[0, 5, 100, 0, 50, 0]]
+    flat = [Part(7, 7 + 1000, 0, 250, 300, 0)]
+    assert panels([shard(tensor, tensor, None, flat)]).tolist() == [
+        [7, 1, 50, 0, 250, 0],
+        [57, 3, 300, 1, 0, 0],
+        [957, 1, 50, 4, 0, 0],
     ]

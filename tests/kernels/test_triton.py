@@ -1,6 +1,7 @@
 """The Triton kernels give the reference's bits: on a GPU, or without one in Triton's interpreter."""
 
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from against_reference import (
@@ -18,6 +20,7 @@ from against_reference import (
     assert_as_reference,
     assert_follows_gradients,
     assert_same_bits,
+    assert_same_statistic,
     bits,
     copied,
     moment,
@@ -30,8 +33,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from triton.runtime import interpreter
+
 from novoscale.kernels import Coefficients, reference
 from novoscale.kernels import triton as kernels
+from novoscale.kernels import triton_factored as factored
 from novoscale.kernels import triton_passes as passes
 from novoscale.momentum import BLOCK, FORMATS
 
@@ -52,6 +58,26 @@ def small(monkeypatch):
     """Chunks and tiles so small that small tensors have several."""
     monkeypatch.setattr(kernels, "CHUNK", 512)
     monkeypatch.setattr(kernels, "TILE", 256)
+
+
+@pytest.fixture(autouse=True)
+def true_hints(monkeypatch):
+    """What the kernels promise the compiler of their numbers, which the interpreter would not look at."""
+    if CUDA:
+        return
+
+    def check(handle, name, values):
+        number = values[-1]
+        groups = handle.data.astype(np.int64).reshape(-1, min(number, handle.data.size))
+        first = groups[:, :1]
+        true = {
+            "tt.divisibility": first % number == 0,
+            "tt.contiguity": groups == first + np.arange(groups.shape[1]),
+            "tt.constancy": groups == first,
+        }
+        assert true[name].all(), name
+
+    monkeypatch.setattr(interpreter.TensorHandle, "set_attr", check)
 
 
 def generated(seed=0):
@@ -136,7 +162,7 @@ def test_blocks_of_extreme_values(small, form, value):
     mine = copied([case], DEVICE)
     kernels.Kernels(mine, DEVICE, 1).update(ones(1))
     expected = copied([case], CPU)
-    reference.update(expected, Coefficients(*(getattr(ones(1), n).cpu() for n in Coefficients.__slots__)))
+    reference.update(expected, ones(1).to(CPU))
     assert_same_bits(mine, expected)
     code, scale = mine[0].exp_avg[1].cpu(), mine[0].exp_avg_scale.cpu()
     if not torch.tensor(value).isfinite():
@@ -222,16 +248,18 @@ def test_gradients_may_move(small, offset):
 def test_layers_without_elements_are_zero():
     assert kernels.Kernels([], DEVICE, 3).sum_of_squares().tolist() == [0.0, 0.0, 0.0]
     assert kernels.Kernels([], DEVICE, 0).sum_of_squares().tolist() == []
+    assert kernels.Kernels([], DEVICE, 1, 2).sum_of_squares().tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("form", ["float32", "int8"])
 def test_two_runs_give_the_same_bits(small, form):
-    case = made(1500, form, [Part(0, 900, 0), Part(900, 1500, 1, 0, 100)], **OPTIONS[1])
-    coefficients = random_coefficients(7, generated()).to(DEVICE)
+    parts = [Part(0, 900, 0), Part(900, 1500, 1, 0, 100), Part(1500, 2500, 7, 50, 300, 0)]
+    case = made(2500, form, parts, **OPTIONS[1])
+    coefficients = random_coefficients(11, generated(), 300).to(DEVICE)
     runs = []
     for _ in range(2):
         (mine,) = copied([case], DEVICE)
-        both = kernels.Kernels([mine], DEVICE, 7)
+        both = kernels.Kernels([mine], DEVICE, 11, 300)
         runs.append([both.sum_of_squares(), both.sum_of_squares(), *mine.tensors])
         both.update(coefficients)
     assert torch.equal(runs[0][0], runs[0][1])
@@ -256,9 +284,13 @@ class Recorded:
 @pytest.fixture
 def recorded(monkeypatch):
     found = {}
-    for name in ("chunk_statistic", "rows_statistic", "layer_statistic", "update"):
-        found[name] = Recorded(getattr(passes, name))
-        monkeypatch.setattr(passes, name, found[name])
+    for module, names in (
+        (passes, ("chunk_statistic", "rows_statistic", "layer_statistic", "update")),
+        (factored, ("strip_statistic", "panel_statistic")),
+    ):
+        for name in names:
+            found[name] = Recorded(getattr(module, name))
+            monkeypatch.setattr(module, name, found[name])
     return found
 
 
@@ -273,7 +305,7 @@ def test_launches_do_not_grow_with_the_tensors(recorded, number):
     assert both.sum_of_squares().tolist() == [5.0] * number
     both.update(ones(number))
     # Two groups of options, which the statistic does not depend on.
-    assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 1, 2]
+    assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 1, 2, 0, 0]
     assert all(options["enable_fp_fusion"] is False for options in recorded["update"].launches)
 
 
@@ -285,7 +317,7 @@ def test_neither_launches_nor_programs_nor_tables_grow_with_the_layers(small, re
     both.sum_of_squares()
     both.update(ones(1024 // size))
     rows = size < 512
-    assert [len(kernel.launches) for kernel in recorded.values()] == [not rows, rows, 1, 1]
+    assert [len(kernel.launches) for kernel in recorded.values()] == [not rows, rows, 1, 1, 0, 0]
     assert [kernel.programs for kernel in recorded.values() if kernel.programs][1:] == [
         [4 if rows else 2],
         [2],
@@ -302,6 +334,165 @@ def test_offsets_pass_32_bits():
     assert both.sum_of_squares().item() == 160.0
     both.update(ones(1))
     assert param[start:].tolist() == [-1.0] * 40 + [1.0] * 21
+
+
+# ---- factored parameters ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 16, 17, 64, 72, 256, 264, 511, 520, 1104])
+def test_panels(small, width):
+    """Columns below, at and above those of a strip, a tile and a chunk; pieces begin and end within a row."""
+    numel = max(3 * width, 400)
+    for start, offset, column, address, form in (
+        (0, 0, 8, 0, "float32"),
+        (8, 8, 0, 8, "int8"),
+        (5, width // 3, 3, 1, None),
+        (0, width // 3 // 8 * 8, 5, 0, "int4"),
+    ):
+        parts = [Part(start, start + numel, 1, offset, width, column)]
+        layers = 1 + (offset + numel - 1) // width + 1
+        case = made(
+            start + numel, form, parts, param=DTYPES[width % 2], grad=DTYPES[width % 3], offset=address,
+            special=0.0005, eps=1e-8, nesterov=form == "float32", stochastic_rounding=True,
+            **OPTIONS[1 + width % 2],
+        )  # fmt: skip
+        columns = column + width + 2
+        coefficients = random_coefficients(layers, generated(width), columns)
+        assert_as_reference(kernels, [case], (layers, columns), coefficients, DEVICE)
+
+
+@pytest.mark.parametrize("form", [*FORMATS, None, "small"])
+@pytest.mark.parametrize("param", DTYPES)
+def test_every_mix_of_formats_factored(small, param, form):
+    # A row of several tiles, and several rows in a chunk.
+    rounding = param == torch.bfloat16
+    parts = [Part(0, 600, 0, 520, 600, 0), Part(600, 800, 3, 0, 40, 600)]
+    options = {"stochastic_rounding": rounding, "reg_inside_moment": rounding, "nesterov": form is not None}
+    case = made(803, form, parts, param=param, grad=param, special=0.002, **{**OPTIONS[1], **options})
+    coefficients = random_coefficients(8, generated(), 640)
+    assert_as_reference(kernels, [case], (8, 640), coefficients, DEVICE)
+
+
+def test_rows_longer_than_a_chunk_with_chunks_and_tiles_as_they_are():
+    width, numel = kernels.CHUNK + 8, kernels.CHUNK + 2 * kernels.TILE
+    case = made(numel, "bfloat16", [Part(0, numel, 0, 0, width, 0)], param=torch.bfloat16, **OPTIONS[1])
+    coefficients = random_coefficients(2, generated(), width)
+    assert_as_reference(kernels, [case], (2, width), coefficients, DEVICE)
+
+
+@pytest.fixture
+def waves(small, monkeypatch):
+    """Parts of panels and room for partials so small that small tensors have several."""
+    monkeypatch.setattr(factored, "SIDE", 256)
+    monkeypatch.setattr(factored, "PARTIALS", 1500)
+
+
+def test_layers_and_columns_in_several_panels_and_waves(waves, recorded):
+    """Tensors of two dtypes have the pieces of a matrix by turns; some of them are wider than SIDE."""
+    size, cuts = 300, [0, 1000, 1010, 4700, 4750, 6000, 9000]
+    parts = [[], []]
+    for n, (a, b) in enumerate(itertools.pairwise(cuts)):
+        start = parts[n % 2][-1].stop if parts[n % 2] else 0
+        parts[n % 2].append(Part(start, start + b - a, 0, a, size, 0))
+    shards = [made(p[-1].stop, None, p, grad=t, beta1=0.0) for p, t in zip(parts, DTYPES[:2], strict=True)]
+    assert factored._parts(shards, kernels.STRIP * kernels.CHUNK).partials <= 1500
+    coefficients = random_coefficients(30, generated(), size)
+    assert_as_reference(kernels, shards, (30, size), coefficients, DEVICE)
+    assert len(recorded["panel_statistic"].launches) > 3
+
+
+def llama():
+    """Rows and columns of an 8B model's matrices."""
+    block = [(4096, 4096)] * 2 + [(1024, 4096)] * 2 + [(14336, 4096)] * 2 + [(4096, 14336)]
+    return [(128256, 4096)] * 2 + block * 32
+
+
+@pytest.mark.parametrize(
+    ("matrices", "most"),
+    [
+        (llama(), 16),
+        ([(2**20, 2**20)], 2000),
+        ([(1, 2**31), (2**31, 1)], 520),
+        ([(8, 2**24), (2**24, 8), (2**24, 200)], 80),
+    ],
+)
+def test_partials_take_at_most_64_mib(matrices, most):
+    """And a wave more or less fills them: few waves."""
+    empty, first, column = torch.empty(0, dtype=torch.bfloat16), 0, 0
+    shards = []
+    for rows, width in matrices:
+        shards.append(shard(empty, empty, None, [Part(0, rows * width, first, 0, width, column)]))
+        first, column = first + rows, column + width
+    parts = factored._parts(shards, kernels.STRIP * kernels.CHUNK)
+    assert parts.partials * 8 <= 64 * 2**20
+    assert (parts.rows * parts.columns).sum() == sum(rows * width for rows, width in matrices)
+    assert int(parts.wave[-1]) + 1 <= most
+
+
+def test_gradients_of_factored_parameters_may_move(small):
+    parts = [Part(3, 900, 0, 20, 64, 0), Part(900, 930, 20, 0)]
+    shards = [made(1000, "int8", parts, grad=t, **OPTIONS[1]) for t in DTYPES[:2]]
+    shards[1] = replace(shards[1], pieces=shards[1].pieces + torch.tensor([0, 0, 30, 0, 0, 0, 0]))
+    mine, expected = copied(shards, DEVICE), copied(shards, CPU)
+    elsewhere = [replace(s, grad=torch.zeros(1001, dtype=s.grad.dtype, device=DEVICE)[1:]) for s in mine]
+    both = kernels.Kernels(elsewhere, DEVICE, 60, 64)
+    both.moved([s.grad.data_ptr() for s in mine])
+    coefficients = random_coefficients(60, generated(), 64)
+    assert_same_statistic(both.sum_of_squares(), shards, 60, 64)
+    both.update(coefficients.to(DEVICE))
+    reference.update(expected, coefficients)
+    assert_same_bits(mine, expected)
+
+
+def test_columns_that_never_had_a_gradient_keep_their_bits(small):
+    """Also those of a NaN, and of zeros with a sign."""
+    for width in (8, 600):
+        param, exp_avg = (
+            torch.tensor([0x7FC5, -0x003D, -0x8000, 0x3F80], dtype=torch.int16).repeat(300) for _ in range(2)
+        )
+        case = shard(
+            param.view(torch.bfloat16), torch.ones(1200), exp_avg.view(torch.bfloat16),
+            [Part(0, 1200, 0, 0, width, 0)], stochastic_rounding=True,
+        )  # fmt: skip
+        (mine,) = copied([case], DEVICE)
+        coefficients = random_coefficients(1200 // width, generated(), width).to(DEVICE)
+        coefficients.active[:] = True
+        coefficients.column_root[:] = torch.tensor([0.0, 0.0, -1.0, 1.0]).repeat(width // 4)
+        kernels.Kernels([mine], DEVICE, 1200 // width, width).update(coefficients)
+        for new, old in ((mine.param, param), (mine.exp_avg, exp_avg)):
+            same = (new.cpu().view(torch.int16) == old).view(-1, 4)
+            assert same[:, :3].all()
+            assert not same[:, 3].any()
+
+
+@pytest.mark.parametrize("number", [3, 30])
+def test_launches_do_not_grow_with_the_factored_parameters(recorded, number):
+    tensor = lambda: torch.ones(15, device=DEVICE)  # noqa: E731
+    shards = [
+        shard(tensor(), tensor(), tensor(), [Part(0, 15, 3 * i, 0, 5, 5 * i)], nesterov=True)
+        for i in range(number)
+    ]
+    both = kernels.Kernels(shards, DEVICE, 3 * number, 5 * number)
+    assert both.sum_of_squares().tolist() == [5.0] * 3 * number + [3.0] * 5 * number
+    one = torch.ones(5 * number, device=DEVICE)
+    both.update(replace(ones(3 * number), ahead=one, row_root=one, column_root=one))
+    launches = {name: len(kernel.launches) for name, kernel in recorded.items() if kernel.programs != [0]}
+    assert launches == {
+        "chunk_statistic": 0, "rows_statistic": 0, "update": 1, "strip_statistic": 1, "panel_statistic": 1,
+    }  # fmt: skip
+
+
+def test_rows_of_a_strip_may_be_further_apart_than_32_bits():
+    pitch = 2**30 + 8
+    grad = torch.empty(2 * pitch + 8, dtype=torch.bfloat16, device=DEVICE)
+    for row in range(3):
+        grad[row * pitch : row * pitch + 8] = row + 1.0
+    table = torch.tensor([[grad.data_ptr(), 3, 8, pitch, 0, 3]], device=DEVICE)
+    partials = torch.zeros(11, dtype=torch.float64, device=DEVICE)
+    factored.strip_statistic[(1,)](
+        table, partials, None, grad_type=kernels.FORMATS[grad.dtype], width=16, tile=256, **kernels.LAUNCH
+    )
+    assert partials.tolist() == [8.0, 32.0, 72.0] + [14.0] * 8
 
 
 # ---- what they take -------------------------------------------------------------------------------------
@@ -383,8 +574,10 @@ def test_compiled_code(compiled, architecture, record_property):
         print(json.dumps(kernel))
         record_property(kernel["name"], kernel["registers"])
         assert kernel["spilled"] == 0
-        # 40 % of the threads that may run, or on AMD's a quarter; less where a launch is of few chunks.
-        limit = 128 if architecture.startswith("gfx") else 96 if kernel["rare"] else 72
+        # 40 % of the threads that may run, or on AMD's a quarter; less where a launch is of few chunks, and a
+        # quarter where each element is divided.
+        divided = "factored" in kernel["name"] or architecture.startswith("gfx")
+        limit = 128 if divided else 96 if kernel["rare"] else 80 if "nesterov" in kernel["name"] else 72
         assert kernel["registers"] <= limit
         assert kernel["float32 fma"] == 0
         assert kernel["other divisions"] == 0

@@ -19,11 +19,13 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from novoscale.kernels import triton as kernels
+from novoscale.kernels import triton_factored as factored
 from novoscale.kernels import triton_passes as passes
 from novoscale.momentum import FORMATS
 
 TYPES = {
     "table": "*i64",
+    "sources": "*i64",
     "partials": "*fp64",
     "statistic": "*fp64",
     "grad_scale": "*fp64",
@@ -31,12 +33,16 @@ TYPES = {
     "decay": "*fp64",
     "active": "*i1",
     "key": "*i64",
+    "ahead": "*fp64",
+    "row_root": "*fp64",
+    "column_root": "*fp32",
     "beta1": "fp32",
     "beta3": "fp32",
     "weight_decay": "fp32",
+    "eps": "fp32",
 }
 FLOAT32, BFLOAT16, FLOAT16 = tl.float32, tl.bfloat16, tl.float16
-UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay outside, group
+UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay outside, group; further options
     (FLOAT32, FLOAT32, "float32", False, True, False, 0),
     (FLOAT32, BFLOAT16, "bfloat16", False, False, True, 0),
     (BFLOAT16, BFLOAT16, "bfloat16", False, True, False, 0),
@@ -54,13 +60,30 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (BFLOAT16, BFLOAT16, "int4", True, False, True, 8),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 1),
     (BFLOAT16, BFLOAT16, "int4", True, True, False, 0, "ragged"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "nesterov"),
+    (FLOAT32, FLOAT32, "float32", False, False, True, 0, "change"),
+    (FLOAT32, BFLOAT16, "bfloat16", False, False, True, 0, "change", "nesterov"),
+    (BFLOAT16, BFLOAT16, "bfloat16", True, True, False, 0, "term", "nesterov"),
+    (FLOAT32, FLOAT32, "int8", False, True, False, 0, "term", "nesterov"),
+    (BFLOAT16, BFLOAT16, "int8", True, False, True, 0, "change", "nesterov"),
+    (BFLOAT16, BFLOAT16, "int4", True, True, False, 0, "term"),
+    (BFLOAT16, BFLOAT16, "int8", True, False, True, 8, "change", "nesterov"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "term", "ragged"),
 ]
 STATISTICS = [(FLOAT32, True, 1024), (BFLOAT16, True, 64), (BFLOAT16, False, 1024)]
+STRIPS = [(FLOAT32, 256), (BFLOAT16, 256), (BFLOAT16, 16)]
+
+
+def in_128_bits(types, half):
+    """How many of some tensors a thread reads so many bits of at a time: of half a tile only float32."""
+    return sum(t == FLOAT32 or not half for t in types)
 
 
 def cases():
     """Name, kernel, its constants, and how many tensors it reads and writes."""
-    for param, grad, form, rounds, inside, outside, group, *ragged in UPDATES:
+    for param, grad, form, rounds, inside, outside, group, *more in UPDATES:
+        divided = next((d for d in ("term", "change") if d in more), None)
         largest = FORMATS[form].largest if form else 0
         constants = {
             "param_type": param,
@@ -71,27 +94,34 @@ def cases():
             "rounds_weights": rounds,
             "inside": inside,
             "outside": outside,
+            "nesterov": "nesterov" in more,
+            "divided": divided,
             "group": group,
-            "ragged": bool(ragged),
+            "ragged": "ragged" in more,
         }
+        constants |= {} if "nesterov" in more else {"ahead": None}
+        constants |= {} if divided else {"row_root": None, "column_root": None}
         # Of codes a thread has less than 128 bits; where any lane may be of another layer, none is sure to be
-        # written.
-        wide = bool(form and not largest)
+        # written, and the roots are read one by one.
+        moments = [constants["exp_avg_type"]] if form and not largest else []
+        half = kernels.halved(constants)
+        roots = [FLOAT32] if divided and group != 1 else []
+        reads = in_128_bits([param, grad, *moments, *roots], half)
+        writes = in_128_bits([param, *moments], half) * (group != 1)
+        options = "".join(f", {'factored, ' * (option == divided)}{option}" for option in more)
         name = f"update {param} {grad} {form}{' rounded' * rounds}{f', layers of {group}s' * (group > 0)}"
-        grads = grad == param or not largest  # else 64 bits: see TILE
-        reads, writes = 1 + grads + wide, (1 + wide) * (group != 1)
-        yield (
-            f"{name}{', ragged' * bool(ragged)}",
-            passes.update,
-            constants,
-            *((0, 0) if ragged else (reads, writes)),
-        )
+        counts = (0, 0) if "ragged" in more else (reads, writes)
+        yield f"{name}{options}", passes.update, constants, *counts
     for dtype, squares, width in STATISTICS:
         constants = {"grad_type": dtype, "squares": squares, "width": 0}
         name = f"{'sum' if squares else 'max'} {dtype}"
         yield f"chunk {name}", passes.chunk_statistic, constants, 1, 0
         yield f"rows of {width} {name}", passes.rows_statistic, constants | {"width": width}, 1, 0
     yield "layer", passes.layer_statistic, {}, 0, 0
+    for dtype, width in STRIPS:
+        constants = {"grad_type": dtype, "width": width}
+        yield f"strips of {width} {dtype}", factored.strip_statistic, constants, 1, 0
+    yield "sums of strips", factored.panel_statistic, {}, 0, 0
 
 
 def build(kernel, constants, architecture):
@@ -99,9 +129,10 @@ def build(kernel, constants, architecture):
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     # By each thread as many elements as Kernels would give it.
-    half = constants.get("largest") and constants["param_type"] == FLOAT32
+    half = "param_type" in constants and kernels.halved(constants)
     constants = constants | {"tile": (4 if half else 8) * kernels.WARPS * target.warp_size}
-    signature = {name: TYPES.get(name, "constexpr") for name in kernel.arg_names}
+    types = {name: kind for name, kind in TYPES.items() if name not in constants}
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers})
     return triton.compile(source, target=target, options=dict(kernels.LAUNCH)).asm

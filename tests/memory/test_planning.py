@@ -38,6 +38,8 @@ def planned(job):
         Job("builtin", "torch Adafactor", "offload", 2, "bf16-mixed"),
         Job("gpt2-1m", "NovoGrad, int8, by row", "zero2", 3, "bf16-mixed"),
         Job("gpt2-1m", "NovoGrad, int4", "fsdp2", 2),
+        Job("gpt2-1m", "NovoGrad, adamw, int8", "zero2", 3, "bf16-mixed"),
+        Job("gpt2-1m", "NovoGrad, adamw, int4", "fsdp2", 2),
         Job("gpt2-1m", "NovoGrad, int8", "none", 1, "bfloat16"),
     ],
     ids=lambda job: f"{job.model}-{job.optimizer}-{job.cut}-{job.ranks}-{job.precision}",
@@ -70,6 +72,8 @@ def test_plan_agrees_with_measurement(job):
         ("NovoGrad, int8", [(70, 131), (4095,), (4096,)]),
         ("NovoGrad, int4", [(70, 131), (64, 128), (7,)]),
         ("NovoGrad, int8, by row", [(70, 131), (2, 3, 4), (7,)]),
+        ("NovoGrad, adamw", [(30, 50), (2, 3, 4), (7,), ()]),
+        ("NovoGrad, adamw, int8", [(70, 131), (2, 3, 4), (7,)]),
     ],
 )
 def test_rules_give_the_bytes_that_an_optimizer_holds(name, shapes):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from novoscale.layout import Layout, LayoutError, Parameter
+from novoscale.layout import Layout, LayoutError, Parameter, Span
 
 # A layer's statistic is kept in float32; one that does not fit there is treated as non-finite.
 FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -19,64 +19,102 @@ FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Placed:
-    """A layout with the place of its layers in the vector of all layers of a step.
+    """A layout with the place of its layers among all layers of a step.
 
-    ``op`` is how the ranks' statistics of a layer are put together: sums of squares are added, of
-    largest magnitudes the largest is taken.
+    Attributes:
+        layout: of a tensor.
+        first: the place of its first layer.
+        op: how the ranks' statistics of a layer are put together: sums of squares are added, of largest
+            magnitudes the largest is taken.
+        first_column: the place of its first column among all columns of factored parameters.
+        first_parameter: the place of its first parameter among all parameters.
     """
 
     layout: Layout
     first: int
     op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+    first_column: int = 0
+    first_parameter: int = 0
 
 
 @dataclass
 class _Reduction:
     process_group: dist.ProcessGroup | None
-    op: dist.ReduceOp.RedOpType
+    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
     length: int = 0
-    slots: list[range] = field(default_factory=list)  # places in the buffer of the layers held here
-    places: list[range] = field(default_factory=list)  # their places in the vector of all layers
+    slots: list[range] = field(default_factory=list)  # places in the buffer of what is held here
+    places: list[range] = field(default_factory=list)  # their places in the vector of the step
     scattered: list[int] = field(default_factory=list)  # of Plan._scattered, those that it adds up
     parameters: list[Parameter] = field(default_factory=list)  # what the ranks must agree on
     device: torch.device | None = None  # of the collective
+
+    def add(self, spans: Iterable[Span], first: int, order: Sequence[int] | None = None) -> None:
+        """Have it complete what lies in ``spans``, which count from ``first`` of the vector of the step.
+
+        ``order``: where the places of the spans are in that count; None: as they are.
+        """
+        for span in spans:
+            if span.place is not None:
+                place = first + (span.place if order is None else order[span.place])
+                self.slots.append(range(self.length, self.length + span.count))
+                self.places.append(range(place, place + span.count))
+            self.length += span.count
 
 
 class Plan:
     """What one step needs to know of the layouts of its tensors; built once and reused.
 
+    The vector of a step has the statistic of each layer, then of each column of factored parameters, then
+    ``sums`` numbers of each parameter: the first of all parameters, the second of all, ...
+
     Holds integers only, no parameter. Building it is a collective where layers are cut: the ranks make
     sure once that they mean the same layers.
+
+    Args:
+        placed: the layouts.
+        device: where the vector of statistics lives.
+        sums: how many numbers of each parameter are added up over the ranks that have parts of it.
 
     Raises:
         LayoutError: on every rank, if the ranks of a process group have different layers.
 
     Attributes:
         layers: how many layers the vector has.
+        columns: how many columns.
+        parameters: how many parameters.
         device: where the vector of statistics lives.
     """
 
-    def __init__(self, placed: Sequence[Placed], device: torch.device) -> None:
-        self._held = [(h, p.op) for p in placed for h in p.layout.held]
+    def __init__(self, placed: Sequence[Placed], device: torch.device, sums: int = 0) -> None:
+        self._held = [(p.layout.held[i], p.op) for p in placed for i in p.layout.in_order()]
         self.layers = sum(h.count for h, _ in self._held)
+        self.columns = sum(h.columns for h, _ in self._held)
+        self.parameters = len(self._held)
         self.device = device
         merged: dict[tuple[int, dist.ReduceOp.RedOpType], _Reduction] = {}
+        shares: dict[int, _Reduction] = {}
         scattered: dict[tuple[int, ...], list[range]] = {}  # by the process groups
         for p in placed:
             if p.layout.scattered:
                 groups = tuple(id(completion.process_group) for completion in p.layout.completions)
                 scattered.setdefault(groups, []).append(range(p.first, p.first + p.layout.layers))
+            in_order = p.layout.in_order()
+            order = [in_order.index(index) for index in range(len(in_order))]
             for completion in p.layout.completions:
                 key = (id(completion.process_group), p.op)
                 reduction = merged.setdefault(key, _Reduction(completion.process_group, p.op))
-                for span in completion.spans:
-                    if span.place is not None:
-                        place = p.first + span.place
-                        reduction.slots.append(range(reduction.length, reduction.length + span.count))
-                        reduction.places.append(range(place, place + span.count))
-                    reduction.length += span.count
+                reduction.add(completion.spans, p.first)
+                reduction.add(completion.columns, self.layers + p.first_column)
+                for nth in range(sums):
+                    first = self.layers + self.columns + nth * self.parameters + p.first_parameter
+                    reduction.add(completion.cut, first, order)
                 reduction.parameters += completion.parameters
-        self._reductions = [(r, _index(r.slots, device), _index(r.places, device)) for r in merged.values()]
+                if completion.scattered:
+                    over = completion.process_group
+                    shared = shares.setdefault(id(over), _Reduction(over))
+                    shared.add(completion.scattered, p.first_parameter, order)
+        self._reductions = [_indexed(r, device) for r in merged.values()]
+        self._shares = [_indexed(r, device) for r in shares.values()]
         for index, groups in enumerate(scattered):
             for key, reduction in merged.items():
                 if key in ((group, dist.ReduceOp.SUM) for group in groups):
@@ -92,17 +130,22 @@ class Plan:
 
     @property
     def reductions(self) -> int:
-        """The number of collectives of one step."""
+        """The number of collectives of one step, without :meth:`share`."""
         return len(self._reductions)
 
+    @property
+    def bytes_reduced(self) -> int:
+        """What this rank gives to the collectives of one step, without :meth:`share`."""
+        return sum(8 * (r.length + 1 + len(r.scattered)) for r, _, _ in self._reductions)
+
     def complete(self, statistic: Tensor, veto: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Complete, in place, the layers that are cut; say whether all ranks may step, and the sum of all.
+        """Complete, in place, what is cut; say whether all ranks may step, and the sum of all layers.
 
         One all-reduce per process group. One element of each carries the ranks' verdict, so that a non-finite
         gradient on one rank is known to all; and where each rank has other rows of a matrix, one their sum.
 
         Args:
-            statistic: float64, one element per layer: this rank's part.
+            statistic: float64, the vector of the step: this rank's part.
             veto: 0-dim bool: this rank has another reason to skip the step.
 
         Returns:
@@ -130,12 +173,25 @@ class Plan:
             for place, index in enumerate(reduction.scattered, length + 1):
                 sums[index] = buffer[place]
         # Not with the rows of this rank, for every rank has to come to the same bits.
-        total = statistic[self._everywhere].sum() if sums else statistic.sum()
+        total = statistic[self._everywhere].sum() if sums else statistic[: self.layers].sum()
         return bad == 0, torch.stack([total, *sums]).sum() if sums else total
+
+    def share(self, sums: Tensor) -> Tensor:
+        """Add up a number of each parameter over the ranks that have different layers of it.
+
+        Args:
+            sums: float64 ``[parameters]``: this rank's part; of other parameters the whole.
+        """
+        for reduction, slots, places in self._shares:
+            buffer = sums.new_zeros(reduction.length)
+            buffer[slots] = sums[places]
+            sums = sums.index_copy(0, places, self._all_reduce(reduction, buffer)[slots])
+        return sums
 
     def _agree(self, reduction: _Reduction) -> None:
         """Raise on every rank if the ranks have different layers, rather than add up what does not match."""
-        layers = repr([(p.name, p.numel, p.layers, p.number) for p in reduction.parameters]).encode()
+        known = [(p.name, p.numel, p.layers, p.number, p.factored) for p in reduction.parameters]
+        layers = repr(known).encode()
         # 48 bits of a hash, which a float64 holds exactly; largest and smallest in one collective.
         digest = float(int.from_bytes(hashlib.sha256(layers).digest()[:6], "big"))
         verdict = torch.tensor([digest, -digest], dtype=torch.float64, device=self.device)
@@ -159,8 +215,9 @@ class Plan:
     def record(self, statistic: Tensor, finite: Tensor) -> None:
         """Note the completed statistic of a step, and which layers had it skipped."""
         # In place: a CUDA graph replays into the same tensors.
-        self._statistic.copy_(statistic)
-        self._bad.copy_(torch.where(finite, self._bad, ~_fits_float32(statistic)))
+        of_layers = statistic[: self.layers]
+        self._statistic.copy_(of_layers)
+        self._bad.copy_(torch.where(finite, self._bad, ~_fits_float32(of_layers)))
 
     def names(self) -> Iterator[str]:
         """The name of each layer in the vector."""
@@ -176,6 +233,10 @@ class Plan:
         squared = (op == dist.ReduceOp.SUM for held, op in self._held for _ in range(held.count))
         rows = zip(self.names(), self._statistic.tolist(), squared, strict=True)
         return {name: math.sqrt(value) if is_square else value for name, value, is_square in rows}
+
+
+def _indexed(reduction: _Reduction, device: torch.device) -> tuple[_Reduction, Tensor, Tensor]:
+    return reduction, _index(reduction.slots, device), _index(reduction.places, device)
 
 
 def _index(ranges: Sequence[range], device: torch.device) -> Tensor:

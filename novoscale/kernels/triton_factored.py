@@ -1,0 +1,343 @@
+"""The statistic of factored parameters in Triton: sums of squares along rows and along columns, in one read.
+
+A panel is a matrix, and each program has a strip of it, some hundred rows of some hundred columns: it writes
+the partial sum of each of its rows and of each of its columns. A second kernel adds those of a layer or of a
+column in a fixed order; without atomics two runs give the same bits. This goes on in waves, each of which
+writes its partials over those of the last: they take no more memory the larger the model is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from novoscale.kernels.shards import OF_SHARD, WIDTH, Shard, panels
+from novoscale.kernels.triton_formats import FORMATS, jit, load_elements
+from novoscale.layout import repeated
+
+# Columns of a strip: few in a narrow panel, so that no thread is without work; in a wide one as many as a
+# warp reads at a time of bfloat16, so that the sum of a row stays within it.
+WIDTHS = (16, 64, 256)
+# Panels are cut into parts of at most so many rows and columns: a multiple of a strip's. Few enough that the
+# partials of a part are at most a tenth of the limit, and that a thread adds few of them one after another.
+SIDE = 1 << 13
+# Of float64 partials there are at most so many: 64 MiB.
+PARTIALS = 1 << 23
+# Sums that a program of the second kernel makes: 512 bytes that follow each other of each row of partials.
+SUMS = tl.constexpr(64)
+
+# The columns of the table of strips, int64; 48 bytes.
+GRAD = tl.constexpr(0)  # address of the first element
+ROWS = tl.constexpr(1)
+COLUMNS = tl.constexpr(2)
+PITCH = tl.constexpr(3)  # elements from a row to the next
+OF_ROWS = tl.constexpr(4)  # where the partials of its rows go
+OF_COLUMNS = tl.constexpr(5)
+STRIP = tl.constexpr(6)
+
+# The columns of the table of sources: matrices of partials, of which the sum of each column is one of the
+# statistic's. 32 bytes.
+PLACE = tl.constexpr(0)  # of the first partial
+BEGIN = tl.constexpr(1)  # the sums begin..end of the statistic
+END = tl.constexpr(2)
+MANY = tl.constexpr(3)  # rows of the matrix
+SOURCE = tl.constexpr(4)
+
+# The columns of the table of destinations: SUMS of the statistic that follow each other, and which of the
+# sources are theirs. 32 bytes, the last eight unused.
+FIRST = tl.constexpr(0)
+FIRST_SOURCE = tl.constexpr(1)
+LAST_SOURCE = tl.constexpr(2)  # exclusive
+DESTINATION = tl.constexpr(4)
+
+
+# ---- kernels ---------------------------------------------------------------------------------------------
+
+
+@jit
+def _tile(
+    grad: tl.tensor,
+    row: tl.tensor,
+    column: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    pitch: tl.tensor,
+    grad_type: tl.constexpr,
+    aligned: tl.constexpr,
+) -> tl.tensor:
+    """The elements of some rows and columns; 0 beside the strip."""
+    index = row.to(tl.int64)[:, None] * pitch + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    if aligned:
+        index = tl.max_contiguous(tl.multiple_of(index, (1, 8)), (1, 8))
+        inside = tl.max_constancy(inside, (1, 8))
+    return tl.where(inside, load_elements(grad, index, inside, grad_type, aligned), 0.0)
+
+
+@jit
+def _strip(
+    grad: tl.tensor,
+    of_rows: tl.tensor,
+    of_columns: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    pitch: tl.tensor,
+    grad_type: tl.constexpr,
+    width: tl.constexpr,
+    tile: tl.constexpr,
+    aligned: tl.constexpr,
+) -> None:
+    row = tl.arange(0, tile // width)
+    column = tl.arange(0, width)
+    totals = tl.zeros([tile // width, width], tl.float64)
+    value = _tile(grad, row, column, rows, columns, pitch, grad_type, aligned)
+    for _ in range(0, rows, tile // width):
+        squares = value.to(tl.float64) * value.to(tl.float64)
+        totals += squares
+        # The next tile is on its way while the rows of this one are added.
+        value = _tile(grad, row + tile // width, column, rows, columns, pitch, grad_type, aligned)
+        tl.store(of_rows + row, tl.sum(squares, 1), mask=row < rows)
+        row += tile // width
+    tl.store(of_columns + column, tl.sum(totals, 0), mask=column < columns)
+
+
+@jit
+def strip_statistic(
+    table: tl.tensor,
+    partials: tl.tensor,
+    statistic: tl.tensor,
+    grad_type: tl.constexpr,
+    width: tl.constexpr,
+    tile: tl.constexpr,
+) -> None:
+    """Of each strip, of at most ``width`` columns, the sums of g**2 of its rows and of its columns.
+
+    ``statistic`` is for panel_statistic only.
+    """
+    strip = table + tl.program_id(0) * STRIP
+    grad = tl.load(strip + GRAD)
+    rows = tl.load(strip + ROWS).to(tl.int32)
+    columns = tl.load(strip + COLUMNS).to(tl.int32)
+    pitch = tl.load(strip + PITCH)
+    of_rows = partials + tl.load(strip + OF_ROWS)
+    of_columns = partials + tl.load(strip + OF_COLUMNS)
+    if (grad % 16 == 0) & ((pitch | columns) % 8 == 0):
+        _strip(grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, True)
+    else:
+        _strip(grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, False)
+
+
+@jit
+def panel_statistic(
+    table: tl.tensor, sources: tl.tensor, partials: tl.tensor, statistic: tl.tensor, tile: tl.constexpr
+) -> None:
+    """Adds to each sum of the statistic its partials: source by source, as they are in the list."""
+    rows: tl.constexpr = tile // SUMS
+    row = table + tl.program_id(0) * DESTINATION
+    index = tl.load(row + FIRST) + tl.arange(0, SUMS)
+    total = tl.zeros([rows, SUMS], tl.float64)
+    written = index < 0
+    for number in range(tl.load(row + FIRST_SOURCE), tl.load(row + LAST_SOURCE)):
+        source = sources + number * SOURCE
+        begin = tl.load(source + BEGIN)
+        end = tl.load(source + END)
+        many = tl.load(source + MANY).to(tl.int32)
+        inside = (index >= begin) & (index < end)
+        written = written | inside
+        matrix = partials + tl.load(source + PLACE) + (index - begin)[None, :]
+        for first in range(0, many, rows):
+            nth = first + tl.arange(0, rows)[:, None]
+            total += tl.load(matrix + nth * (end - begin), mask=inside[None, :] & (nth < many), other=0.0)
+    sums = tl.load(statistic + index, mask=written) + tl.sum(total, 0)
+    tl.store(statistic + index, sums, mask=written)
+
+
+# ---- tables and launches ---------------------------------------------------------------------------------
+
+
+class Panels:
+    """The sums of factored parameters: a part of triton.Kernels.
+
+    Args:
+        shards: the tensors, of which the pieces of factored parameters count here.
+        device: where they are.
+        layers: how many layers there are; the columns come after them in the statistic.
+        area: elements of a strip: a power of two, at most SIDE times the smallest of WIDTHS.
+        tile: elements a program handles at a time: a power of two, from the largest of WIDTHS to ``area``.
+        options: of all launches.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], device: torch.device, layers: int, area: int, tile: int, **options: Any
+    ) -> None:
+        parts = _parts(shards, area)
+        strips, start, part = _strips(parts)
+        itemsize = _int64([s.grad.element_size() for s in shards])
+        self._device, self._shard_of = device, parts.shard[part]
+        self._from_grad = start * itemsize[self._shard_of]
+        self._strips = to_device(device, strips)
+        self.moved([s.grad.data_ptr() for s in shards])
+        partials = torch.empty(parts.partials, dtype=torch.float64, device=device)
+        launches: list[tuple[int, Any]] = []
+        for (wave, dtype, width), a, b in _runs(torch.stack((parts.wave, parts.dtype, parts.width), 1)[part]):
+            kind = {"grad_type": list(FORMATS.values())[dtype], "width": width, "tile": tile, **options}
+            table = self._strips[a:b]
+            launches.append((wave, partial(strip_statistic[(b - a,)], table, partials, **kind)))
+        destinations, wave_of, sources = _sums(parts, layers)
+        destinations, sources = to_device(device, destinations), to_device(device, sources)
+        for (wave,), a, b in _runs(wave_of[:, None]):
+            tables = (destinations[a:b], sources, partials)
+            launches.append((wave, partial(panel_statistic[(b - a,)], *tables, tile=tile, **options)))
+        # In each wave the strips first, whose partials the sums are of.
+        self._launches = [launch for _, launch in sorted(launches, key=lambda x: x[0])]
+
+    def moved(self, gradients: Sequence[int]) -> None:
+        """Go on with gradients at other addresses."""
+        if len(self._strips):
+            addresses = _int64(gradients)[self._shard_of] + self._from_grad
+            self._strips[:, GRAD.value] = to_device(self._device, addresses)
+
+    def add_to(self, statistic: Tensor) -> None:
+        """Add the sums to those of the statistic."""
+        for launch in self._launches:
+            launch(statistic)
+
+
+class _Parts(NamedTuple):
+    """What panels are cut into: vectors with one element per part, wave by wave.
+
+    Attributes:
+        start: of the tensor, the first element.
+        rows: how many.
+        columns: how many.
+        pitch: elements from a row to the next.
+        layer: of the first row.
+        column: the first one, of all columns.
+        shard: whose.
+        dtype: of the gradient, as a place in FORMATS.
+        width: of its strips.
+        across: how many strips are beside each other.
+        down: how many are one below the other.
+        height: of its strips.
+        wave: the parts of a wave have their partials at the same time.
+        place: of its first partial.
+        partials: of all parts of the largest wave; a number.
+    """
+
+    start: Tensor
+    rows: Tensor
+    columns: Tensor
+    pitch: Tensor
+    layer: Tensor
+    column: Tensor
+    shard: Tensor
+    dtype: Tensor
+    width: Tensor
+    across: Tensor
+    down: Tensor
+    height: Tensor
+    wave: Tensor
+    place: Tensor
+    partials: int
+
+
+def _parts(shards: Sequence[Shard], area: int) -> _Parts:
+    table = panels(shards)
+    dtypes, widths = list(FORMATS), _int64(WIDTHS)
+    dtype = _int64([dtypes.index(s.grad.dtype) for s in shards])[table[:, OF_SHARD]]
+    width = widths[torch.bucketize(table[:, WIDTH].clamp(max=WIDTHS[-1]), widths)]
+    # Those of a launch next to each other.
+    order = torch.argsort(dtype * WIDTHS[-1] + width, stable=True)
+    start, rows, pitch, layer, column, shard = table[order].unbind(1)
+    # How many of them are beside each other, and where each begins in its panel.
+    beside = _ratio(pitch, SIDE)
+    panel, nth = repeated(_ratio(rows, SIDE) * beside)
+    top, left = nth // beside[panel] * SIDE, nth % beside[panel] * SIDE
+    start, rows, pitch, layer, column, shard, dtype, width = (
+        x[panel] for x in (start, rows, pitch, layer, column, shard, dtype[order], width[order])
+    )
+    start += top * pitch + left
+    rows, columns = (rows - top).clamp(max=SIDE), (pitch - left).clamp(max=SIDE)
+    height = area // width
+    across, down = _ratio(columns, width), _ratio(rows, height)
+    partials = rows * across + columns * down
+    before = partials.cumsum(0) - partials
+    # A part is of the wave that it begins in, and may end beyond it: by one part's partials at most.
+    wave = before // (PARTIALS - int(partials.max())) if len(partials) else before
+    _, wave, counts = torch.unique_consecutive(wave, return_inverse=True, return_counts=True)
+    place = before - before[counts.cumsum(0) - counts][wave]
+    most = int((place + partials).max()) if len(partials) else 0
+    return _Parts(
+        start, rows, columns, pitch, layer + top, column + left, shard, dtype, width, across, down, height,
+        wave, place, most,
+    )  # fmt: skip
+
+
+def _strips(parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
+    """Their table without the addresses, the first element of each in its tensor, and its part."""
+    part, nth = repeated(parts.across * parts.down)
+    rows, columns, place, across = (
+        parts.rows[part],
+        parts.columns[part],
+        parts.place[part],
+        parts.across[part],
+    )
+    width, height, pitch = parts.width[part], parts.height[part], parts.pitch[part]
+    # Strips beside each other follow each other: they read the same rows at the same time.
+    down, right = nth // across, nth % across
+    top, left = down * height, right * width
+    entries = {
+        GRAD: torch.zeros_like(part),
+        ROWS: torch.minimum(rows - top, height),
+        COLUMNS: torch.minimum(columns - left, width),
+        PITCH: pitch,
+        OF_ROWS: place + right * rows + top,
+        OF_COLUMNS: place + rows * across + down * columns + left,
+    }
+    table = torch.stack([entries[c] for c in sorted(entries, key=lambda c: c.value)], dim=1)
+    return table, parts.start[part] + top * pitch + left, part
+
+
+def _sums(parts: _Parts, layers: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The table of destinations, the wave of each, and the sources in the order of the destinations."""
+    of_rows = (parts.place, parts.layer, parts.layer + parts.rows, parts.across)
+    first = layers + parts.column
+    of_columns = (parts.place + parts.rows * parts.across, first, first + parts.columns, parts.down)
+    sources = torch.stack([torch.stack(s, dim=1) for s in (of_rows, of_columns)], dim=1).view(-1, 4)
+    begin = sources[:, BEGIN.value] // SUMS.value
+    source, nth = repeated(_ratio(sources[:, END.value], SUMS.value) - begin)
+    destination, wave = begin[source] + nth, parts.wave[source // 2]
+    order = torch.argsort(destination, stable=True)
+    order = order[torch.argsort(wave[order], stable=True)]
+    found, counts = torch.unique_consecutive(
+        torch.stack((wave, destination), dim=1)[order], dim=0, return_counts=True
+    )
+    stop = counts.cumsum(0)
+    table = torch.stack((found[:, 1] * SUMS.value, stop - counts, stop, torch.zeros_like(stop)), dim=1)
+    return table, found[:, 0], sources[source[order]]
+
+
+def _runs(keys: Tensor) -> list[tuple[list[int], int, int]]:
+    """Equal rows that follow each other: the row, and the first and the last (exclusive) place."""
+    found, counts = torch.unique_consecutive(keys, dim=0, return_counts=True)
+    stop = counts.cumsum(0)
+    return list(zip(found.tolist(), (stop - counts).tolist(), stop.tolist(), strict=True))
+
+
+def _ratio(numerator: Tensor, denominator: Tensor | int) -> Tensor:
+    """Rounded up."""
+    return (numerator + denominator - 1) // denominator
+
+
+def _int64(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
+
+
+def to_device(device: torch.device, table: Tensor) -> Tensor:
+    """A table of the CPU's, on the device, without waiting for it."""
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -1,0 +1,95 @@
+"""Sets of options under one word, and what of a param group comes from them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # Algorithm 1 of arXiv 1905.11286.
+    "paper": {
+        "betas": (0.95, 0.98),
+        "bias_correction": False,
+        "grad_averaging": False,
+        "init_zero": False,
+        "granularity": "tensor",
+        "normalize": "norm",
+        "nesterov": False,
+    },
+    # What learns as AdamW does, at its learning rates: docs/quality.md.
+    "adamw": {
+        "betas": (0.9, 0.98),
+        "bias_correction": True,
+        "grad_averaging": True,
+        "init_zero": True,
+        "granularity": "factored",
+        "normalize": "rms",
+        "nesterov": True,
+    },
+}
+DEFAULT = "paper"
+
+
+def check(preset: Any, where: str) -> None:
+    """Raise ValueError for a preset that there is not, with the nearest that there is."""
+    if preset not in PRESETS:
+        near = difflib.get_close_matches(str(preset), PRESETS, n=1)
+        advice = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"{where}: preset must be one of {', '.join(PRESETS)}, got {preset!r}{advice}")
+
+
+def complete(options: dict[str, Any], where: str) -> None:
+    """Give a set of options those of its ``preset`` that it has not, or that are None; in place.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    check(options["preset"], where)
+    for option, value in PRESETS[options["preset"]].items():
+        if options.get(option) is None:
+            options[option] = value
+
+
+def of_group(group: dict[str, Any], defaults: Mapping[str, Any], where: str) -> None:
+    """Complete the options of a param group, in place.
+
+    What the group gives wins; then what the optimizer was given beside its own preset; then the group's
+    preset, if it names one.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+    for option in [*PRESETS[DEFAULT], "preset"]:
+        if option in group and group[option] is None:
+            del group[option]
+    if "preset" in group:
+        check(group["preset"], where)
+        given = {o: v for o, v in defaults.items() if v != PRESETS[defaults["preset"]].get(o, v)}
+        for option, value in {**PRESETS[group["preset"]], **given}.items():
+            group.setdefault(option, value)
+    for option, default in defaults.items():
+        group.setdefault(option, default)
+
+
+def origin(group: Mapping[str, Any], option: str) -> str:
+    """Where an option of a param group comes from, for messages; empty if it was given."""
+    preset = group.get("preset", DEFAULT)
+    of_preset = PRESETS.get(preset, {})
+    return f" (from preset={preset!r})" if option in of_preset and group[option] == of_preset[option] else ""
+
+
+def described(group: Mapping[str, Any], common: Mapping[str, Any]) -> str:
+    """The options of a param group, and where each comes from.
+
+    Args:
+        group: the param group.
+        common: the default of every option that is in no preset.
+    """
+    lines = [f"    preset: {group['preset']}"]
+    for option in sorted(group.keys() - {"params", "param_names", "preset"}):
+        known = origin(group, option)
+        if not known and option in common and group[option] == common[option]:
+            known = " (default)"
+        lines.append(f"    {option}: {group[option]!r}{known}")
+    return "\n".join(lines)
