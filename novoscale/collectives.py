@@ -82,6 +82,7 @@ class Plan:
         layers: how many layers the vector has.
         columns: how many columns.
         parameters: how many parameters.
+        sums: how many numbers of each.
         device: where the vector of statistics lives.
     """
 
@@ -90,6 +91,7 @@ class Plan:
         self.layers = sum(h.count for h, _ in self._held)
         self.columns = sum(h.columns for h, _ in self._held)
         self.parameters = len(self._held)
+        self.sums = sums
         self.device = device
         merged: dict[tuple[int, dist.ReduceOp.RedOpType], _Reduction] = {}
         shares: dict[int, _Reduction] = {}

@@ -134,7 +134,7 @@ class Prepared:
         counts = [(len(x.v), 0 if x.columns is None else len(x.columns), len(x.here)) for x in self.layers]
         layers, columns, parameters = ([*n] for n in zip(*counts, strict=True))
         first = self.plan.layers + self.plan.columns
-        rows = second_moment.SUMS if len(vector) > first else 0
+        rows = self.plan.sums if len(vector) == first + self.plan.sums * self.plan.parameters else 0
         numbers = vector[first:].view(rows, self.plan.parameters)
         return list(
             zip(

@@ -344,7 +344,7 @@ def test_panels(small, width):
     """Columns below, at and above those of a strip, a tile and a chunk; pieces begin and end within a row."""
     numel = max(3 * width, 400)
     for start, offset, column, address, form in (
-        (0, 0, 8, 0, "float32"),
+        (0, 0, width // 2, 0, "float32"),
         (8, 8, 0, 8, "int8"),
         (5, width // 3, 3, 1, None),
         (0, width // 3 // 8 * 8, 5, 0, "int4"),
@@ -463,6 +463,23 @@ def test_columns_that_never_had_a_gradient_keep_their_bits(small):
             same = (new.cpu().view(torch.int16) == old).view(-1, 4)
             assert same[:, :3].all()
             assert not same[:, 3].any()
+
+
+@pytest.mark.parametrize("width", [256, 512])
+def test_a_block_of_such_columns_only_is_not_written(small, width):
+    for form in ("int8", "int4"):
+        case = made(4 * BLOCK, form, [Part(0, 4 * BLOCK, 0, 0, width, 0)])
+        case.exp_avg_scale[:] = 1e-40
+        (mine,) = copied([case], DEVICE)
+        one = torch.ones(width, dtype=torch.float64, device=DEVICE)
+        column_root = one.clone()
+        column_root[BLOCK : 2 * BLOCK] = 0
+        coefficients = replace(ones(512 // width), row_root=one, column_root=column_root)
+        kernels.Kernels([mine], DEVICE, 512 // width, width).update(coefficients)
+        same = (mine.exp_avg.cpu() == case.exp_avg).all(dim=1) & (
+            mine.exp_avg_scale.cpu() == case.exp_avg_scale
+        )
+        assert same.tolist() == [False, True, False, width == 256]
 
 
 @pytest.mark.parametrize("number", [3, 30])
