@@ -23,7 +23,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from novoscale.collectives import Placed, Plan
-from novoscale.layout import Layout, Parameter, Segment, describe, partition, sharded
+from novoscale.dtensors import sharded
+from novoscale.layout import Layout, Parameter, Segment, describe, partition
 from novoscale.memory.models import build
 from novoscale.second_moment import SUMS
 

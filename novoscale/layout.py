@@ -18,15 +18,13 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise, product
-from typing import cast
+from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
-from torch.distributed.tensor import DTensor, Placement, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor
 
 
 class LayoutError(ValueError):
@@ -412,76 +410,6 @@ def _shared(ranges: Sequence[range]) -> Iterator[range]:
             yield range(low, high)
 
 
-def sharded(parameter: Parameter, tensor: DTensor) -> Layout:
-    """The layout of this rank's part of a DTensor parameter.
-
-    A parameter that is one layer, or a few, has their second moments on every rank of its mesh. One whose
-    layers are the rows has those of the rows that this rank holds: they are cut by the placements of the
-    other dimensions only.
-
-    Raises:
-        LayoutError: if the parameter is a partial sum.
-    """
-    local, offsets = compute_local_shape_and_global_offset(
-        tensor.shape, tensor.device_mesh, tensor.placements
-    )
-    rows = by_rows(tensor, parameter)
-    held = Held(parameter, 0, parameter.layers)
-    if rows:  # where nothing is held, the offset is the end
-        each = parameter.layers // tensor.shape[0]
-        held = Held(parameter, offsets[0] * each, (offsets[0] + local[0]) * each)
-    scattered = rows and any(map(cuts_rows, tensor.placements))
-    completions = []
-    for dim, placement in enumerate(tensor.placements):
-        if placement.is_partial():
-            raise LayoutError(
-                f"{parameter.name} is a DTensor with the placement {placement}: each rank holds a part of a "
-                "sum, not a part of the parameter. Redistribute it to Shard or Replicate"
-            )
-        if not placement.is_replicate():
-            completions.append(
-                Completion(
-                    tensor.device_mesh.get_group(dim),
-                    () if rows and cuts_rows(placement) else (Span(0, held.count),),
-                    (parameter,),
-                    (Span(0, held.columns),) if parameter.factored else (),
-                    (Span(0, 1),),
-                    (Span(0, 1),) if scattered else (),
-                )
-            )
-    segments = tuple(_box(tensor.shape, local, offsets)) if math.prod(local) else ()
-    return Layout(math.prod(local), (held,), segments, tuple(completions), scattered)
-
-
-def by_rows(tensor: Tensor, parameter: Parameter) -> bool:
-    """Whether the layers of a parameter are its rows, so that one cut along its first dimension cuts none.
-
-    Of a factored one, a row may be an index of several dimensions.
-    """
-    return parameter.layers > 1 and parameter.layers % tensor.shape[0] == 0
-
-
-def cuts_rows(placement: Placement) -> bool:
-    """Whether a placement of a DTensor cuts it along its first dimension."""
-    return not placement.is_replicate() and cast(Shard, placement).dim == 0
-
-
-def _box(shape: Sequence[int], local: Sequence[int], offsets: Sequence[int]) -> Iterator[Segment]:
-    """The segments of a tensor of shape ``local`` that lies at ``offsets`` in a parameter."""
-    cut = [d for d in range(len(shape)) if local[d] != shape[d]]
-    last = cut[-1] if cut else 0  # within its elements the order is that of the parameter
-    run, stride = math.prod(local[last:]), math.prod(shape[last:])
-    steps = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-    begin = sum(o * s for o, s in zip(offsets, steps, strict=True))
-    count = local[last - 1] if last > 0 else 1  # runs that are `stride` apart
-    start = 0
-    for index in product(*(range(n) for n in local[: max(last - 1, 0)])):
-        offset = begin + sum(i * s for i, s in zip(index, steps, strict=False))
-        stop = start + count * run
-        yield Segment(start, stop, 0, offset, *((run, stride) if count > 1 else ()))
-        start = stop
-
-
 def repeated(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Each index as often as ``counts`` says, and which of its repetitions each is: int64, on the CPU."""
     index = torch.repeat_interleave(counts)
@@ -494,26 +422,6 @@ def local_tensor(tensor: Tensor) -> Tensor:
         return tensor
     local = tensor.to_local()
     return local.wait() if isinstance(local, AsyncCollectiveTensor) else local
-
-
-def from_local(local: Tensor, p: DTensor, shape: Sequence[int], placements: Sequence[Placement]) -> DTensor:
-    """A DTensor of another shape on the mesh of ``p``, of which ``local`` is this rank's part."""
-    stride = tuple(math.prod(shape[d + 1 :]) for d in range(len(shape)))
-    return DTensor.from_local(
-        local, p.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
-
-
-def local_gradient(p: Tensor) -> Tensor:
-    """This rank's part of a parameter's gradient, placed as the parameter is.
-
-    A gradient that is placed otherwise (a partial sum, under tensor parallelism) is redistributed.
-    """
-    grad = p.grad
-    assert grad is not None
-    if isinstance(p, DTensor) and isinstance(grad, DTensor) and grad.placements != p.placements:
-        grad = grad.redistribute(placements=p.placements)
-    return local_tensor(grad)
 
 
 def _check_pieces(

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from novoscale import rounding
-from novoscale.layout import Layout, Segment, from_local, local_tensor, repeated
+from novoscale.dtensors import from_local
+from novoscale.layout import Layout, Segment, local_tensor, repeated
 
 BLOCK = 128  # elements
 # Parameters of fewer elements (whole, on all ranks) keep float32 where others are in blocks: they are biases

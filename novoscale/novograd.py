@@ -13,10 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from novoscale import checkpoint, checks, kernels, momentum, prepared, presets, second_moment
+from novoscale import checkpoint, checks, momentum, prepared, presets, second_moment
 from novoscale.collectives import Plan
-from novoscale.layout import Layout, describe, sharded, whole
-from novoscale.prepared import Group, Groups, Prepared
+from novoscale.dtensors import sharded
+from novoscale.layer_tables import Group, Groups, counts_steps
+from novoscale.layout import Layout, describe, whole
+from novoscale.prepared import Prepared
 
 # Tables kept: one for each set of tensors that is stepped together. A wrapper that steps its param groups
 # one by one has one for each; a model of which other parts get gradients at each step has many.
@@ -208,36 +210,11 @@ class NovoGrad(Optimizer):
             statistic = ready.statistic(groups, inverse_scale)
             finite, total = ready.plan.complete(statistic, veto)
             clip = second_moment.clip_coefficient(total, checks.one_max_grad_norm(self.param_groups))
-            coefficients = self._second_moments(groups, ready, statistic, finite, clip, inverse_scale)
+            coefficients = ready.second_moments(groups, statistic, finite, clip, inverse_scale)
+            self._count(ready, statistic, finite)
             ready.kernels.update(coefficients)
             ready.release()
         return loss
-
-    def _second_moments(
-        self,
-        groups: Groups,
-        ready: Prepared,
-        statistic: Tensor,
-        finite: Tensor,
-        clip: Tensor | None,
-        inverse_scale: Tensor | None,
-    ) -> kernels.Coefficients:
-        """Update v of every layer; return what the update of m and w needs to know of it."""
-        scale = clip if inverse_scale is None else inverse_scale if clip is None else clip * inverse_scale
-        steps = []
-        for (group, _), layers, sums in zip(groups, ready.layers, ready.by_group(statistic), strict=True):
-            S, of_columns, totals = sums if clip is None else second_moment.clipped(*sums, clip, group)
-            active = second_moment.advance(layers, S, of_columns, totals, finite, group)
-            steps.append((S, totals, active))
-        rms = ready.mean_square_updates(groups, steps)
-        parts = []
-        rows = zip(groups, ready.layers, steps, rms, strict=True)
-        for index, ((group, _), layers, (_, totals, active), mean_square) in enumerate(rows):
-            factor = second_moment.update_scale(layers, totals, mean_square, group)
-            found = second_moment.coefficients(layers, totals, scale, factor, group)
-            parts.append((found, active, ready.keys(index, group["seed"])))
-        self._count(ready, statistic, finite)
-        return second_moment.of_all(parts)
 
     def _count(self, ready: Prepared, statistic: Tensor, finite: Tensor) -> None:
         """Note what the step has shown: see ``skipped_steps`` and ``layer_norms``."""
@@ -324,7 +301,7 @@ class NovoGrad(Optimizer):
             state.update(second_moment.allocate(p, layout))
         if "exp_avg" not in state and group["betas"][0] != 0:
             state.update(momentum.allocate(p, layout, group["momentum_dtype"]))
-        if "step" not in state and prepared.counts_steps(group):
+        if "step" not in state and counts_steps(group):
             state["step"] = second_moment.allocate_steps(p, layout)
 
     def _numbered(self) -> Iterator[tuple[int, int, int, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -10,17 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from novoscale import kernels, momentum, rounding, second_moment
 from novoscale.collectives import Placed, Plan
-from novoscale.kernels import Kernels
-from novoscale.layout import Layout, local_gradient, local_tensor
+from novoscale.dtensors import local_gradient
+from novoscale.kernels import Coefficients, Kernels
+from novoscale.layer_tables import Groups, Kept, State, has_dtensors, layers_of_group, rounds
+from novoscale.layout import Layout, local_tensor
 from novoscale.second_moment import Layers
-
-Group = dict[str, Any]
-Groups = list[tuple[Group, list[Tensor]]]  # the tensors to step, by param group
-State = Mapping[Tensor, dict[str, Any]]
 
 # Options of a param group that the tables contain.
 OPTIONS = (
@@ -93,7 +90,7 @@ class Prepared:
             for (group, _), (S, of_columns, _) in zip(groups, self.by_group(statistic), strict=True):
                 S.mul_(inverse_scale if group["norm_type"] == 0 else inverse_scale.square())
                 of_columns.mul_(inverse_scale.square())
-        if not any(second_moment.adds_up(group) for group, _ in groups):
+        if not self.plan.sums:
             return statistic
         numbers = statistic.new_zeros(second_moment.SUMS, self.plan.parameters)
         if self.weights is not None:
@@ -105,7 +102,38 @@ class Prepared:
                 totals[: second_moment.WEIGHTS] = second_moment.sums(layers, S, group)
         return statistic
 
-    def mean_square_updates(
+    def second_moments(
+        self,
+        groups: Groups,
+        statistic: Tensor,
+        finite: Tensor,
+        clip: Tensor | None,
+        inverse_scale: Tensor | None,
+    ) -> Coefficients:
+        """Update v of every layer; return what the update of m and w needs to know of it.
+
+        Args:
+            groups: the tensors, by param group.
+            statistic: the complete vector of the step.
+            finite: 0-dim bool: whether there is a step at all.
+            clip: 0-dim: what clipping multiplies the gradients by; None: nothing.
+            inverse_scale: the same of a loss scale.
+        """
+        scale = clip if inverse_scale is None else inverse_scale if clip is None else clip * inverse_scale
+        steps = []
+        for (group, _), layers, sums in zip(groups, self.layers, self.by_group(statistic), strict=True):
+            S, of_columns, totals = sums if clip is None else second_moment.clipped(*sums, clip, group)
+            active = second_moment.advance(layers, S, of_columns, totals, finite, group)
+            steps.append((S, totals, active))
+        parts = []
+        rows = zip(groups, self.layers, steps, self._mean_square_updates(groups, steps), strict=True)
+        for index, ((group, _), layers, (_, totals, active), mean_square) in enumerate(rows):
+            factor = second_moment.update_scale(layers, totals, mean_square, group)
+            found = second_moment.coefficients(layers, totals, scale, factor, group)
+            parts.append((found, active, self.keys(index, group["seed"])))
+        return second_moment.of_all(parts)
+
+    def _mean_square_updates(
         self, groups: Groups, steps: Sequence[tuple[Tensor, Tensor, Tensor]]
     ) -> list[Tensor | None]:
         """For each param group rms(u)**2 of its parameters, where its ``clip_threshold`` asks for it.
@@ -192,7 +220,7 @@ def build(
     reusable = tables.reusable and (weights is None or weights.reusable)
     return Prepared(
         # The ranks compare their layers when a plan is made: not again when a tensor has moved.
-        plan=plan(groups, layouts, device) if before is None else before.plan,
+        plan=before.plan if before and before.plan.sums == sums(groups) else plan(groups, layouts, device),
         kernels=tables,
         weights=weights,
         layers=layers,
@@ -206,67 +234,6 @@ def build(
     )
 
 
-def layers_of_group(group: Group, layouts: Sequence[Layout], kept: Kept, device: torch.device) -> Layers:
-    """The tables of the layers of a param group."""
-    held = [layout.held[i] for layout in layouts for i in layout.in_order()]
-    parameters = [h.parameter for h in held]
-
-    def integers(values: Iterable[int]) -> Tensor:
-        return torch.tensor([*values], dtype=torch.int64, device=device)
-
-    share = scattered = None
-    if second_moment.adds_up(group):
-        scattered = torch.tensor(
-            [index in of for layout, of in zip(layouts, map(_scattered, layouts), strict=True)
-             for index in layout.in_order()],
-            dtype=torch.bool, device=device,
-        )  # fmt: skip
-        share = _shares(layouts).to(device)
-    return Layers(
-        v=kept.v,
-        columns=kept.columns,
-        t=kept.t,
-        counts_once=second_moment.counts_once(group),
-        here=integers(h.count for h in held),
-        numel=integers(p.layer_numel * p.row_shares for p in parameters),
-        number=integers(p.number for p in parameters),
-        layers=integers(p.layers * p.column_shares for p in parameters).double(),
-        factored=integers(p.factored for p in parameters) > 0,
-        width=integers(h.columns for h in held),
-        share=share,
-        scattered=scattered,
-    )
-
-
-def _scattered(layout: Layout) -> set[int | None]:
-    """The parameters (indices of ``held``) of which some ranks have different layers."""
-    return {span.place for completion in layout.completions for span in completion.scattered}
-
-
-def _shares(layouts: Sequence[Layout]) -> Tensor:
-    """See ``second_moment.Layers.share``; of tensor parallelism each rank counts an equal part of a layer."""
-    parts = []
-    for layout in layouts:
-        shares = torch.zeros(layout.layers, dtype=torch.float64, device="cpu")
-        for owned in layout.owned():
-            shares[owned.start : owned.stop] = 1
-        for h, place in zip(layout.held, layout.places(), strict=True):
-            shares[place : place + h.count] /= h.parameter.row_shares
-        parts.append(shares)
-    return torch.cat(parts)
-
-
-def rounds(group: Group) -> bool:
-    """Whether anything of a param group is rounded stochastically."""
-    weights = group["stochastic_rounding"] and any(p.dtype == torch.bfloat16 for p in group["params"])
-    return bool(weights) or group["momentum_dtype"] != "float32"
-
-
-def counts_steps(group: Group) -> bool:
-    """Whether the steps of each layer (or parameter) of a param group have to be known."""
-    return group["bias_correction"] or rounds(group)
-
-
 def key(groups: Groups) -> tuple[Any, ...]:
     """Which tensors are stepped, and what their statistic is. Tensors by id: no reference is kept."""
     return tuple((group["norm_type"], *map(id, params)) for group, params in groups)
@@ -275,7 +242,7 @@ def key(groups: Groups) -> tuple[Any, ...]:
 def local_gradients(groups: Groups) -> list[Tensor]:
     """This rank's part of the gradient of every tensor, in order. A collective for those to redistribute."""
     params = [p for _, members in groups for p in members]
-    if _has_dtensors(params):
+    if has_dtensors(params):
         return [*map(local_gradient, params)]
     return [p.grad for p in params]  # type: ignore[misc]
 
@@ -301,13 +268,9 @@ def facts(groups: Groups, gradients: list[Tensor], state: State) -> list[Any]:
 
 def _addresses(tensors: list[Any]) -> list[int]:
     # Once a step for each tensor: for 1,000 layers this is most of the step's time.
-    if _has_dtensors(tensors):
+    if has_dtensors(tensors):
         tensors = [*map(local_tensor, tensors)]
     return [*map(Tensor.data_ptr, tensors)]
-
-
-def _has_dtensors(tensors: list[Any]) -> bool:
-    return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
 def shards(
@@ -385,70 +348,9 @@ def plan(groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.devi
             first += layout.layers
             column += layout.columns
             parameter += len(layout.held)
-    numbers = second_moment.SUMS if any(second_moment.adds_up(group) for group, _ in groups) else 0
-    return Plan(placed, device, numbers)
+    return Plan(placed, device, sums(groups))
 
 
-class Kept:
-    """The second moments and the counts of steps of a param group as vectors.
-
-    Those of plain tensors are made views of one vector, so that a step need not gather them. A DTensor's stay
-    tensors of their own, for a view can be neither saved nor copied as the local part of one: they are
-    gathered, and put back after a step.
-
-    Args:
-        group: the param group.
-        params: its tensors.
-        state: of the optimizer; changed in place, but for what is a view already.
-        device: of the vectors.
-    """
-
-    def __init__(self, group: Group, params: Sequence[Tensor], state: State, device: torch.device) -> None:
-        self._apart: list[tuple[Tensor, list[Tensor]]] = []
-        self.v = self._join(params, state, ("exp_avg_sq", "exp_avg_sq_row"), device)
-        has_columns = any("exp_avg_sq_col" in state[p] for p in params)
-        self.columns = self._join(params, state, ("exp_avg_sq_col",), device) if has_columns else None
-        self.t = self._join(params, state, ("step",), device) if counts_steps(group) else None
-
-    def gather(self) -> None:
-        """Have the vectors say what the states that are not views of them say: they may have been loaded."""
-        for vector, states in self._apart:
-            torch.cat([t.reshape(-1).to(vector.device) for t in states], out=vector)
-
-    def put_back(self) -> None:
-        """Copy the vectors to the states that are not views of them."""
-        for vector, states in self._apart:
-            parts = torch.split(vector, [t.numel() for t in states])
-            torch._foreach_copy_(states, [part.view_as(t) for part, t in zip(parts, states, strict=True)])
-
-    def _join(
-        self, params: Sequence[Tensor], state: State, names: Sequence[str], device: torch.device
-    ) -> Tensor:
-        kept = [(state[p], name) for p in params for name in names if name in state[p]]
-        tensors = [of[name] for of, name in kept]
-        if _has_dtensors(tensors):
-            local = [*map(local_tensor, tensors)]
-            vector = torch.cat([t.reshape(-1).to(device) for t in local])
-            self._apart.append((vector, local))
-            return vector
-        joined = _joined(tensors, device)
-        if joined is None:
-            joined = torch.cat([t.reshape(-1).to(device) for t in tensors])
-            for (of, name), view in zip(kept, torch.split(joined, [t.numel() for t in tensors]), strict=True):
-                of[name] = view.view(of[name].shape)
-        return joined
-
-
-def _joined(parts: Sequence[Tensor], device: torch.device) -> Tensor | None:
-    """The vector of which ``parts`` are consecutive views, if they are."""
-    first, end = parts[0], parts[0].data_ptr()
-    storage = first.untyped_storage().data_ptr()
-    for part in parts:
-        # Addresses alone do not do: two storages may lie next to each other.
-        if part.data_ptr() != end or part.untyped_storage().data_ptr() != storage:
-            return None
-        end += part.numel() * part.element_size()
-    if first.device != device:
-        return None
-    length = sum(part.numel() for part in parts)
-    return first.as_strided((length,), (1,), first.storage_offset())
+def sums(groups: Groups) -> int:
+    """How many numbers of each parameter the ranks add up in a step."""
+    return second_moment.SUMS if any(second_moment.adds_up(group) for group, _ in groups) else 0

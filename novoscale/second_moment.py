@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from novoscale.dtensors import by_rows, cuts_rows, from_local
 from novoscale.kernels.shards import Coefficients
-from novoscale.layout import Layout, by_rows, cuts_rows, from_local, matrix_dimensions
+from novoscale.layout import Layout, matrix_dimensions
 
 Options = Mapping[str, Any]
 

@@ -393,3 +393,23 @@ def test_the_paper_is_still_the_default():
         optimizer.step()
         oracle.step([g])
     assert deviation(p.detach().numpy(), oracle.weights[0]) < 2e-6
+
+
+def test_options_that_a_schedule_turns_on_and_off_take_effect():
+    params = parameters()
+    oracle = FactoredOracle([p.detach().numpy() for p in params], lr=0.01)
+    optimizer = NovoGrad(params, **ADAMW)
+    for step in range(6):
+        changed = {
+            "clip_threshold": [None, 0.3, None][step % 3],
+            "scale_parameter": step > 3,
+            "nesterov": step != 2,
+        }
+        optimizer.param_groups[0].update(changed)
+        oracle.options.update(changed)
+        grads = gradients(step)
+        for p, g in zip(params, grads, strict=True):
+            p.grad = torch.as_tensor(g).float()
+        optimizer.step()
+        oracle.step([p.grad.double().numpy() for p in params])
+    assert worst(params, oracle) < 3e-5

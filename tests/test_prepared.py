@@ -9,7 +9,7 @@ import torch
 from oracle import Oracle, deviation
 from torch import nn
 
-from novoscale import NovoGrad, kernels, prepared
+from novoscale import NovoGrad, kernels, layer_tables, prepared
 
 SHAPES = ((3, 4), (5,), (1,), (20, 7))
 
@@ -183,6 +183,6 @@ def test_second_moments_of_a_group_are_views_of_one_vector():
 def test_neighbouring_storages_are_not_taken_for_one_vector():
     base = torch.zeros(2)
     a, b = torch.empty(0).set_(base.untyped_storage(), 0, (1,)), base[1:]
-    assert prepared._joined([a, b], a.device) is not None
+    assert layer_tables._joined([a, b], a.device) is not None
     other = torch.from_numpy(np.zeros(2, dtype=np.float32))
-    assert prepared._joined([other[:1], torch.from_numpy(other.numpy()[1:])], a.device) is None
+    assert layer_tables._joined([other[:1], torch.from_numpy(other.numpy()[1:])], a.device) is None
