@@ -107,7 +107,10 @@ def _show(verdict: verifying.Verdict) -> None:
     console.print(table)
     name, worst = verdict.worst
     outcome = "[green]the same training" if verdict.passed else "[red]not the same training"
-    console.print(f"{outcome}[/]: worst {worst:.1e} in {name}, bound {verdict.bound:.1e}", highlight=False)
+    bound = f"bound {verdict.bound:.1e}"
+    if verdict.of_seeds is not None:
+        bound = f"another seed in one process {verdict.of_seeds:.1e}"
+    console.print(f"{outcome}[/]: worst {worst:.1e} in {name}, {bound}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.cuts import PlainNovoGrad
 from novoscale.ranks import RankError
 from novoscale.verify import VerifyError, verify
 from novoscale.verify.config import prepare, read
@@ -50,6 +51,37 @@ def test_bfloat16_passes_within_its_own_bound():
     verdict = verify(ds(2, bf16={"enabled": True}), ranks=2)
     assert verdict.bound == 2**-6
     assert verdict.passed
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*novograd*.json")), ids=lambda p: p.name)
+def test_the_recommended_configuration_passes(config):
+    """Its moments are rounded: a cut changes less than another seed would."""
+    verdict = verify(config, ranks=3)
+    assert verdict.passed
+    assert verdict.worst[1] <= verdict.of_seeds == verdict.bound
+
+
+def test_a_wrong_optimizer_that_takes_a_seed_fails():
+    """Rounded by chance, and the norm of each flat partition taken for that of a layer."""
+    options = {"lr": 0.003}
+    verdict = verify(ds(2), ranks=3, steps=5, optimizer="test_verify:RoundedPlainNovoGrad", options=options)
+    assert not verdict.passed
+    assert 2e-5 < verdict.of_seeds < 0.5 * verdict.worst[1]
+
+
+class RoundedPlainNovoGrad(PlainNovoGrad):
+    """Moments rounded as bfloat16 by chance."""
+
+    def __init__(self, params, lr, seed=0):
+        super().__init__(params, lr=lr)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def step(self, closure=None):
+        super().step(closure)
+        for state in self.state.values():
+            moment = state["exp_avg"]
+            noise = torch.rand(moment.shape, generator=self.generator) - 0.5
+            moment.mul_((1 + 2**-8 * noise).to(moment.dtype))
 
 
 def test_users_model(tmp_path, monkeypatch):
