@@ -127,15 +127,15 @@ def quality(results: dict[str, dict[str, Any]], steps: int, source: dict[str, An
         over_rates.set_xscale("log", base=2)
         over_rates.set(title=model, xlabel="learning rate over the best of it", ylabel="loss, nats per byte")
         lowest = min(min(found["rates"].values()) for found in swept.values())
-        over_rates.set_ylim(lowest - 0.03, lowest + 0.9)
-        over_rates.legend(frameon=False, fontsize=7)
+        over_rates.set_ylim(lowest - 0.03, lowest + 1.1)
+        over_rates.legend(frameon=False, fontsize=6, ncols=2, loc="upper right")
         names = list(cases)[::-1]
         for place, name in enumerate(names):
             losses = cases[name]["seeds"]
             over_seeds.plot(losses, [place] * len(losses), "o", ms=4, alpha=0.6, color="#4477aa")
             over_seeds.plot([statistics.mean(losses)] * 2, [place - 0.3, place + 0.3], color="#333333")
         over_seeds.set_yticks(range(len(names)), names, size=7)
-        over_seeds.set(xlabel=f"validation loss after {steps} steps: seeds at the best rate, and their mean")
+        over_seeds.set(xlabel=f"loss after {steps} steps: seeds at the best rate, and their mean")
     save(figure, path, source)
 
 
