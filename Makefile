@@ -25,7 +25,7 @@ cuts: $(VENV)/.rivals
 speed: $(VENV)/.installed
 	$(RUN) python benchmarks/speed.py $(ARGS)
 
-quality: $(VENV)/.installed
+quality: $(VENV)/.rivals
 	$(RUN) python benchmarks/quality.py $(ARGS)
 
 memory: $(VENV)/.rivals
