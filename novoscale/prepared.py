@@ -178,7 +178,7 @@ class Prepared:
         layers = self.layers[group]
         if layers.t is None or not self.rounds[group]:
             return torch.zeros_like(layers.v, dtype=torch.int64)
-        return rounding.keys(seed, layers.by_layer(layers.number), layers.steps().long())
+        return rounding.keys(seed, layers.by_layer(layers.number), layers.by_count(layers.t).long())
 
     def release(self) -> None:
         """Put the state back where it is kept, and let go of tensors, at the end of a step."""

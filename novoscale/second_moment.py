@@ -76,10 +76,9 @@ class Layers:
         """The sum over the layers of each parameter that are here, in a fixed order."""
         return torch.segment_reduce(values, "sum", lengths=self.here, unsafe=True)
 
-    def steps(self) -> Tensor:
-        """The steps of each layer, float64."""
-        assert self.t is not None
-        return (self.by_layer(self.t) if self.counts_once else self.t).double()
+    def by_count(self, values: Tensor) -> Tensor:
+        """A vector with one element for each count of steps as one with one for each layer."""
+        return self.by_layer(values) if self.counts_once else values
 
 
 def adds_up(options: Options) -> bool:
@@ -211,7 +210,8 @@ def mean_square_update(layers: Layers, S: Tensor, active: Tensor, options: Optio
     numel = layers.by_layer(torch.where(divided, layers.numel, 1))
     mean_square = torch.where(active, S / numel / layers.v.double(), 0.0)
     if options["bias_correction"]:
-        mean_square = mean_square * (1 - torch.pow(options["betas"][1], layers.steps()))
+        assert layers.t is not None
+        mean_square = mean_square * layers.by_count(1 - torch.pow(options["betas"][1], layers.t.double()))
     weight = torch.where(layers.by_layer(layers.scattered), layers.share, 1.0)
     return layers.by_parameter(mean_square * weight) / layers.layers
 
@@ -256,9 +256,12 @@ def coefficients(
     correction2: Tensor | float = 1.0
     next_correction1: Tensor | float = 1.0
     if options["bias_correction"]:
-        t = layers.steps().clamp(min=1)
-        correction1, next_correction1 = 1 - torch.pow(beta1, t), 1 - torch.pow(beta1, t + 1)
-        correction2 = (1 - torch.pow(beta2, t)).sqrt()
+        assert layers.t is not None
+        t = layers.t.double().clamp(min=1)  # powers take time: once for each count
+        correction1 = layers.by_count(1 - torch.pow(beta1, t))
+        correction2 = layers.by_count((1 - torch.pow(beta2, t)).sqrt())
+        if options["nesterov"]:
+            next_correction1 = layers.by_count(1 - torch.pow(beta1, t + 1))
         norm = norm / correction2
     inverse = 1 / (norm + options["eps"])
     row_root = column_root = ahead = None
