@@ -154,11 +154,11 @@ def sums(layers: Layers, S: Tensor, options: Options) -> Tensor:
     """
     assert layers.share is not None
     beta2 = options["betas"][1]
-    weight = torch.full_like(S, 1 - beta2)
-    if not options["init_zero"]:
-        weight = torch.where(layers.v == 0, 1.0, weight)
-    kept = layers.share * beta2 * layers.v.double()
-    return torch.stack((layers.by_parameter(weight * S), layers.by_parameter(kept)))
+    if options["init_zero"]:
+        fresh = (1 - beta2) * layers.by_parameter(S)
+    else:
+        fresh = layers.by_parameter(torch.where(layers.v == 0, S, (1 - beta2) * S))
+    return torch.stack((fresh, beta2 * layers.by_parameter(layers.share * layers.v)))
 
 
 def advance(
@@ -248,48 +248,50 @@ def coefficients(
         grad_scale, step_size, decay, ahead, row_root and column_root; None for what the group has no use.
     """
     beta1, beta2 = options["betas"]
+    lr = options["lr"]
+    # A number is not moved to the device: that would be a copy, which a CUDA graph cannot hold.
+    lr = lr.to(layers.v.device).double().reshape(()) if isinstance(lr, Tensor) else float(lr)
     v = layers.v.double()
-    norm = v.sqrt() if options["norm_type"] == 2 else v
-    if options["normalize"] == "rms":
-        norm = norm / layers.by_layer(layers.numel).double().sqrt()
-    correction1: Tensor | float = 1.0
-    correction2: Tensor | float = 1.0
-    next_correction1: Tensor | float = 1.0
+
+    def constant(value: Tensor | float) -> Tensor:
+        return value.expand(len(v)) if isinstance(value, Tensor) else torch.full_like(v, value)
+
+    is_row = layers.by_layer(layers.factored) if layers.columns is not None else None
+    if is_row is not None:
+        # The mean of the rows' second moments after the step, by the sums that made it.
+        mean = (totals[FRESH] / layers.numel + totals[KEPT]) / layers.layers
+        v = v / layers.by_layer(torch.where(layers.factored, mean, layers.numel))
+    elif options["normalize"] == "rms":
+        v = v / layers.by_layer(layers.numel)
+    root = v.sqrt() if options["norm_type"] == 2 else v
+    step_size, ahead = constant(lr), constant(lr * beta1) if options["nesterov"] else None
     if options["bias_correction"]:
         assert layers.t is not None
         t = layers.t.double().clamp(min=1)  # powers take time: once for each count
-        correction1 = layers.by_count(1 - torch.pow(beta1, t))
-        correction2 = layers.by_count((1 - torch.pow(beta2, t)).sqrt())
+        root = root / layers.by_count((1 - torch.pow(beta2, t)).sqrt())
+        step_size = layers.by_count(lr / (1 - torch.pow(beta1, t)))
         if options["nesterov"]:
-            next_correction1 = layers.by_count(1 - torch.pow(beta1, t + 1))
-        norm = norm / correction2
-    inverse = 1 / (norm + options["eps"])
-    row_root = column_root = ahead = None
-    if layers.columns is not None:
-        is_row = layers.by_layer(layers.factored)
-        # The mean of the rows' second moments after the step, by the sums that made it.
-        mean = (totals[FRESH] / layers.numel + totals[KEPT]) / layers.layers
-        row_root = torch.where(is_row, (v / layers.by_layer(mean)).sqrt() / correction2, 0.0)
-        column_root = layers.columns.double().sqrt()
+            ahead = layers.by_count(lr * beta1 / (1 - torch.pow(beta1, t + 1)))
+    inverse = 1 / (root + options["eps"])
+    if is_row is not None:
         inverse = torch.where(is_row, 1.0, inverse)  # the kernels divide by the roots
-    ones = torch.ones_like(norm)
     sign = -1.0 if options["maximize"] else 1.0
-    grad_scale = ones * (sign if scale is None else sign * scale)
+    grad_scale = constant(sign if scale is None else sign * scale)
     if of_update is not None:
         grad_scale = grad_scale * layers.by_layer(of_update)
-    lr = options["lr"]
-    # A number is not moved to the device: that would be a copy, which a CUDA graph cannot hold.
-    lr = lr.to(v.device).double().reshape(()) if isinstance(lr, Tensor) else float(lr)
-    step_size = ones * (lr / correction1)
-    if options["nesterov"]:
-        ahead = ones * (lr * beta1 / next_correction1)
     if options["reg_inside_moment"]:
         grad_scale = grad_scale * inverse
     else:
         step_size = step_size * inverse
         ahead = None if ahead is None else ahead * inverse
-    decay = ones * (lr * options["weight_decay"])
-    return grad_scale, step_size, decay, ahead, row_root, column_root
+    return (
+        grad_scale,
+        step_size,
+        constant(lr * options["weight_decay"]),
+        ahead,
+        None if is_row is None else root,
+        None if layers.columns is None else layers.columns.double().sqrt(),
+    )
 
 
 def of_all(parts: Sequence[tuple[tuple[Tensor | None, ...], Tensor, Tensor]]) -> Coefficients:

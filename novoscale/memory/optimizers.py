@@ -86,7 +86,7 @@ def _novograd(**options: Any) -> Candidate:
         "novoscale",
         state=rules.novograd(momentum, known["granularity"], known["bias_correction"]),
         timed_on=BOTH,
-        moved=(2, 2, 2),
+        moved=(3 if options.get("scale_parameter") else 2, 2, 2),
         state_bytes={"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}[momentum],
         clips="max_grad_norm",
     )
@@ -124,6 +124,7 @@ CANDIDATES: dict[str, Candidate] = {
     "NovoGrad, int4": _novograd(momentum_dtype="int4"),
     "NovoGrad, int8, by row": _novograd(momentum_dtype="int8", granularity="row", normalize="rms"),
     "NovoGrad, adamw": _novograd(preset="adamw"),
+    "NovoGrad, adamw, scaled": _novograd(preset="adamw", scale_parameter=True),
     "NovoGrad, adamw, int8": _novograd(preset="adamw", momentum_dtype="int8"),
     "NovoGrad, adamw, int4": _novograd(preset="adamw", momentum_dtype="int4"),
     "NovoGrad, reference": _novograd(fused=False),
