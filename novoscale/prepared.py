@@ -333,6 +333,7 @@ def of_weights(
                 grad=shard.param,
                 exp_avg=None,
                 exp_avg_scale=None,
+                nesterov=False,  # which needs a first moment
                 pieces=momentum.pieces(one, momentum.stored(one, "float32")[0], firsts[tensor]),
             )
     return list(shown.values())

@@ -150,9 +150,10 @@ def test_a_schedule_of_an_option_makes_no_new_plan():
 
 
 @pytest.mark.skipif(kernels.fused("cpu") is None, reason="no C++ compiler")
-def test_tables_are_made_once():
+@pytest.mark.parametrize("options", [{}, {"preset": "adamw", "scale_parameter": True}], ids=str)
+def test_tables_are_made_once(options):
     params = parameters()
-    optimizer = NovoGrad(params, lr=0.1)
+    optimizer = NovoGrad(params, lr=0.1, **options)
     with mock.patch.object(prepared, "build", wraps=prepared.build) as made:
         for step in range(4):
             for p, g in zip(params, gradients(step), strict=True):
