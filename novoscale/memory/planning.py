@@ -178,7 +178,10 @@ def _largest_share(shapes: Shapes, partition: int) -> int:
 
 
 def _partitions(shapes: Shapes, elements: int) -> Iterator[tuple[Piece, ...]]:
-    """The parameters, or the parts of them, that fill each partition of so many elements."""
+    """The parameters, or the parts of them, that fill each partition of so many elements.
+
+    Of those that lie within one parameter only one: there are as many as ranks, and they are alike.
+    """
     pieces: list[Piece] = []
     room = elements
     for shape in shapes:
@@ -190,5 +193,7 @@ def _partitions(shapes: Shapes, elements: int) -> Iterator[tuple[Piece, ...]]:
             if room == 0:
                 yield tuple(pieces)
                 pieces, room = [], elements
+                if left > 2 * elements:
+                    left = elements + left % elements
     if pieces:
         yield tuple(pieces)

@@ -13,7 +13,7 @@ from novoscale.memory import optimizer_state_bytes, rules
 from novoscale.memory.measuring import Job, measure
 from novoscale.memory.models import build, shipped
 from novoscale.memory.optimizers import CANDIDATES
-from novoscale.memory.planning import plan, smallest_world
+from novoscale.memory.planning import _partitions, plan, smallest_world
 from novoscale.memory.rules import Piece, Stepped
 
 LIMIT = 0.01
@@ -116,6 +116,19 @@ def test_rule_of_novograds_formats():
     assert bytes_of("int4") == blocks * (64 + 2) + 4 * 2_000 + 8 * 2
     assert bytes_of("float32", "row") == 4 * 12_010 + 4 * (100 + 1)
     assert bytes_of("float32", size=2) == 4 * 12_010 + 8 * 2
+
+
+@pytest.mark.parametrize("elements", [1, 7, 24, 100, 1000])
+def test_partitions_within_one_parameter_are_counted_once_and_no_other_is_left_out(elements):
+    shapes = [(3, 5), (40, 9), (7,), (100, 11), (24,)]
+    flat = [(index, shape) for index, shape in enumerate(shapes) for _ in range(math.prod(shape))]
+    every = set()
+    for start in range(0, len(flat), elements):
+        held = flat[start : start + elements]
+        every.add(tuple(Piece(shape, held.count((i, shape))) for i, shape in dict.fromkeys(held)))
+    found = list(_partitions(shapes, elements))
+    assert set(found) == every
+    assert len(found) <= 3 * len(shapes)
 
 
 def test_smallest_world_is_the_first_that_fits():
