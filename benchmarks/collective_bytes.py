@@ -22,11 +22,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from novoscale.collectives import Placed, Plan
+from novoscale import NovoGrad
 from novoscale.dtensors import sharded
-from novoscale.layout import Layout, Parameter, Segment, describe, partition
+from novoscale.layout import Layout, Parameter, describe, one_after_another, partition
 from novoscale.memory.models import build
-from novoscale.second_moment import SUMS
+from novoscale.prepared import plan
 
 GRANULARITIES = ("tensor", "row", "factored")
 
@@ -56,26 +56,15 @@ def main(
 
 def counted(layouts: Sequence[Layout], granularity: str) -> int:
     """Bytes of the all-reduce of a step over these tensors."""
-    placed, first, column, parameter = [], 0, 0, 0
-    for layout in layouts:
-        placed.append(Placed(layout, first, first_column=column, first_parameter=parameter))
-        first, column = first + layout.layers, column + layout.columns
-        parameter += len(layout.held)
-    sums = SUMS if granularity == "factored" else 0
-    return Plan(placed, torch.device("cpu"), sums).bytes_reduced
+    group = NovoGrad([torch.zeros(1)], preset="adamw", granularity=granularity).param_groups[0]
+    return plan([(group, [])], [layouts], torch.device("cpu")).bytes_reduced
 
 
 def zero_2(parameters: Sequence[Parameter], shapes: Sequence[tuple[int, ...]], world: int) -> list[Layout]:
     """One flat tensor, cut into equal partitions."""
-    elements = sum(p.numel for p in parameters)
-    size = 2 * -(-elements // (2 * world))
-    pieces: list[list[Segment]] = [[] for _ in range(world)]
-    begin = 0
-    for index, p in enumerate(parameters):
-        for rank in range(begin // size, (begin + p.numel - 1) // size + 1):
-            low, high = max(begin, rank * size), min(begin + p.numel, (rank + 1) * size)
-            pieces[rank].append(Segment(low - rank * size, high - rank * size, index, low - begin))
-        begin += p.numel
+    sizes = [p.numel for p in parameters]
+    size = 2 * -(-sum(sizes) // (2 * world))
+    pieces = one_after_another(sizes, size, world)
     return [partition(parameters, pieces, rank=0, numel=size, process_group=torch.distributed.group.WORLD)]
 
 

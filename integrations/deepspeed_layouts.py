@@ -21,6 +21,7 @@ from novoscale.layout import (
     Segment,
     describe,
     matrix_dimensions,
+    one_after_another,
     partition,
     whole,
 )
@@ -63,15 +64,8 @@ def bf16(wrapper: Any) -> Iterator[Bound]:
     for i, params in enumerate(wrapper.bf16_groups):
         process_group = wrapper.real_dp_process_group[i]
         flat = wrapper.fp32_groups_flat_partition[i]
-        size = flat.numel()
-        pieces: list[list[Segment]] = [[] for _ in range(dist.get_world_size(group=process_group))]
-        begin = 0
-        for layer, p in enumerate(params):
-            end = begin + p.numel()
-            for holder in range(begin // size, (end - 1) // size + 1):
-                low, high = max(begin, holder * size), min(end, (holder + 1) * size)
-                pieces[holder].append(Segment(low - holder * size, high - holder * size, layer, low - begin))
-            begin = end
+        world = dist.get_world_size(group=process_group)
+        pieces = one_after_another([p.numel() for p in params], flat.numel(), world)
         _check_weights(flat, [p.detach().reshape(-1) for p in params], pieces[_rank(process_group)])
         yield i, flat, _cut(wrapper, i, params, pieces, flat, process_group, number)
         number += len(params)

@@ -100,8 +100,7 @@ class Plan:
             if p.layout.scattered:
                 groups = tuple(id(completion.process_group) for completion in p.layout.completions)
                 scattered.setdefault(groups, []).append(range(p.first, p.first + p.layout.layers))
-            in_order = p.layout.in_order()
-            order = [in_order.index(index) for index in range(len(in_order))]
+            order = p.layout.numbers()
             for completion in p.layout.completions:
                 key = (id(completion.process_group), p.op)
                 reduction = merged.setdefault(key, _Reduction(completion.process_group, p.op))

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from novoscale import second_moment
-from novoscale.layout import Layout, local_tensor
+from novoscale.layout import Layout, counts_once, local_tensor
 from novoscale.second_moment import Layers
 
 Group = dict[str, Any]
@@ -44,17 +44,13 @@ def layers_of_group(group: Group, layouts: Sequence[Layout], kept: Kept, device:
 
     share = scattered = None
     if second_moment.adds_up(group):
-        scattered = torch.tensor(
-            [index in of for layout, of in zip(layouts, map(_scattered, layouts), strict=True)
-             for index in layout.in_order()],
-            dtype=torch.bool, device=device,
-        )  # fmt: skip
+        scattered = integers(flag for layout in layouts for flag in _scattered(layout)) > 0
         share = _shares(layouts).to(device)
     return Layers(
         v=kept.v,
         columns=kept.columns,
         t=kept.t,
-        counts_once=second_moment.counts_once(group),
+        counts_once=counts_once(group["granularity"]),
         here=integers(h.count for h in held),
         numel=integers(p.layer_numel * p.row_shares for p in parameters),
         number=integers(p.number for p in parameters),
@@ -66,9 +62,10 @@ def layers_of_group(group: Group, layouts: Sequence[Layout], kept: Kept, device:
     )
 
 
-def _scattered(layout: Layout) -> set[int | None]:
-    """The parameters (indices of ``held``) of which some ranks have different layers."""
-    return {span.place for completion in layout.completions for span in completion.scattered}
+def _scattered(layout: Layout) -> list[bool]:
+    """Whether ranks have different layers of each parameter; in the order of the vector of layers."""
+    found = {span.place for completion in layout.completions for span in completion.scattered}
+    return [index in found for index in layout.in_order()]
 
 
 def _shares(layouts: Sequence[Layout]) -> Tensor:

@@ -195,11 +195,15 @@ class Layout:
         """The indices of ``held`` in the order of the tensor's vector of layers."""
         return sorted(range(len(self.held)), key=lambda i: self.held[i].parameter.factored)
 
+    def numbers(self) -> list[int]:
+        """Of each parameter in ``held``, which it is in that order."""
+        numbers = {index: number for number, index in enumerate(self.in_order())}
+        return [numbers[index] for index in range(len(self.held))]
+
     def places(self) -> list[int]:
         """Of each parameter in ``held``, the place of its first layer in the tensor's vector of layers."""
-        order = self.in_order()
-        places = dict(zip(order, _starts([self.held[i].count for i in order]), strict=True))
-        return [places[i] for i in range(len(self.held))]
+        starts = _starts([self.held[i].count for i in self.in_order()])
+        return [starts[number] for number in self.numbers()]
 
     def column_places(self) -> list[int]:
         """The same of its columns."""
@@ -207,9 +211,9 @@ class Layout:
 
     def by_parameter(self) -> Layout:
         """The elements, with each parameter as one layer; those in the order of the vector of layers."""
-        order = self.in_order()
-        parameters = (replace(self.held[i].parameter, layers=1, factored=False) for i in order)
-        segments = tuple(replace(s, parameter=order.index(s.parameter)) for s in self.segments)
+        numbers = self.numbers()
+        parameters = (replace(self.held[i].parameter, layers=1, factored=False) for i in self.in_order())
+        segments = tuple(replace(s, parameter=numbers[s.parameter]) for s in self.segments)
         return Layout(self.numel, tuple(Held(p, 0, 1) for p in parameters), segments)
 
     def owned(self) -> list[range]:
@@ -241,9 +245,12 @@ def matrix_dimensions(shape: Sequence[int]) -> int:
     return min(range(1, len(shape)), key=lambda k: math.prod(shape[:k]) + math.prod(shape[k:]))
 
 
-def describe(
-    name: str, shape: Sequence[int], granularity: str | int, number: int = 0, numel: int | None = None
-) -> Parameter:
+def counts_once(granularity: str | int) -> bool:
+    """Whether a parameter has one count of steps, and not one for each layer."""
+    return granularity in ("element", "factored")
+
+
+def describe(name: str, shape: Sequence[int], granularity: str | int, number: int = 0) -> Parameter:
     """A parameter with its layers.
 
     Args:
@@ -251,41 +258,35 @@ def describe(
         shape: of the whole parameter.
         granularity: what a layer is, see ``NovoGrad``.
         number: see ``Parameter``.
-        numel: of the whole parameter, if not that of the shape.
 
     Raises:
         LayoutError: the number of layers does not divide the first dimension, or a layer for each element of
             a parameter that is no vector.
     """
-    elements = math.prod(shape) if numel is None else numel
-    elementwise = granularity in ("element", "factored") and len(shape) < 2
-    factored = granularity == "factored" and len(shape) > 1 and elements > 0
-    return Parameter(
-        name,
-        elements,
-        layers_of(name, shape, granularity),
-        number,
-        factored=factored,
-        counts_once=factored or (elementwise and elements > 0),
-    )
+    numel = math.prod(shape)
+    factored = granularity == "factored" and len(shape) > 1 and numel > 0
+    layers = _layers(name, shape, granularity) if numel else 1
+    return Parameter(name, numel, layers, number, factored, counts_once(granularity))
 
 
-def layers_of(name: str, shape: Sequence[int], granularity: str | int) -> int:
-    """Into how many layers a parameter is cut along its leading dimensions: see :func:`describe`."""
-    if granularity == "tensor" or math.prod(shape) == 0:
+def _layers(name: str, shape: Sequence[int], granularity: str | int) -> int:
+    """Into how many layers a parameter is cut along its leading dimensions."""
+    is_vector = len(shape) < 2
+    if granularity == "tensor" or (granularity == "row" and is_vector):
         return 1
     if granularity == "row":
-        return shape[0] if len(shape) > 1 else 1
-    if granularity in ("element", "factored"):
-        if len(shape) < 2:
-            return math.prod(shape)
-        if granularity == "factored":
-            return math.prod(shape[: matrix_dimensions(shape)])
+        return shape[0]
+    if counts_once(granularity) and is_vector:
+        return math.prod(shape)
+    if granularity == "factored":
+        return math.prod(shape[: matrix_dimensions(shape)])
+    if granularity == "element":
+        elements, split = math.prod(shape), matrix_dimensions(shape)
+        factors = math.prod(shape[:split]) + math.prod(shape[split:])
         raise LayoutError(
             f'{name} has the shape {tuple(shape)}: granularity="element" is for vectors, and would keep '
-            f"{math.prod(shape):,} second moments here, {4 * math.prod(shape):,} bytes, as many as Adam. Use "
-            f'granularity="factored", which keeps {sum(_factors(shape)):,} and has one for each element of '
-            "vectors"
+            f"{elements:,} second moments here, {4 * elements:,} bytes, as many as Adam. Use "
+            f'granularity="factored", which keeps {factors:,} and has one for each element of vectors'
         )
     count = int(granularity)
     if not shape or shape[0] % count:
@@ -296,10 +297,24 @@ def layers_of(name: str, shape: Sequence[int], granularity: str | int) -> int:
     return count
 
 
-def _factors(shape: Sequence[int]) -> tuple[int, int]:
-    """The rows and the columns of a factored parameter."""
-    split = matrix_dimensions(shape)
-    return math.prod(shape[:split]), math.prod(shape[split:])
+def one_after_another(sizes: Sequence[int], partition: int, ranks: int) -> list[list[Segment]]:
+    """The pieces of each rank where parameters lie one after another in equal partitions of a flat tensor.
+
+    Args:
+        sizes: elements of the parameters.
+        partition: elements of a partition.
+        ranks: how many there are.
+    """
+    pieces: list[list[Segment]] = [[] for _ in range(ranks)]
+    begin = 0
+    for index, numel in enumerate(sizes):
+        end = begin + numel
+        for rank in range(begin // partition, (end - 1) // partition + 1):
+            low, high = max(begin, rank * partition), min(end, (rank + 1) * partition)
+            first = rank * partition
+            pieces[rank].append(Segment(low - first, high - first, index, low - begin))
+        begin = end
+    return pieces
 
 
 def whole(parameter: Parameter) -> Layout:
@@ -351,18 +366,19 @@ def partition(
     bare = Layout(numel, held, ())
     place, column = (dict(zip(mine, p, strict=True)) for p in (bare.places(), bare.column_places()))
     local = {index: i for i, index in enumerate(mine)}
-    spans, columns = [], []
-    cut = [i for i, by_rank in enumerate(ranges) if len(by_rank) > 1]
+    spans, columns, cut = [], [], []
     for index, by_rank in enumerate(ranges):
         own = by_rank.get(rank, range(0))
         for shared in _shared(list(by_rank.values())):
             here = place[index] + shared.start - own.start if shared.start in own else None
             spans.append(Span(here, len(shared)))
-        if index in cut and parameters[index].factored:
-            columns.append(Span(column.get(index), parameters[index].columns))
-    scattered = [
+        if len(by_rank) > 1:
+            cut.append(index)
+            if parameters[index].factored:
+                columns.append(Span(column.get(index), parameters[index].columns))
+    scattered = {
         i for i, p in enumerate(parameters) if p.column_shares > 1 or len(set(ranges[i].values())) > 1
-    ]
+    }
 
     def held_of(indices: Sequence[int]) -> tuple[Span, ...]:
         return tuple(Span(local.get(i), 1) for i in indices)

@@ -88,8 +88,9 @@ class Prepared:
         statistic = self.kernels.sum_of_squares()
         if inverse_scale is not None:
             for (group, _), (S, of_columns, _) in zip(groups, self.by_group(statistic), strict=True):
-                S.mul_(inverse_scale if group["norm_type"] == 0 else inverse_scale.square())
-                of_columns.mul_(inverse_scale.square())
+                of_statistic = second_moment.power(inverse_scale, group)
+                S.mul_(of_statistic)
+                of_columns.mul_(of_statistic)
         if not self.plan.sums:
             return statistic
         numbers = statistic.new_zeros(second_moment.SUMS, self.plan.parameters)

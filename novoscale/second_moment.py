@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from novoscale.dtensors import by_rows, cuts_rows, from_local
 from novoscale.kernels.shards import Coefficients
-from novoscale.layout import Layout, matrix_dimensions
+from novoscale.layout import Layout, counts_once, matrix_dimensions
 
 Options = Mapping[str, Any]
 
@@ -83,12 +83,9 @@ class Layers:
 
 def adds_up(options: Options) -> bool:
     """Whether the ranks add up numbers of each parameter of a param group in a step."""
-    return bool(counts_once(options) or options["scale_parameter"] or options["clip_threshold"])
-
-
-def counts_once(options: Options) -> bool:
-    """Whether the parameters of a group have one count of steps each, and not one for each layer."""
-    return options["granularity"] in ("element", "factored")
+    return bool(
+        counts_once(options["granularity"]) or options["scale_parameter"] or options["clip_threshold"]
+    )
 
 
 # ---- the state -------------------------------------------------------------------------------------------
@@ -327,10 +324,15 @@ def clipped(
     S: Tensor, of_columns: Tensor, totals: Tensor, clip: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The statistics of gradients that are multiplied by ``clip``."""
-    square = clip.square()
+    of_statistic = power(clip, options)
     if len(totals):
-        totals = torch.cat((totals[:1] * square, totals[1:]))
-    return S * (clip if options["norm_type"] == 0 else square), of_columns * square, totals
+        totals = torch.cat((totals[:1] * of_statistic, totals[1:]))
+    return S * of_statistic, of_columns * of_statistic, totals
+
+
+def power(factor: Tensor, options: Options) -> Tensor:
+    """What the statistic of a layer is multiplied by where the gradients are multiplied by ``factor``."""
+    return factor if options["norm_type"] == 0 else factor.square()
 
 
 def clip_coefficient(total: Tensor, max_grad_norm: float | None) -> Tensor | None:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from novoscale.layout import matrix_dimensions
+from novoscale.layout import describe
 
 FLOAT32 = 4
 SMALL = 4096  # elements: bitsandbytes, torchao and NovoGrad leave smaller tensors in float32
@@ -111,16 +111,9 @@ def novograd(
 
 def _second_moments(piece: Piece, granularity: str | int) -> tuple[int, int]:
     """How many second moments, and how many counts of steps."""
-    if granularity in ("factored", "element"):
-        if len(piece.shape) < 2:
-            return piece.numel, 1
-        split = matrix_dimensions(piece.shape)
-        columns = math.prod(piece.shape[split:])
-        return math.ceil(piece.numel / columns) + columns, 1
-    if granularity == "row" and len(piece.shape) > 1:
-        rows = math.ceil(piece.numel / (piece.whole // piece.shape[0]))
-        return rows, rows
-    return 1, 1
+    p = describe("a parameter", piece.shape, granularity)
+    layers = math.ceil(piece.numel / p.layer_numel) if p.layers > 1 else 1
+    return layers + p.columns, 1 if p.counts_once else layers
 
 
 def _first_moment(t: Stepped, momentum: str) -> int:
