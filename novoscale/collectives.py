@@ -6,11 +6,13 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from graphlib import TopologicalSorter
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from novoscale.blocks import NONE, CutBlocks
 from novoscale.layout import Layout, LayoutError, Parameter, Span
 
 # A layer's statistic is kept in float32; one that does not fit there is treated as non-finite.
@@ -28,6 +30,8 @@ class Placed:
             magnitudes the largest is taken.
         first_column: the place of its first column among all columns of factored parameters.
         first_parameter: the place of its first parameter among all parameters.
+        first_block: the place of its first cut block among all.
+        cut_blocks: of the layout, if its first moment is in blocks.
     """
 
     layout: Layout
@@ -35,6 +39,8 @@ class Placed:
     op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
     first_column: int = 0
     first_parameter: int = 0
+    first_block: int = 0
+    cut_blocks: CutBlocks = NONE
 
 
 @dataclass
@@ -79,14 +85,17 @@ class Plan:
         LayoutError: on every rank, if the ranks of a process group have different layers.
 
     Attributes:
+        placed: the layouts.
         layers: how many layers the vector has.
         columns: how many columns.
         parameters: how many parameters.
         sums: how many numbers of each.
+        cut_blocks: how many blocks of first moments are cut: see :meth:`agree_on_blocks`.
         device: where the vector of statistics lives.
     """
 
     def __init__(self, placed: Sequence[Placed], device: torch.device, sums: int = 0) -> None:
+        self.placed = placed
         self._held = [(p.layout.held[i], p.op) for p in placed for i in p.layout.in_order()]
         self.layers = sum(h.count for h, _ in self._held)
         self.columns = sum(h.columns for h, _ in self._held)
@@ -116,6 +125,8 @@ class Plan:
                     shared.add(completion.scattered, p.first_parameter, order)
         self._reductions = [_indexed(r, device) for r in merged.values()]
         self._shares = [_indexed(r, device) for r in shares.values()]
+        self.cut_blocks = sum(len(p.cut_blocks) for p in placed)
+        self._blocks = [_indexed(r, device) for r in _blocks_in_stages(placed)]
         for index, groups in enumerate(scattered):
             for key, reduction in merged.items():
                 if key in ((group, dist.ReduceOp.SUM) for group in groups):
@@ -189,6 +200,21 @@ class Plan:
             sums = sums.index_copy(0, places, self._all_reduce(reduction, buffer)[slots])
         return sums
 
+    def agree_on_blocks(self, largest: Tensor) -> Tensor:
+        """Put together what the ranks have found of cut blocks: one all-reduce for each process group.
+
+        Args:
+            largest: int32 ``[2, cut_blocks]``: see ``kernels.reference.largest``; changed in place.
+        """
+        for reduction, _, places in self._blocks:
+            largest[:, places] = self._all_reduce(reduction, largest[:, places])
+        return largest
+
+    @property
+    def bytes_of_blocks(self) -> int:
+        """What this rank gives to the collectives of :meth:`agree_on_blocks`."""
+        return sum(8 * r.length for r, _, _ in self._blocks)
+
     def _agree(self, reduction: _Reduction) -> None:
         """Raise on every rank if the ranks have different layers, rather than add up what does not match."""
         known = [(p.name, p.numel, p.layers, p.number, p.factored) for p in reduction.parameters]
@@ -234,6 +260,21 @@ class Plan:
         squared = (op == dist.ReduceOp.SUM for held, op in self._held for _ in range(held.count))
         rows = zip(self.names(), self._statistic.tolist(), squared, strict=True)
         return {name: math.sqrt(value) if is_square else value for name, value, is_square in rows}
+
+
+def _blocks_in_stages(placed: Sequence[Placed]) -> list[_Reduction]:
+    """The reductions of cut blocks, each after those before it in the stages of any tensor."""
+    found: dict[int, _Reduction] = {}
+    after: TopologicalSorter[int] = TopologicalSorter()
+    for p in placed:
+        before: list[int] = []
+        for process_group, blocks in p.cut_blocks.stages:
+            key = id(process_group)
+            after.add(key, *before)
+            before.append(key)
+            reduction = found.setdefault(key, _Reduction(process_group, dist.ReduceOp.MAX))
+            reduction.add([Span(block, 1) for block in blocks.tolist()], p.first_block)
+    return [found[key] for key in after.static_order() if found[key].length]
 
 
 def _indexed(reduction: _Reduction, device: torch.device) -> tuple[_Reduction, Tensor, Tensor]:

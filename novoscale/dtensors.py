@@ -4,15 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import cast
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from novoscale.layout import Completion, Held, Layout, LayoutError, Parameter, Segment, Span, local_tensor
+from novoscale import blocks
+from novoscale.blocks import BLOCK, CutBlocks
+from novoscale.layout import (
+    Completion,
+    Held,
+    Layout,
+    LayoutError,
+    Parameter,
+    Segment,
+    Span,
+    local_tensor,
+    repeated,
+)
 
 
 def sharded(parameter: Parameter, tensor: DTensor) -> Layout:
@@ -53,7 +67,10 @@ def sharded(parameter: Parameter, tensor: DTensor) -> Layout:
                 )
             )
     segments = tuple(_box(tensor.shape, local, offsets)) if math.prod(local) else ()
-    return Layout(math.prod(local), (held,), segments, tuple(completions), scattered)
+    cut_blocks = partial(
+        _cut_blocks, parameter.name, tuple(tensor.shape), tensor.device_mesh, tensor.placements
+    )
+    return Layout(math.prod(local), (held,), segments, tuple(completions), scattered, cut_blocks)
 
 
 def by_rows(tensor: Tensor, parameter: Parameter) -> bool:
@@ -83,6 +100,74 @@ def _box(shape: Sequence[int], local: Sequence[int], offsets: Sequence[int]) -> 
         stop = start + count * run
         yield Segment(start, stop, 0, offset, *((run, stride) if count > 1 else ()))
         start = stop
+
+
+def _cut_blocks(
+    name: str, shape: tuple[int, ...], mesh: DeviceMesh, placements: Sequence[Placement]
+) -> CutBlocks:
+    """The blocks of a DTensor's parameter that are cut.
+
+    Raises:
+        LayoutError: it is cut in a way that is not known here.
+    """
+    cut = [dim for dim, x in enumerate(placements) if not x.is_replicate() and mesh.size(dim) > 1]
+    numel = math.prod(shape)
+    if numel < blocks.SMALL or not cut or _cuts_between_blocks(shape, mesh, placements, cut):
+        return blocks.NONE
+    mine = [mesh.get_local_rank(dim) for dim in cut]
+    own = _part_at(shape, mesh, placements, cut, mine)
+    if own[0] != list(compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)[0]):
+        raise LayoutError(
+            f"{name} is a DTensor with the placements {tuple(placements)}, of which the blocks of its first "
+            'moment are not known. Use momentum_dtype="float32" or "bfloat16" for it'
+        )
+    runs, coordinates = [], []
+    for coordinate in product(*(range(mesh.size(dim)) for dim in cut)):
+        local, offsets = _part_at(shape, mesh, placements, cut, coordinate)
+        for s in _box(shape, local, offsets) if math.prod(local) else ():
+            runs.append((s.offset, s.stride, s.run or s.numel, s.numel // (s.run or s.numel)))
+            coordinates.append(coordinate)
+    offset, stride, length, count = torch.tensor(runs, dtype=torch.int64, device="cpu").unbind(1)
+    segment, nth = repeated(count)
+    number, run = blocks.cut_at_ends(
+        offset[segment] + nth * stride[segment], length[segment], torch.full_like(segment, numel)
+    )
+    places = torch.tensor(coordinates, dtype=torch.int64, device="cpu")[segment[run]]
+    return blocks.of_mesh(number, places, mine, [mesh.get_group(dim) for dim in cut])
+
+
+def _part_at(
+    shape: Sequence[int],
+    mesh: DeviceMesh,
+    placements: Sequence[Placement],
+    cut: Sequence[int],
+    coordinate: Sequence[int],
+) -> tuple[list[int], list[int]]:
+    """The local shape at a place of a mesh, along its dimensions ``cut``, and its offsets."""
+    local, offsets = list(shape), [0] * len(shape)
+    # FSDP cuts what tensor parallelism has cut, though its dimension of the mesh is before: _StridedShard.
+    strided = sorted(
+        zip(cut, coordinate, strict=True), key=lambda at: hasattr(placements[at[0]], "split_factor")
+    )
+    for mesh_dim, index in strided:
+        dim = cast(Shard, placements[mesh_dim]).dim
+        each = -(-local[dim] // mesh.size(mesh_dim))
+        first = min(each * index, local[dim])
+        offsets[dim] += first
+        local[dim] = min(each, local[dim] - first)
+    return local, offsets
+
+
+def _cuts_between_blocks(
+    shape: Sequence[int], mesh: DeviceMesh, placements: Sequence[Placement], cut: Sequence[int]
+) -> bool:
+    """Whether it is plain from the sizes that no block is cut: the usual case, for a thousand ranks too."""
+    last = max(cast(Shard, placements[dim]).dim for dim in cut)
+    inner = math.prod(shape[last + 1 :])
+    cutting = [dim for dim in cut if cast(Shard, placements[dim]).dim == last]
+    if len(cutting) == 1:
+        inner *= -(-shape[last] // mesh.size(cutting[0]))
+    return inner % BLOCK == 0 and (last == 0 or math.prod(shape[last:]) % BLOCK == 0)
 
 
 def from_local(local: Tensor, p: DTensor, shape: Sequence[int], placements: Sequence[Placement]) -> DTensor:

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
@@ -25,6 +26,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
+
+from novoscale import blocks
 
 
 class LayoutError(ValueError):
@@ -163,6 +166,7 @@ class Layout:
         segments: where the elements lie; ``Segment.parameter`` indexes ``held``.
         completions: the process groups that complete the layers that are cut, in order.
         scattered: whether each rank of those groups has other layers of the same parameter.
+        cut_blocks: finds the blocks of the first moment that are cut; to be asked only where it is in blocks.
     """
 
     numel: int
@@ -170,6 +174,7 @@ class Layout:
     segments: tuple[Segment, ...]
     completions: tuple[Completion, ...] = ()
     scattered: bool = False
+    cut_blocks: Callable[[], blocks.CutBlocks] = blocks.none
 
     @property
     def layers(self) -> int:
@@ -409,7 +414,14 @@ def partition(
             )
         )
     segments = [replace(s, parameter=local[s.parameter]) for s in sorted(pieces[rank], key=lambda s: s.start)]
-    return Layout(numel, held, tuple(segments), tuple(completions))
+    cut_blocks = partial(
+        blocks.of_partition,
+        [p.numel for p in parameters],
+        [(s.parameter, s.offset, s.numel) for segments in pieces for s in segments],
+        [local.get(i, -1) for i in range(len(parameters))],
+        process_group,
+    )
+    return Layout(numel, held, tuple(segments), tuple(completions), cut_blocks=cut_blocks)
 
 
 def _shared(ranges: Sequence[range]) -> Iterator[range]:

@@ -8,8 +8,8 @@ unnormalised gradients, with ``reg_inside_moment=False``, above its largest. Wha
 0.4 % of the rounding error: ``docs/momentum.md``.) Codes are rounded stochastically, see
 ``novoscale.rounding``.
 
-So what is stored does not depend on how a parameter is cut, but in a block that a boundary cuts in two: there
-each rank has a scale for its own part.
+So what is stored does not depend on how a parameter is cut. Of a block that a boundary cuts in two, each rank
+keeps the codes of its own elements, and all the scale of the whole block: see ``novoscale.blocks``.
 """
 
 from __future__ import annotations
@@ -18,20 +18,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from novoscale import rounding
+from novoscale.blocks import BLOCK, SMALL, CutBlocks
 from novoscale.dtensors import from_local
 from novoscale.layout import Layout, Segment, local_tensor, repeated
-
-BLOCK = 128  # elements
-# Parameters of fewer elements (whole, on all ranks) keep float32 where others are in blocks: they are biases
-# and norms, which hold nothing of a model's memory, and whose few numbers matter.
-SMALL = 4096
 
 SMALLEST_SCALE = 0x00800000  # as the bits of a float32: its smallest normal number
 
@@ -138,7 +134,19 @@ def _blocks(s: Segment) -> tuple[int, int]:
     return runs, (s.run + BLOCK - 2) // BLOCK + 1  # as many as it may touch, wherever it begins
 
 
-def pieces(layout: Layout, stored: Stored, first: int, first_column: int = 0) -> Tensor:
+def in_blocks(group: Mapping[str, Any]) -> bool:
+    """Whether large parameters of a param group keep their first moment in blocks."""
+    return group["betas"][0] != 0 and FORMATS[group["momentum_dtype"]].largest > 0
+
+
+def pieces(
+    layout: Layout,
+    stored: Stored,
+    first: int,
+    first_column: int = 0,
+    cut_blocks: CutBlocks | None = None,
+    first_block: int = 0,
+) -> Tensor:
     """The table of ``kernels.Shard`` for some segments of a layout.
 
     Args:
@@ -146,9 +154,11 @@ def pieces(layout: Layout, stored: Stored, first: int, first_column: int = 0) ->
         stored: the segments.
         first: the place of the tensor's layers in the vector of all layers.
         first_column: the same of its columns.
+        cut_blocks: of the layout, if ranks agree on them; None: each piece of a block has its own scale.
+        first_block: the place of these among all cut blocks.
 
     Returns:
-        int64 ``[pieces, 7]`` on the CPU.
+        int64 ``[pieces, 9]`` on the CPU.
     """
     starts, columns = layout.places(), layout.column_places()
     rows = []
@@ -157,14 +167,32 @@ def pieces(layout: Layout, stored: Stored, first: int, first_column: int = 0) ->
         layer = first + starts[s.parameter] - h.first
         length = s.run or s.numel
         of_columns = first_column + columns[s.parameter] if h.columns else -1
-        numbers = (s.numel // length, layer, h.parameter.layer_numel, of_columns)
+        numbers = (s.numel // length, layer, h.parameter.layer_numel, of_columns, s.parameter)
         rows.append((s.start, s.offset, place, length, s.stride, each, *numbers))
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 10)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 11)
     segment, nth = repeated(table[:, 6])
-    begin, offset, first_place, run, stride, step, _, base, size, column = table[segment].unbind(1)
+    begin, offset, first_place, run, stride, step, _, base, size, column, parameter = table[segment].unbind(1)
     start, position = begin + nth * run, offset + nth * stride
+    first_cut = last_cut = torch.full_like(start, -1)
+    if cut_blocks is not None and stored.in_blocks and len(cut_blocks):
+        find = cut_blocks.lookup()
+        first_cut, last_cut = (
+            torch.where(place < 0, place, place + first_block)
+            for place in (find(parameter, position // BLOCK), find(parameter, (position + run - 1) // BLOCK))
+        )
     return torch.stack(
-        (start, start + run, base + position // size, position, size, first_place + nth * step, column), dim=1
+        (
+            start,
+            start + run,
+            base + position // size,
+            position,
+            size,
+            first_place + nth * step,
+            column,
+            first_cut,
+            last_cut,
+        ),
+        dim=1,
     )
 
 
@@ -290,6 +318,7 @@ def write(
     values: Tensor,
     bits: Tensor,
     active: Tensor,
+    cut: Tensor | None = None,
 ) -> None:
     """Store the moments of consecutive elements; the arguments of :func:`read`, and:
 
@@ -302,6 +331,8 @@ def write(
             were.
         bits: 16 random bits for each.
         active: bool, for each: a block without any is left as it is.
+        cut: of the only block, if it is cut, the largest magnitude and whether it has any active element, as
+            in ``kernels.Coefficients``.
     """
     numel = len(values)
     if scale is None:
@@ -315,27 +346,31 @@ def write(
     def whole(t: Tensor) -> Tensor:
         return torch.nn.functional.pad(t, (begin, blocks * BLOCK - begin - numel)).view(-1, BLOCK)
 
-    codes, new_scale = encode(whole(values), whole(bits), form)
-    changed = whole(active).any(dim=1)
+    largest = None if cut is None else cut[:1].view(torch.float32)
+    codes, new_scale = encode(whole(values), whole(bits), form, largest)
+    changed = whole(active).any(dim=1) if cut is None else cut[1:] > 0
     for stored, new in ((exp_avg.view(-1, BLOCK // form.packed), codes), (scale.view(-1), new_scale)):
         target = stored[place : place + blocks]
         target.copy_(torch.where(changed.view(-1, *[1] * (target.ndim - 1)), new, target))
 
 
-def encode(values: Tensor, bits: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+def encode(
+    values: Tensor, bits: Tensor, form: Format, largest: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Codes and scales of blocks.
 
     Args:
         values: ``[blocks, 128]``, float32; float64 is rounded to it.
         bits: 16 random bits for each.
         form: one in blocks.
+        largest: of each block the largest magnitude, if others have elements of it too.
 
     Returns:
         Codes as they are stored, and bfloat16 scales ``[blocks]``. A block with a value that is not finite
         has the scale NaN.
     """
     values = values.float()
-    largest = values.abs().amax(dim=1)
+    largest = values.abs().amax(dim=1) if largest is None else largest
     # Up to the next bfloat16, so that no code is beyond the largest.
     wide = (largest * (1 / form.largest)).view(torch.int32).long()
     wide = ((wide + 0xFFFF) & ~0xFFFF).clamp(min=SMALLEST_SCALE)
@@ -389,14 +424,14 @@ def _convert_elements(
     saved: Mapping[str, Tensor], source: Format, made: Mapping[str, Tensor], target: Format, layout: Layout
 ) -> None:
     flat = torch.zeros(layout.numel, dtype=torch.float32, device=made["exp_avg"].device)
-    for part, (start, stop, _, position, _, place, _) in _rows(layout, source):
+    for part, (start, stop, _, position, _, place, *_) in _rows(layout, source):
         scale = saved["exp_avg_scale"] if part.in_blocks else None
         flat[start:stop] = read(saved[part.key].contiguous(), scale, place, position, stop - start)
     if not target.largest:
         made["exp_avg"].copy_(flat.view(made["exp_avg"].shape))
         return
     half = torch.tensor(0x7FFF, device=flat.device)  # to the nearest
-    for part, (start, stop, _, position, _, place, _) in _rows(layout, target):
+    for part, (start, stop, _, position, _, place, *_) in _rows(layout, target):
         scale = made["exp_avg_scale"] if part.in_blocks else None
         bits = half.expand(stop - start)
         write(made[part.key], scale, place, position, flat[start:stop], bits, bits > 0)

@@ -212,7 +212,7 @@ class NovoGrad(Optimizer):
             clip = second_moment.clip_coefficient(total, checks.one_max_grad_norm(self.param_groups))
             coefficients = ready.second_moments(groups, statistic, finite, clip, inverse_scale)
             self._count(ready, statistic, finite)
-            ready.kernels.update(coefficients)
+            ready.update(coefficients)
             ready.release()
         return loss
 

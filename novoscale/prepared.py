@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from novoscale import kernels, momentum, rounding, second_moment
+from novoscale.blocks import NONE
 from novoscale.collectives import Placed, Plan
 from novoscale.dtensors import local_gradient
 from novoscale.kernels import Coefficients, Kernels
@@ -44,6 +44,7 @@ class Prepared:
 
     Attributes:
         plan: which layers have to be completed over which process groups.
+        agreed: what it rests on, see :func:`agreed`.
         kernels: both passes over the elements.
         weights: the first of them over the weights, where ``scale_parameter`` asks for their norms.
         layers: of each param group; its vectors are the state of its tensors, see :class:`Kept`.
@@ -57,6 +58,7 @@ class Prepared:
     """
 
     plan: Plan
+    agreed: list[Any]
     kernels: Kernels
     weights: Kernels | None
     layers: list[Layers]
@@ -133,6 +135,13 @@ class Prepared:
             found = second_moment.coefficients(layers, totals, scale, factor, group)
             parts.append((found, active, self.keys(index, group["seed"])))
         return second_moment.of_all(parts)
+
+    def update(self, coefficients: Coefficients) -> None:
+        """Change m and w of every active layer. The ranks first agree on the scales of cut blocks."""
+        if self.plan.cut_blocks:
+            largest = self.kernels.largest(coefficients)
+            coefficients = replace(coefficients, cut=self.plan.agree_on_blocks(largest))
+        self.kernels.update(coefficients)
 
     def _mean_square_updates(
         self, groups: Groups, steps: Sequence[tuple[Tensor, Tensor, Tensor]]
@@ -211,17 +220,19 @@ def build(
     kept = [Kept(group, params, state, device) for group, params in groups]
     known = zip(groups, layouts, kept, strict=True)
     layers = [layers_of_group(group, of_group, k, device) for (group, _), of_group, k in known]
-    made, tensors = shards(groups, layouts, gradients, state)
+    # The ranks compare their layers when a plan is made: not again when a tensor has moved.
+    planned = before.plan if before and before.agreed == agreed(groups) else plan(groups, layouts, device)
+    made, tensors = shards(groups, planned.placed, gradients, state)
     columns = sum(len(x.columns) for x in layers if x.columns is not None)
-    tables = Kernels(made, device, sum(len(x.v) for x in layers), columns)
+    tables = Kernels(made, device, sum(len(x.v) for x in layers), columns, planned.cut_blocks)
     weights = None
     if any(group["scale_parameter"] for group, _ in groups):
         parameters = sum(len(x.here) for x in layers)
-        weights = Kernels(of_weights(groups, layouts, made, tensors), device, parameters)
+        weights = Kernels(of_weights(groups, planned.placed, made, tensors), device, parameters)
     reusable = tables.reusable and (weights is None or weights.reusable)
     return Prepared(
-        # The ranks compare their layers when a plan is made: not again when a tensor has moved.
-        plan=before.plan if before and before.plan.sums == sums(groups) else plan(groups, layouts, device),
+        plan=planned,
+        agreed=agreed(groups),
         kernels=tables,
         weights=weights,
         layers=layers,
@@ -275,28 +286,32 @@ def _addresses(tensors: list[Any]) -> list[int]:
 
 
 def shards(
-    groups: Groups, layouts: Sequence[Sequence[Layout]], gradients: Sequence[Tensor], state: State
+    groups: Groups, placed: Sequence[Placed], gradients: Sequence[Tensor], state: State
 ) -> tuple[list[kernels.Shard], list[int]]:
-    """Make the tensors of a step known to the kernels, and place their layers in one vector.
+    """Make the tensors of a step known to the kernels.
 
     Returns:
         The shards, and which tensor each of them is.
     """
     made: list[kernels.Shard] = []
     tensors: list[int] = []
-    first = column = tensor = 0
-    for (group, params), known in zip(groups, layouts, strict=True):
+    tensor = 0
+    for group, params in groups:
         beta1 = group["betas"][0]
-        for p, layout in zip(params, known, strict=True):
-            for part in momentum.stored(layout, group["momentum_dtype"] if beta1 != 0 else "float32"):
+        for p in params:
+            at = placed[tensor]
+            for part in momentum.stored(at.layout, group["momentum_dtype"] if beta1 != 0 else "float32"):
                 scale = state[p].get("exp_avg_scale") if part.in_blocks else None
+                pieces = momentum.pieces(
+                    at.layout, part, at.first, at.first_column, at.cut_blocks, at.first_block
+                )
                 made.append(
                     kernels.Shard(
                         param=local_tensor(p),
                         grad=gradients[tensor],
                         exp_avg=local_tensor(state[p][part.key]) if beta1 != 0 else None,
                         exp_avg_scale=None if scale is None else local_tensor(scale),
-                        pieces=momentum.pieces(layout, part, first, column),
+                        pieces=pieces,
                         norm_type=group["norm_type"],
                         beta1=beta1,
                         beta3=1 - beta1 if group["grad_averaging"] else 1.0,
@@ -309,33 +324,27 @@ def shards(
                     )
                 )
                 tensors.append(tensor)
-            first += layout.layers
-            column += layout.columns
             tensor += 1
     return made, tensors
 
 
 def of_weights(
-    groups: Groups,
-    layouts: Sequence[Sequence[Layout]],
-    made: Sequence[kernels.Shard],
-    tensors: Sequence[int],
+    groups: Groups, placed: Sequence[Placed], made: Sequence[kernels.Shard], tensors: Sequence[int]
 ) -> list[kernels.Shard]:
     """Shards whose statistic is the sum of squares of the weights of each parameter."""
-    firsts = list(accumulate((len(x.held) for known in layouts for x in known), initial=0))
-    flat = [(layout, group) for (group, _), known in zip(groups, layouts, strict=True) for layout in known]
+    scaled = [group["scale_parameter"] for group, params in groups for _ in params]
     shown: dict[int, kernels.Shard] = {}
     for shard, tensor in zip(made, tensors, strict=True):
-        layout, group = flat[tensor]
-        if group["scale_parameter"] and tensor not in shown:
-            one = layout.by_parameter()
+        if scaled[tensor] and tensor not in shown:
+            at = placed[tensor]
+            one = at.layout.by_parameter()
             shown[tensor] = replace(
                 shard,
                 grad=shard.param,
                 exp_avg=None,
                 exp_avg_scale=None,
                 nesterov=False,  # which needs a first moment
-                pieces=momentum.pieces(one, momentum.stored(one, "float32")[0], firsts[tensor]),
+                pieces=momentum.pieces(one, momentum.stored(one, "float32")[0], at.first_parameter),
             )
     return list(shown.values())
 
@@ -343,14 +352,23 @@ def of_weights(
 def plan(groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.device) -> Plan:
     """The plan of the layers of a step."""
     ops = {2: dist.ReduceOp.SUM, 0: dist.ReduceOp.MAX}
-    placed, first, column, parameter = [], 0, 0, 0
+    placed = []
+    first = column = parameter = block = 0
     for (group, _), known in zip(groups, layouts, strict=True):
         for layout in known:
-            placed.append(Placed(layout, first, ops[group["norm_type"]], column, parameter))
+            cut_blocks = layout.cut_blocks() if momentum.in_blocks(group) else NONE
+            op = ops[group["norm_type"]]
+            placed.append(Placed(layout, first, op, column, parameter, block, cut_blocks))
             first += layout.layers
             column += layout.columns
             parameter += len(layout.held)
+            block += len(cut_blocks)
     return Plan(placed, device, sums(groups))
+
+
+def agreed(groups: Groups) -> list[Any]:
+    """What a plan rests on, beside the tensors."""
+    return [sums(groups), *(momentum.in_blocks(group) for group, _ in groups)]
 
 
 def sums(groups: Groups) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from novoscale import NovoGrad, momentum
+from novoscale import NovoGrad, blocks, momentum
 from novoscale.layout import local_tensor
 
 SHAPES = {
@@ -69,7 +69,7 @@ def pieces(optimizer: NovoGrad) -> list[Piece]:
         for part in momentum.stored(layout, optimizer.defaults["momentum_dtype"]):
             stored = local_tensor(state[part.key]).contiguous()
             scale = local_tensor(state["exp_avg_scale"]) if part.in_blocks else None
-            for start, stop, _, position, _, place, _ in momentum.pieces(layout, part, 0).tolist():
+            for start, stop, _, position, _, place, *_ in momentum.pieces(layout, part, 0).tolist():
                 (held,) = [s.parameter for s in layout.segments if s.start <= start < s.stop]
                 values = momentum.read(stored, scale, place, position, stop - start)
                 name = layout.held[held].parameter.name
@@ -99,7 +99,7 @@ def differing(
 
 def _whole_blocks(position: int, length: int, numel: int) -> Iterator[tuple[int, int]]:
     """Of a piece of a parameter, the elements in blocks of which it has all: small parameters have none."""
-    block = momentum.BLOCK if numel >= momentum.SMALL else 1
+    block = blocks.BLOCK if numel >= blocks.SMALL else 1
     first, last = -(-position // block) * block, (position + length) // block * block
     if position + length == numel:
         last = numel

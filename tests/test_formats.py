@@ -9,7 +9,7 @@ from oracle import Oracle, RowOracle
 from stepping import parameters, run, set_gradients, worst
 from torch import nn
 
-from novoscale import NovoGrad, momentum
+from novoscale import NovoGrad, blocks, momentum
 from novoscale.memory import optimizer_state_bytes
 
 OPTIONS = [
@@ -197,5 +197,5 @@ def test_the_oracle_of_rows_is_another(oracle):
 
 
 def test_stored_moments_lie_in_blocks_of_the_parameter():
-    assert momentum.BLOCK == 128
-    assert momentum.SMALL == 4096
+    assert blocks.BLOCK == 128
+    assert blocks.SMALL == 4096

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from novoscale import NovoGrad, momentum, rounding
+from novoscale import NovoGrad, blocks, momentum, rounding
 
 REPEATS = 4000
 BLOCKED = [momentum.FORMATS[name] for name in ("int8", "int4")]
@@ -25,7 +25,7 @@ def deterministic(key, position):
 
 def values():
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(momentum.BLOCK, generator=generator) * torch.logspace(-4, 0, momentum.BLOCK)
+    return torch.randn(blocks.BLOCK, generator=generator) * torch.logspace(-4, 0, blocks.BLOCK)
 
 
 def assert_unbiased(rounded, exact, spacing):
@@ -39,13 +39,13 @@ def assert_unbiased(rounded, exact, spacing):
 def test_the_mean_of_many_roundings_to_codes_is_the_value(form):
     exact = values()
     repeated = exact.expand(REPEATS, -1)
-    codes, scale = momentum.encode(repeated, bits(REPEATS, momentum.BLOCK) >> 16, form)
-    numel = REPEATS * momentum.BLOCK
+    codes, scale = momentum.encode(repeated, bits(REPEATS, blocks.BLOCK) >> 16, form)
+    numel = REPEATS * blocks.BLOCK
     rounded = momentum.read(codes, scale, 0, 0, numel).view(REPEATS, -1)
     spacing = scale[0].item()
     assert_unbiased(rounded, exact, spacing)
     assert ((rounded - exact).abs() < spacing).all()
-    nearest = momentum.encode(repeated, torch.full((REPEATS, momentum.BLOCK), 0x7FFF), form)
+    nearest = momentum.encode(repeated, torch.full((REPEATS, blocks.BLOCK), 0x7FFF), form)
     with pytest.raises(AssertionError):
         assert_unbiased(momentum.read(*nearest, 0, 0, numel).view(REPEATS, -1), exact, spacing)
 
@@ -81,10 +81,10 @@ def decayed(momentum_dtype, beta1, steps):
     ).double()
     before = read().clone()
     p.grad.zero_()
-    p.grad.view(-1)[:: momentum.BLOCK] = 1.0  # keeps the scale of every block up
+    p.grad.view(-1)[:: blocks.BLOCK] = 1.0  # keeps the scale of every block up
     for _ in range(steps):
         optimizer.step()
-    rest = torch.arange(p.numel()) % momentum.BLOCK != 0
+    rest = torch.arange(p.numel()) % blocks.BLOCK != 0
     return read()[rest], before[rest]
 
 

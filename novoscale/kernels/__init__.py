@@ -36,18 +36,26 @@ class Kernels:
         device: of the vectors that have one element per layer.
         layers: how many layers there are.
         columns: how many columns of factored parameters.
+        cut_blocks: how many blocks of first moments are cut.
 
     Attributes:
         reusable: whether the tables hold addresses only, so that they can be kept from step to step.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        device: torch.device,
+        layers: int,
+        columns: int = 0,
+        cut_blocks: int = 0,
+    ) -> None:
         self._places: defaultdict[tuple[ModuleType, torch.device], list[int]] = defaultdict(list)
         for index, shard in enumerate(shards):
             self._places[kernel_of(shard), shard.param.device].append(index)
         self._device = device
         self._parts: list[tuple[torch.device, Any]] = [
-            (where, module.Kernels([shards[i] for i in places], where, layers, columns))
+            (where, module.Kernels([shards[i] for i in places], where, layers, columns, cut_blocks))
             for (module, where), places in self._places.items()
         ]
         self.reusable = all(module is not reference for module, _ in self._places)
@@ -67,6 +75,11 @@ class Kernels:
         # Each layer lies in one tensor, so that all parts but one have 0 for it.
         parts = [kernel.sum_of_squares().to(self._device) for _, kernel in self._parts]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+    def largest(self, coefficients: Coefficients) -> Tensor:
+        """This rank's part of what the ranks have to agree on of cut blocks: see ``reference.largest``."""
+        parts = [kernel.largest(coefficients.to(d)).to(self._device) for d, kernel in self._parts]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).amax(0)
 
     def update(self, coefficients: Coefficients) -> None:
         """The first moment and the weights of every active layer: see ``reference.update``."""

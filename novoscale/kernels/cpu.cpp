@@ -45,7 +45,7 @@ struct Shard {
 
 // Elements start..stop of a shard: see shards.py. `end` elements are in the chunks up to this one.
 struct Chunk {
-  int64_t start, stop, layer, position, size, place, column, shard, end;
+  int64_t start, stop, layer, position, size, place, column, cut, shard, end;
 
   // Whether its layers have one element each, as those of a vector may. Such layers are done together.
   bool each() const { return size == 1; }
@@ -324,6 +324,7 @@ struct Layers {
   const float *grad_scale, *step_size, *decay, *ahead, *row_root, *column_root;
   const bool *active;
   const int64_t *key;
+  const int32_t *cut_largest, *cut_active;  // one of each cut block
 
   // For the elements of a chunk from `start` on, which is in this layer.
   Step step(const Shard &shard, const Chunk &chunk, int64_t layer, int64_t start) const {
@@ -388,20 +389,24 @@ void load_block(const Shard &shard, int64_t block, float *values) {
   }
 }
 
-void store_block(const Shard &shard, int64_t block, const float *values, const uint32_t *bits) {
+void store_block(const Shard &shard, int64_t block, const float *values, const uint32_t *bits,
+                 uint32_t magnitude) {
   alignas(64) int8_t codes[BLOCK];
   const bool packed = shard.exp_avg_format == INT4;
   int8_t *to = packed ? codes : static_cast<int8_t *>(shard.exp_avg) + block * BLOCK;
-  static_cast<BFloat16 *>(shard.scale)[block] = encode(values, bits, packed ? 7.0f : 127.0f, to);
+  static_cast<BFloat16 *>(shard.scale)[block] = encode(values, bits, magnitude, packed ? 7.0f : 127.0f, to);
   if (packed) pack(codes, static_cast<uint8_t *>(shard.exp_avg) + block * BLOCK / 2);
 }
 
-// The elements of one block of the first moment, which may be of several layers.
-void update_block(const Shard &shard, const Chunk &part, const Layers &layers) {
-  alignas(64) float weights[BLOCK], gradients[BLOCK], moments[BLOCK];
+// The elements of one block of the first moment, which may be of several layers. Returns whether any of them
+// is active, and in `moments`, if anything is stored or anyone has to know, what becomes of the block: 0 in
+// the elements of others. With `stored` false, nothing is stored.
+bool update_block(const Shard &shard, const Chunk &part, const Layers &layers, bool stored, float *moments) {
+  alignas(64) float weights[BLOCK], gradients[BLOCK];
   alignas(64) uint32_t bits[BLOCK];
   const int64_t lane = part.position % BLOCK, n = part.stop - part.start;
-  bool loaded = false;
+  bool active = false, loaded = part.cut >= 0;
+  if (loaded) load_block(shard, part.place, moments);
   hash_positions(part.position, bits + lane, n);
   part.each_run([&](int64_t layer, int64_t start, int64_t stop) {
     const int64_t from = lane + start - part.start, count = stop - start;
@@ -409,13 +414,15 @@ void update_block(const Shard &shard, const Chunk &part, const Layers &layers) {
     const Step s = layers.step(shard, part, layer, start);
     if (!s.changes(count)) return;
     if (!loaded) load_block(shard, part.place, moments);
-    loaded = true;
+    active = loaded = true;
     const float *g = load(shard.grad, shard.grad_format, start, count, gradients);
     float *w = load(shard.param, shard.param_format, start, count, weights);
+    if (!stored && w != weights) w = static_cast<float *>(std::memcpy(weights, w, count * sizeof *w));
     step(w, g, moments + from, count, s);
+    if (!stored) return;
     store(w, shard.param, shard.param_format, start, count, shard.rounds_weights ? bits + from : nullptr, 0);
   });
-  if (!loaded) return;
+  if (!loaded) return active;
   // Of the rest of the block another rank has a part, or nobody.
   const auto clear = [&](int64_t from, int64_t to) {
     std::memset(moments + from, 0, (to - from) * sizeof *moments);
@@ -423,7 +430,13 @@ void update_block(const Shard &shard, const Chunk &part, const Layers &layers) {
   };
   clear(0, lane);
   clear(lane + n, BLOCK);
-  store_block(shard, part.place, moments, bits);
+  if (!stored) return active;
+  if (part.cut < 0) {
+    store_block(shard, part.place, moments, bits, magnitude_of(moments));
+  } else if (layers.cut_active[part.cut]) {
+    store_block(shard, part.place, moments, bits, layers.cut_largest[part.cut]);
+  }
+  return active;
 }
 
 void update(const Shard &shard, const Chunk &chunk, const Layers &layers) {
@@ -433,13 +446,14 @@ void update(const Shard &shard, const Chunk &chunk, const Layers &layers) {
     });
     return;
   }
+  alignas(64) float moments[BLOCK];
   Chunk part = chunk;
   for (; part.start < chunk.stop; part.start = part.stop, part.place++) {
     part.position = chunk.position + part.start - chunk.start;
     part.layer = chunk.layer + part.position / part.size - chunk.position / part.size;
     const int64_t stop = part.start + BLOCK - part.position % BLOCK;
     part.stop = stop < chunk.stop ? stop : chunk.stop;
-    update_block(shard, part, layers);
+    update_block(shard, part, layers, true, moments);
   }
 }
 
@@ -570,11 +584,33 @@ extern "C" void novoscale_sum_of_squares(const Shard *shards, const Chunk *chunk
   sum_panels(shards, panels, panel_count, partial, result, result + layers, threads);
 }
 
+// Of each cut block the largest magnitude of this rank's moments after the update, and whether any of its
+// elements is active: see reference.largest. The chunks are pieces of such blocks; `found` has room for both.
+extern "C" void novoscale_largest(const Shard *shards, const Chunk *chunks, int64_t count, int32_t *found,
+                                  const float *grad_scale, const float *step_size, const float *decay,
+                                  const float *ahead, const float *row_root, const float *column_root,
+                                  const bool *active, const int64_t *key, int64_t threads, int32_t *largest,
+                                  int32_t *any) {
+  const Layers layers{grad_scale, step_size, decay, ahead, row_root, column_root, active, key, nullptr, nullptr};
+  each_chunk(chunks, count, threads, [&](int64_t index) {
+    alignas(64) float moments[BLOCK];
+    found[2 * index + 1] = update_block(shards[chunks[index].shard], chunks[index], layers, false, moments);
+    found[2 * index] = static_cast<int32_t>(magnitude_of(moments));
+  });
+  for (int64_t index = 0; index < count; index++) {
+    const int64_t cut = chunks[index].cut;
+    largest[cut] = std::max(largest[cut], found[2 * index]);
+    any[cut] = std::max(any[cut], found[2 * index + 1]);
+  }
+}
+
 extern "C" void novoscale_update(const Shard *shards, const Chunk *chunks, int64_t count,
                                  const float *grad_scale, const float *step_size, const float *decay,
                                  const float *ahead, const float *row_root, const float *column_root,
-                                 const bool *active, const int64_t *key, int64_t threads) {
-  const Layers layers{grad_scale, step_size, decay, ahead, row_root, column_root, active, key};
+                                 const bool *active, const int64_t *key, const int32_t *cut_largest,
+                                 const int32_t *cut_active, int64_t threads) {
+  const Layers layers{grad_scale, step_size, decay, ahead, row_root, column_root, active, key,
+                      cut_largest, cut_active};
   each_chunk(chunks, count, threads,
              [&](int64_t index) { update(shards[chunks[index].shard], chunks[index], layers); });
 }

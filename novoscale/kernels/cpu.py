@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from novoscale.blocks import BLOCK
 from novoscale.kernels.shards import (
     COLUMN,
+    CUT,
     START,
     STOP,
     Coefficients,
@@ -33,7 +35,7 @@ from novoscale.kernels.shards import (
     panels,
 )
 from novoscale.layout import repeated
-from novoscale.momentum import BLOCK, known_format
+from novoscale.momentum import known_format
 
 CHUNK = 1 << 16  # elements, a multiple of BLOCK: what a thread does at once, and the unit of the sums
 # Of a factored parameter it is so many elements of the first pass, in rows of so many, whose sums the second
@@ -95,17 +97,28 @@ class Kernels:
         device: of the vectors that have one element per layer.
         layers: how many layers there are.
         columns: how many columns of factored parameters.
+        cut_blocks: how many blocks of first moments are cut.
 
     Raises:
         BuildError: see :func:`load`.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        device: torch.device,
+        layers: int,
+        columns: int = 0,
+        cut_blocks: int = 0,
+    ) -> None:
         self._library, self._device, self._counts = load(), device, (layers, columns)
         self._shards = (_Shard * len(shards))(*map(_entry, shards))
         self._nesterov = any(s.nesterov for s in shards)
         table = chunks(shards, CHUNK, BLOCK)
         self._chunks = _with_ends(table, table[:, STOP] - table[:, START])
+        cut = table[table[:, CUT] >= 0]
+        self._cut, self._cut_blocks = _with_ends(cut, cut[:, STOP] - cut[:, START]), cut_blocks
+        self._found = torch.empty((len(cut), 2), dtype=torch.int32, device="cpu")
         factored = table[:, COLUMN] >= 0
         self._factored = bool(factored.any())
         plain = table[~factored]
@@ -140,9 +153,39 @@ class Kernels:
         )
         return result.to(self._device)
 
+    def largest(self, coefficients: Coefficients) -> Tensor:
+        """This rank's part of what the ranks have to agree on of cut blocks: see ``reference.largest``."""
+        largest = torch.zeros((2, self._cut_blocks), dtype=torch.int32, device="cpu")
+        vectors = self._vectors(coefficients)
+        self._library.novoscale_largest(
+            ctypes.addressof(self._shards),
+            self._cut.data_ptr(),
+            len(self._cut),
+            self._found.data_ptr(),
+            *(v.data_ptr() for v in vectors),
+            torch.get_num_threads(),
+            *(row.data_ptr() for row in largest),
+        )
+        return largest.to(self._device)
+
     def update(self, coefficients: Coefficients) -> None:
         """m and w of every active layer, in place: the bits of ``reference.update``."""
-        c = coefficients
+        vectors, cut = self._vectors(coefficients), coefficients.cut
+        assert cut is not None or not len(self._cut)
+        agreed = torch.zeros((2, 0), dtype=torch.int32, device="cpu")
+        if cut is not None:
+            agreed = cut.to("cpu", torch.int32).contiguous()
+        self._library.novoscale_update(
+            ctypes.addressof(self._shards),
+            self._chunks.data_ptr(),
+            len(self._chunks),
+            *(v.data_ptr() for v in vectors),
+            *(row.data_ptr() for row in agreed),
+            torch.get_num_threads(),
+        )
+
+    def _vectors(self, c: Coefficients) -> list[Tensor]:
+        """The vectors of the coefficients, in the order of the library's arguments."""
         assert c.ahead is not None or not self._nesterov
         assert (c.row_root is not None and c.column_root is not None) or not self._factored
         optional = (c.ahead, c.row_root, c.column_root)
@@ -151,13 +194,7 @@ class Kernels:
         vectors = [v.to("cpu", torch.float32).contiguous() for v in vectors]
         vectors.append(c.active.to("cpu", torch.bool).contiguous())
         vectors.append(c.key.to("cpu", torch.int64).contiguous())
-        self._library.novoscale_update(
-            ctypes.addressof(self._shards),
-            self._chunks.data_ptr(),
-            len(self._chunks),
-            *(v.data_ptr() for v in vectors),
-            torch.get_num_threads(),
-        )
+        return vectors
 
 
 def panel_table(shards: Sequence[Shard]) -> tuple[Tensor, int]:
@@ -281,8 +318,10 @@ def _open(path: Path, compiler: Sequence[str]) -> ctypes.CDLL:
     address, integer = ctypes.c_void_p, ctypes.c_int64
     table = (address, integer)
     library.novoscale_sum_of_squares.argtypes = [address, *table * 2, *[address] * 3, *[integer] * 3]
-    library.novoscale_update.argtypes = [address, *table, *[address] * 8, integer]
-    library.novoscale_sum_of_squares.restype = library.novoscale_update.restype = None
+    library.novoscale_largest.argtypes = [address, *table, *[address] * 9, integer, *[address] * 2]
+    library.novoscale_update.argtypes = [address, *table, *[address] * 10, integer]
+    for function in (library.novoscale_sum_of_squares, library.novoscale_largest, library.novoscale_update):
+        function.restype = None
     return library
 
 

@@ -66,13 +66,19 @@ VARIANTS void pack(const int8_t *codes, uint8_t *packed) {
   }
 }
 
-// Codes of a block, of magnitudes up to `largest`; returns the scale.
-VARIANTS BFloat16 encode(const float *values, const uint32_t *bits, float largest, int8_t *codes) {
+// The largest magnitude of a block, as bits: they are ordered as the numbers are, NaN above all.
+VARIANTS uint32_t magnitude_of(const float *values) {
   uint32_t magnitude = 0;
   for (int64_t i = 0; i < BLOCK; i++) {
     const uint32_t own = bits_of(values[i]) & 0x7fffffff;
     magnitude = own > magnitude ? own : magnitude;
   }
+  return magnitude;
+}
+
+// Codes up to `largest` of a block, whose largest magnitude has these bits; returns the scale.
+VARIANTS BFloat16 encode(const float *values, const uint32_t *bits, uint32_t magnitude, float largest,
+                         int8_t *codes) {
   if (magnitude == 0 || magnitude >= 0x7f800000) {
     std::memset(codes, 0, BLOCK);
     return {static_cast<uint16_t>(magnitude == 0 ? 0 : 0x7fc0)};

@@ -6,12 +6,14 @@ Works on tiles of at most ``TILE`` elements, so no transient grows with a tensor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from novoscale import momentum, rounding
-from novoscale.kernels.shards import Coefficients, Shard, chunks, panels
+from novoscale.blocks import BLOCK
+from novoscale.kernels.shards import CUT, Coefficients, Shard, chunks, panels
 
 TILE = 1 << 16
 
@@ -25,14 +27,27 @@ class Kernels:
         device: of the vectors that have one element per layer.
         layers: how many layers there are.
         columns: how many columns of factored parameters.
+        cut_blocks: how many blocks of first moments are cut.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> None:
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        device: torch.device,
+        layers: int,
+        columns: int = 0,
+        cut_blocks: int = 0,
+    ) -> None:
         self._shards, self._device, self._layers, self._columns = shards, device, layers, columns
+        self._cut_blocks = cut_blocks
 
     def sum_of_squares(self) -> Tensor:
         """See :func:`sum_of_squares`."""
         return sum_of_squares(self._shards, self._device, self._layers, self._columns)
+
+    def largest(self, coefficients: Coefficients) -> Tensor:
+        """See :func:`largest`."""
+        return largest(self._shards, coefficients, self._cut_blocks)
 
     def update(self, coefficients: Coefficients) -> None:
         """See :func:`update`."""
@@ -55,8 +70,8 @@ def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int, c
         float64 ``[layers + columns]``: the sum of g**2 (``norm_type`` 2) or the largest abs(g) (0).
     """
     result = torch.zeros(layers + columns, dtype=torch.float64, device=device)
-    table = chunks(shards, TILE, momentum.BLOCK, factored=False)
-    for start, stop, layer, position, size, _, _, index in table.tolist():
+    table = chunks(shards, TILE, BLOCK, factored=False)
+    for start, stop, layer, position, size, *_, index in table.tolist():
         shard = shards[index]
         grad = _read(shard.grad, start, stop).double()
         for rows in _by_layers(grad, position % size, size):
@@ -92,50 +107,93 @@ def update(shards: Sequence[Shard], coefficients: Coefficients) -> None:
     (no fused multiply-add: every kernel gives the same bits); what is stored is rounded to the nearest
     value of the tensor's dtype, or stochastically: see ``Shard.stochastic_rounding``.
     """
-    for start, stop, layer, position, size, place, column, index in chunks(
-        shards, TILE, momentum.BLOCK
-    ).tolist():
-        shard = shards[index]
-        dtype = torch.float64 if shard.param.dtype == torch.float64 else torch.float32
-        c = coefficients.to(shard.param.device)
-        elements = torch.arange(stop - start, device=shard.param.device)
-        one = position % size + len(elements) <= size
-        layers = layer if one else layer + (position % size + elements) // size
-        active = c.active[layers].expand(len(elements))
-        bits = elements
-        if shard.needs_positions:
-            bits = rounding.random_bits(c.key[layers], position + elements)
-        weight = _read(shard.param, start, stop).to(dtype)
-        term = _read(shard.grad, start, stop).to(dtype) * c.grad_scale.to(dtype)[layers]
-        if column >= 0:
-            assert c.row_root is not None
-            assert c.column_root is not None
-            of_column = c.column_root[column + (position + elements) % size].to(dtype)
-            active = active & (of_column > 0)
-            root = c.row_root.to(dtype)[layers] * of_column + shard.eps
-            if shard.reg_inside_moment:
-                term /= root
-        if shard.reg_inside_moment and shard.weight_decay != 0:
-            term += weight * shard.weight_decay
-        term *= shard.beta3
-        moment = term
-        if shard.exp_avg is not None:
-            old = _read_moment(shard, start, stop, place, position).to(dtype)
-            moment = term + old * shard.beta1
-            _write_moment(shard, start, place, position, torch.where(active, moment, old), bits >> 16, active)
-        if shard.nesterov:
-            assert c.ahead is not None
-            change = moment * c.ahead.to(dtype)[layers] + term * c.step_size.to(dtype)[layers]
-        else:
-            change = moment * c.step_size.to(dtype)[layers]
-        if column >= 0 and not shard.reg_inside_moment:
-            change /= root
-        if not shard.reg_inside_moment and shard.weight_decay != 0:
-            change += weight * c.decay.to(dtype)[layers]
-        weight = weight - change
-        if shard.rounds_weights:
-            weight = rounding.to_bfloat16(weight, bits)
-        _write(shard.param, start, stop, weight, active)
+    for row in chunks(shards, TILE, BLOCK).tolist():
+        start, stop, _, position, _, place, _, cut, index = row
+        shard, new = shards[index], _changed(shards, row, coefficients)
+        if new.moment is not None:
+            agreed = (
+                None if cut < 0 or coefficients.cut is None else coefficients.cut[:, cut].to(new.bits.device)
+            )
+            _write_moment(shard, start, place, position, new.moment, new.bits >> 16, new.active, agreed)
+        _write(shard.param, start, stop, new.weight, new.active)
+
+
+def largest(shards: Sequence[Shard], coefficients: Coefficients, cut_blocks: int) -> Tensor:
+    """What the ranks have to agree on before :func:`update`: the largest magnitudes of cut blocks.
+
+    Args:
+        shards: the tensors of the step.
+        coefficients: as for the update.
+        cut_blocks: how many there are.
+
+    Returns:
+        int32 ``[2, cut_blocks]``: of this rank's elements of each the largest magnitude of the first moment
+        after the step, as the bits of a float32, which order as integers with NaN above all; and 1 where any
+        of them is active, else 0.
+    """
+    found = torch.zeros(2, cut_blocks, dtype=torch.int32, device=coefficients.active.device)
+    for row in chunks(shards, TILE, BLOCK).tolist():
+        if (cut := row[CUT]) >= 0:
+            new = _changed(shards, row, coefficients)
+            assert new.moment is not None
+            magnitude = new.moment.float().view(torch.int32) & 0x7FFFFFFF
+            piece = torch.stack((magnitude.amax(), new.active.any().int())).to(found.device)
+            found[:, cut] = torch.maximum(found[:, cut], piece)
+    return found
+
+
+class _Changed(NamedTuple):
+    """The elements of a chunk after the update. Where one is not active, its moment is what it was."""
+
+    weight: Tensor
+    moment: Tensor | None
+    bits: Tensor
+    active: Tensor
+
+
+def _changed(shards: Sequence[Shard], row: Sequence[int], coefficients: Coefficients) -> _Changed:
+    start, stop, layer, position, size, place, column, _, index = row
+    shard = shards[index]
+    dtype = torch.float64 if shard.param.dtype == torch.float64 else torch.float32
+    c = coefficients.to(shard.param.device)
+    elements = torch.arange(stop - start, device=shard.param.device)
+    one = position % size + len(elements) <= size
+    layers = layer if one else layer + (position % size + elements) // size
+    active = c.active[layers].expand(len(elements))
+    bits = elements
+    if shard.needs_positions:
+        bits = rounding.random_bits(c.key[layers], position + elements)
+    weight = _read(shard.param, start, stop).to(dtype)
+    term = _read(shard.grad, start, stop).to(dtype) * c.grad_scale.to(dtype)[layers]
+    if column >= 0:
+        assert c.row_root is not None
+        assert c.column_root is not None
+        of_column = c.column_root[column + (position + elements) % size].to(dtype)
+        active = active & (of_column > 0)
+        root = c.row_root.to(dtype)[layers] * of_column + shard.eps
+        if shard.reg_inside_moment:
+            term /= root
+    if shard.reg_inside_moment and shard.weight_decay != 0:
+        term += weight * shard.weight_decay
+    term *= shard.beta3
+    moment, kept = term, None
+    if shard.exp_avg is not None:
+        old = _read_moment(shard, start, stop, place, position).to(dtype)
+        moment = term + old * shard.beta1
+        kept = torch.where(active, moment, old)
+    if shard.nesterov:
+        assert c.ahead is not None
+        change = moment * c.ahead.to(dtype)[layers] + term * c.step_size.to(dtype)[layers]
+    else:
+        change = moment * c.step_size.to(dtype)[layers]
+    if column >= 0 and not shard.reg_inside_moment:
+        change /= root
+    if not shard.reg_inside_moment and shard.weight_decay != 0:
+        change += weight * c.decay.to(dtype)[layers]
+    weight = weight - change
+    if shard.rounds_weights:
+        weight = rounding.to_bfloat16(weight, bits)
+    return _Changed(weight, kept, bits, active)
 
 
 def _tiles(rows: int, width: int) -> Iterator[tuple[int, int, int, int]]:
@@ -174,7 +232,14 @@ def _read_moment(shard: Shard, start: int, stop: int, place: int, position: int)
 
 
 def _write_moment(
-    shard: Shard, start: int, place: int, position: int, values: Tensor, bits: Tensor, active: Tensor
+    shard: Shard,
+    start: int,
+    place: int,
+    position: int,
+    values: Tensor,
+    bits: Tensor,
+    active: Tensor,
+    cut: Tensor | None,
 ) -> None:
     assert shard.exp_avg is not None
     if shard.exp_avg.shape == shard.param.shape and shard.exp_avg_scale is None:
@@ -182,7 +247,7 @@ def _write_moment(
             values = rounding.to_bfloat16(values, bits)
         _write(shard.exp_avg, start, start + len(values), values, active)
     else:
-        momentum.write(shard.exp_avg, shard.exp_avg_scale, place, position, values, bits, active)
+        momentum.write(shard.exp_avg, shard.exp_avg_scale, place, position, values, bits, active, cut)
 
 
 def _read(tensor: Tensor, start: int, stop: int) -> Tensor:

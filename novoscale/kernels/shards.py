@@ -19,6 +19,13 @@ POSITION = 3  # of the first element in the parameter: its layers begin at the m
 SIZE = 4  # the elements of a layer
 PLACE = 5  # where in exp_avg the first element's moment lies: an element, or a block
 COLUMN = 6  # of all columns, the first one of its parameter; -1 where its second moment is not factored
+FIRST_CUT = 7  # of all cut blocks, the one that it begins in; -1: its first block is its own
+LAST_CUT = 8  # the same of the one that it ends in
+PIECE = 9
+
+# Of a chunk, a part of a piece, the columns up to COLUMN are the same, and:
+CUT = 7  # of all cut blocks, the one that it is a piece of; -1: its blocks are its own
+OF = 8  # its shard
 
 # The columns of a table of panels. A panel is a stretch of elements of a factored parameter that is a matrix:
 # `rows` pieces of as many layers that follow each other, each with the same `width` columns.
@@ -40,7 +47,7 @@ class Shard:
         exp_avg: the first moment, in one of the formats of ``novoscale.momentum``; None where beta1 is 0 and
             none is kept.
         exp_avg_scale: its scales, where it is kept in blocks.
-        pieces: which elements belong to which layer, and where their moment lies: int64 ``[pieces, 7]`` on
+        pieces: which elements belong to which layer, and where their moment lies: int64 ``[pieces, 9]`` on
             the CPU, the columns above. The layers of a factored parameter are its rows.
         norm_type: 2 (sum of squares) or 0 (largest magnitude).
         beta1: decay of the first moment.
@@ -99,6 +106,7 @@ class Coefficients:
         key: int64 of 32 bits, for stochastic rounding: see ``novoscale.rounding.keys``.
         ahead: multiplies the first moment where a shard is ``nesterov``; step_size then multiplies the new
             term of it. None: no shard is.
+        cut: int32 ``[2, cut blocks]``: see ``reference.largest``. None: no block is cut.
         row_root: of each layer that is a row of a factored parameter, its factor of the root of the second
             moment. None: there is none.
         column_root: the same of each column; one element per *column*. Where it is 0 nothing is changed.
@@ -112,6 +120,7 @@ class Coefficients:
     ahead: Tensor | None = None
     row_root: Tensor | None = None
     column_root: Tensor | None = None
+    cut: Tensor | None = None
 
     def to(self, device: torch.device) -> Coefficients:
         """The same on another device."""
@@ -163,36 +172,60 @@ def chunks(shards: Sequence[Shard], size: int, block: int, factored: bool = True
         factored: False: without the pieces of factored parameters, whose sums are made by :func:`panels`.
 
     Returns:
-        int64 ``[chunks, 8]`` on the CPU: the columns of a piece, and the index of the shard.
+        int64 ``[chunks, 9]`` on the CPU: the columns above. A piece of a cut block is a chunk of its own.
     """
     pieces, shard = _pieces(shards)
+    known = (pieces[:, STOP] > pieces[:, START]) & (factored | (pieces[:, COLUMN] < 0))
     in_blocks = torch.tensor([s.exp_avg_scale is not None for s in shards], dtype=torch.bool, device="cpu")
-    table = torch.cat((pieces, shard[:, None], in_blocks[shard].long()[:, None]), dim=1)
-    table = table[(pieces[:, STOP] > pieces[:, START]) & (factored | (pieces[:, COLUMN] < 0))]
+    table, piece = _at_cut_blocks(pieces[known], block)
+    shard = shard[known][piece]
     for column in (POSITION, LAYER):  # by layer, then by position
-        table = table[torch.argsort(table[:, column], stable=True)]
-    blocks = table[:, 8] == 1
+        order = torch.argsort(table[:, column], stable=True)
+        table, shard = table[order], shard[order]
+    blocks = in_blocks[shard]
     start = torch.where(blocks, table[:, POSITION], table[:, START])
     stop = start + table[:, STOP] - table[:, START]
     begin, count = start // size, (stop - 1) // size + 1 - start // size
-    piece, nth = repeated(count)
-    begin = (begin[piece] + nth) * size
-    done = torch.maximum(start[piece], begin) - start[piece]  # elements of the piece before the chunk
-    end = torch.minimum(stop[piece], begin + size) - start[piece]
-    table, blocks = table[piece], blocks[piece]
-    position = table[:, POSITION]
-    passed = (position + done) // table[:, SIZE] - position // table[:, SIZE]
-    in_place = torch.where(blocks, (position + done) // block - position // block, done)
-    columns = {
-        START: table[:, START] + done,
-        STOP: table[:, START] + end,
-        LAYER: table[:, LAYER] + passed,
-        POSITION: position + done,
-        SIZE: table[:, SIZE],
-        PLACE: table[:, PLACE] + in_place,
-        COLUMN: table[:, COLUMN],
-    }
-    return torch.stack([*(columns[c] for c in sorted(columns)), table[:, 7]], dim=1)
+    index, nth = repeated(count)
+    begin = (begin[index] + nth) * size
+    done = torch.maximum(start[index], begin) - start[index]  # elements of the piece before the chunk
+    end = torch.minimum(stop[index], begin + size) - start[index]
+    return torch.cat((_part(table[index], done, end, blocks[index], block), shard[index][:, None]), dim=1)
+
+
+def _at_cut_blocks(pieces: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The pieces with those of cut blocks apart.
+
+    Returns:
+        int64 ``[parts, 8]``: the columns of a piece up to COLUMN, and CUT; and of which piece each part is.
+    """
+    plain = torch.cat((pieces[:, :FIRST_CUT], torch.full_like(pieces[:, :1], -1)), dim=1)
+    first, last = pieces[:, FIRST_CUT], pieces[:, LAST_CUT]
+    if not ((first >= 0) | (last >= 0)).any():
+        return plain, torch.arange(len(pieces), device="cpu")
+    position, numel = pieces[:, POSITION], pieces[:, STOP] - pieces[:, START]
+    head = torch.where(first >= 0, torch.minimum(numel, block - position % block), 0)
+    tail = torch.where((last >= 0) & (head < numel), (position + numel - 1) % block + 1, 0)
+    done = torch.stack((torch.zeros_like(head), head, numel - tail), dim=1).view(-1)
+    end = torch.stack((head, numel - tail, numel), dim=1).view(-1)
+    cut = torch.stack((first, torch.full_like(first, -1), last), dim=1).view(-1)
+    piece = torch.arange(len(pieces), device="cpu").repeat_interleave(3)[end > done]
+    in_blocks = torch.ones_like(piece, dtype=torch.bool)  # where they are not, nothing was cut off
+    table = _part(plain[piece], done[end > done], end[end > done], in_blocks, block)
+    table[:, CUT] = cut[end > done]
+    return table, piece
+
+
+def _part(table: Tensor, done: Tensor, end: Tensor, in_blocks: Tensor, block: int) -> Tensor:
+    """Of each piece the elements ``done..end``: the columns of a piece, the others as they are."""
+    start, position, size = table[:, START], table[:, POSITION], table[:, SIZE]
+    part = table.clone()
+    part[:, START] = start + done
+    part[:, STOP] = start + end
+    part[:, LAYER] += (position + done) // size - position // size
+    part[:, POSITION] += done
+    part[:, PLACE] += torch.where(in_blocks, (position + done) // block - position // block, done)
+    return part
 
 
 def panels(shards: Sequence[Shard]) -> Tensor:
@@ -207,7 +240,7 @@ def panels(shards: Sequence[Shard]) -> Tensor:
     pieces, shard = _pieces(shards)
     known = (pieces[:, COLUMN] >= 0) & (pieces[:, STOP] > pieces[:, START])
     pieces, shard = pieces[known], shard[known]
-    start, stop, layer, position, size, _, column = pieces.unbind(1)
+    start, stop, layer, position, size, _, column = pieces[:, :FIRST_CUT].unbind(1)
     within, numel = position % size, stop - start
     head = torch.where((within > 0) | (numel < size), torch.minimum(numel, size - within), 0)
     rows, tail = (numel - head) // size, (numel - head) % size
@@ -236,7 +269,7 @@ def panels(shards: Sequence[Shard]) -> Tensor:
 def _pieces(shards: Sequence[Shard]) -> tuple[Tensor, Tensor]:
     """The pieces of all shards, and of which shard each is."""
     tables = [s.pieces for s in shards]
-    pieces = torch.cat([torch.empty((0, 7), dtype=torch.int64, device="cpu"), *tables])
+    pieces = torch.cat([torch.empty((0, PIECE), dtype=torch.int64, device="cpu"), *tables])
     return pieces, torch.repeat_interleave(_int64([len(t) for t in tables]))
 
 

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from novoscale import momentum
+from novoscale.blocks import BLOCK
 from novoscale.kernels import triton_passes as passes
 from novoscale.kernels.shards import (
     COLUMN,
@@ -184,7 +185,7 @@ class Kernels:
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> None:
         self._statistic_size, self._device = layers + columns, device
-        table = chunks(shards, CHUNK, momentum.BLOCK)
+        table = chunks(shards, CHUNK, BLOCK)
         self._factored = table[:, COLUMN] >= 0
         plain = table[~self._factored]
         # Of each chunk those of its first and of its last layer; if that is the same, the second stays 0.
@@ -278,16 +279,14 @@ def _rows(shards: Sequence[Shard], table: Tensor) -> Tensor:
     in_blocks = torch.tensor([s.exp_avg_scale is not None for s in shards], dtype=torch.bool, device="cpu")[
         shard_of
     ]
-    begin = torch.where(in_blocks, position % momentum.BLOCK, start % ALIGNMENT)
+    begin = torch.where(in_blocks, position % BLOCK, start % ALIGNMENT)
     # Where index 0 of the chunk lies, in elements of each tensor or, of the codes and scales, in blocks.
     first = start - begin
     index = torch.stack((first, first, torch.where(in_blocks, place, place - begin), place), dim=1)
     tensors = [(s.param, s.grad, s.exp_avg, s.exp_avg_scale) for s in shards]
     address = _int64([[0 if t is None else t.data_ptr() for t in row] for row in tensors]).view(-1, 4)
     itemsize = _int64([[0 if t is None else t.element_size() for t in row] for row in tensors]).view(-1, 4)
-    itemsize[:, 2] *= _int64(
-        [momentum.BLOCK // form.packed if (form := _in_blocks(s)) else 1 for s in shards]
-    )
+    itemsize[:, 2] *= _int64([BLOCK // form.packed if (form := _in_blocks(s)) else 1 for s in shards])
     # A layer larger than a chunk ends in it at most once, so that it may as well be as large as one.
     within, width = position % size, size
     left = size - within

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from novoscale import momentum, rounding
+from novoscale import blocks, momentum, rounding
 
 # With a type, because Triton ships none.
 jit: Callable[[Callable[..., Any]], Any] = triton.jit
@@ -22,7 +22,7 @@ jit: Callable[[Callable[..., Any]], Any] = triton.jit
 # below.
 FORMATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-BLOCK = tl.constexpr(momentum.BLOCK)
+BLOCK = tl.constexpr(blocks.BLOCK)
 _SMALLEST_SCALE = tl.constexpr(momentum.SMALLEST_SCALE)
 _NAN = tl.constexpr(rounding.NAN_BFLOAT16)
 _INFINITY = tl.constexpr(0x7F800000)  # as the bits of a float32

@@ -17,8 +17,9 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
+from novoscale.blocks import BLOCK
 from novoscale.kernels import Coefficients, Shard, reference
-from novoscale.momentum import BLOCK, FORMATS
+from novoscale.momentum import FORMATS
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

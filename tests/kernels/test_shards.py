@@ -5,8 +5,8 @@ import torch
 from against_reference import Part, shard, steps
 from hypothesis import given, settings
 
+from novoscale.blocks import BLOCK
 from novoscale.kernels.shards import COLUMN, chunks, panels
-from novoscale.momentum import BLOCK
 
 
 def elements(start, stop, layer, position, size, place, column, index, in_blocks):

@@ -35,11 +35,12 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.runtime import interpreter
 
+from novoscale.blocks import BLOCK
 from novoscale.kernels import Coefficients, reference
 from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
 from novoscale.kernels import triton_passes as passes
-from novoscale.momentum import BLOCK, FORMATS
+from novoscale.momentum import FORMATS
 
 # NumPy says of the interpreter's arithmetic what float32 does with infinity, and uint32 beyond 2**32.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
