@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from novoscale import NovoGrad, blocks, momentum
+from novoscale import NovoGrad, momentum
 from novoscale.layout import local_tensor
 
 SHAPES = {
@@ -49,9 +49,14 @@ def gradients(step: int, shapes: Sequence[Any] = tuple(SHAPES.values())) -> list
     return made
 
 
-def uncut(options: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, tuple[Tensor, Tensor]]:
-    """Weights and first moments of every parameter after STEPS steps in one process."""
-    model = FixedGradients().to(dtype)
+def uncut(
+    options: dict[str, Any], dtype: torch.dtype = torch.float32, master: torch.dtype | None = None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Weights and first moments of every parameter after STEPS steps in one process.
+
+    ``master``: of the weights that are updated, which begin as ``dtype``; None: the same.
+    """
+    model = FixedGradients().to(dtype).to(master or dtype)
     optimizer = NovoGrad(model.named_parameters(), **options)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -77,31 +82,18 @@ def pieces(optimizer: NovoGrad) -> list[Piece]:
     return found
 
 
-def differing(
-    ranks: Sequence[Sequence[Piece]], expected: dict[str, tuple[Tensor, Tensor]], in_blocks: bool
-) -> set[str]:
-    """Parameters of which an element differs from one process; with blocks, one in a block that is not cut.
+def differing(ranks: Sequence[Sequence[Piece]], expected: dict[str, tuple[Tensor, Tensor]]) -> set[str]:
+    """Parameters of which an element differs from one process.
 
     Raises:
         AssertionError: the ranks do not hold every element.
     """
     found, held = set(), defaultdict(set)
     for name, position, weights, moments in (piece for rank in ranks for piece in rank):
-        numel = expected[name][0].numel()
-        held[name] |= set(range(position, position + len(weights)))
-        for a, b in _whole_blocks(position, len(weights), numel) if in_blocks else [(0, len(weights))]:
-            for mine, its in zip((weights, moments), expected[name], strict=True):
-                if not torch.equal(mine[a:b].to(its.dtype), its[position + a : position + b]):
-                    found.add(name)
+        stop = position + len(weights)
+        held[name] |= set(range(position, stop))
+        for mine, its in zip((weights, moments), expected[name], strict=True):
+            if not torch.equal(mine.to(its.dtype), its[position:stop]):
+                found.add(name)
     assert all(len(held[name]) == w.numel() for name, (w, _) in expected.items())
     return found
-
-
-def _whole_blocks(position: int, length: int, numel: int) -> Iterator[tuple[int, int]]:
-    """Of a piece of a parameter, the elements in blocks of which it has all: small parameters have none."""
-    block = blocks.BLOCK if numel >= blocks.SMALL else 1
-    first, last = -(-position // block) * block, (position + length) // block * block
-    if position + length == numel:
-        last = numel
-    if first < last:
-        yield first - position, last - position

@@ -178,13 +178,21 @@ class Kernels:
         device: where they are, and the vectors that have one element per layer.
         layers: how many layers there are.
         columns: how many columns of factored parameters.
+        cut_blocks: how many blocks of first moments are cut.
 
     Raises:
         ValueError: a tensor that these kernels cannot take, or that is somewhere else.
     """
 
-    def __init__(self, shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> None:
-        self._statistic_size, self._device = layers + columns, device
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        device: torch.device,
+        layers: int,
+        columns: int = 0,
+        cut_blocks: int = 0,
+    ) -> None:
+        self._statistic_size, self._cut_blocks, self._device = layers + columns, cut_blocks, device
         table = chunks(shards, CHUNK, BLOCK)
         self._factored = table[:, COLUMN] >= 0
         plain = table[~self._factored]
@@ -225,18 +233,13 @@ class Kernels:
             )
             for (norm_type, grad, width), start, stop in _merged(launches)
         ]
-        self._updates = [
-            (
-                kind,
-                partial(
-                    passes.update[(stop - start,)],
-                    self._table[start:stop],
-                    **kind.constants(),
-                    **LAUNCH,
-                ),
-            )
-            for kind, start, stop in reversed(launches)
-        ]
+        # From the end: what the first pass read last is still in the cache.
+        self._updates = [self._update(*launch, passes.AGREED.value) for launch in reversed(launches)]
+        self._finds = [self._update(*launch, passes.FIND.value) for launch in launches if launch[0].cut]
+
+    def _update(self, kind: _Launch, start: int, stop: int, cut: int) -> tuple[_Launch, Any]:
+        constants = {**kind.constants(), "cut": cut if kind.cut else None, "cut_count": self._cut_blocks}
+        return kind, partial(passes.update[(stop - start,)], self._table[start:stop], **constants, **LAUNCH)
 
     def moved(self, gradients: Sequence[int]) -> None:
         """Go on with gradients at other addresses."""
@@ -259,23 +262,33 @@ class Kernels:
             self._panels.add_to(statistic)
         return statistic
 
+    def largest(self, coefficients: Coefficients) -> Tensor:
+        """See :func:`novoscale.kernels.reference.largest`."""
+        found = torch.zeros(2, self._cut_blocks, dtype=torch.int32, device=self._device)
+        self._launch(self._finds, coefficients, found)
+        return found
+
     def update(self, coefficients: Coefficients) -> None:
         """See :func:`novoscale.kernels.reference.update`."""
-        c = coefficients
+        cut = coefficients.cut
+        assert cut is not None or not self._finds
+        self._launch(self._updates, coefficients, None if cut is None else cut.contiguous())
+
+    def _launch(self, launches: list[tuple[_Launch, Any]], c: Coefficients, cut: Tensor | None) -> None:
         vectors = [t.contiguous() for t in (c.grad_scale, c.step_size, c.decay, c.active, c.key)]
         ahead, row_root = (None if t is None else t.contiguous() for t in (c.ahead, c.row_root))
         # float32, for of these one is read for each element; of the others, one for many.
         column_root = None if c.column_root is None else c.column_root.to(torch.float32).contiguous()
         with torch.cuda.device(self._index):
-            for kind, launch in self._updates:
+            for kind, launch in launches:
                 # None where it is not needed: the kernel is the same whatever else there is in the model.
                 roots = (row_root, column_root) if kind.factored else (None, None)
-                launch(*vectors, ahead if kind.options.nesterov else None, *roots)
+                launch(*vectors, ahead if kind.options.nesterov else None, *roots, cut if kind.cut else None)
 
 
 def _rows(shards: Sequence[Shard], table: Tensor) -> Tensor:
     """The rows of the table, in the order of the chunks."""
-    start, stop, layer, position, size, place, column, shard_of = table.unbind(1)
+    start, stop, layer, position, size, place, column, cut, shard_of = table.unbind(1)
     in_blocks = torch.tensor([s.exp_avg_scale is not None for s in shards], dtype=torch.bool, device="cpu")[
         shard_of
     ]
@@ -306,6 +319,7 @@ def _rows(shards: Sequence[Shard], table: Tensor) -> Tensor:
     factored = column >= 0
     rows[:, passes.COLUMN.value] = torch.where(factored, column + within - begin, 0)
     rows[:, passes.WIDTH.value] = torch.where(factored & several, width, 0)
+    rows[:, passes.CUT.value] = cut
     return rows
 
 
@@ -318,6 +332,7 @@ class _Launch(NamedTuple):
         width: of passes.rows_statistic; 0 where the chunks lie in one layer each, or are factored.
         group: of passes.update.
         ragged: of passes.update.
+        cut: whether they are pieces of cut blocks.
     """
 
     options: _Options
@@ -325,6 +340,7 @@ class _Launch(NamedTuple):
     width: int
     group: int
     ragged: bool
+    cut: bool
 
     def constants(self) -> dict[str, Any]:
         """The arguments of passes.update."""
@@ -335,7 +351,7 @@ class _Launch(NamedTuple):
             "group": self.group,
             "ragged": self.ragged,
         }
-        return found | {"tile": TILE // 2 if halved(found) else TILE}
+        return found | {"tile": BLOCK if self.cut else TILE // 2 if halved(found) else TILE}
 
 
 def _launches(
@@ -349,7 +365,8 @@ def _launches(
     widths = 1 << torch.arange(3, TILE.bit_length(), device="cpu")
     width = torch.where(several & ~factored, widths[torch.bucketize(size.clamp(max=TILE), widths)], 0)
     group = torch.where(((within - begin) | size) % GROUP == 0, GROUP, 1)
-    group = torch.where(several, group, 0)
+    cut = rows[:, passes.CUT.value] >= 0
+    group = torch.where(several | cut, group, 0)  # cut blocks always with what each element's layer does
     addresses = rows[:, passes.PARAM.value] | rows[:, passes.GRAD.value]
     columns = rows[:, passes.COLUMN.value] | rows[:, passes.WIDTH.value]
     ragged = ((begin | end) % GROUP != 0) | (addresses % 16 != 0) | ((group != 1) & (columns % GROUP != 0))
@@ -357,12 +374,12 @@ def _launches(
     # In an order in which the launches of the statistic, which depend on fewer options, have theirs together.
     prefixes = {o[:2]: i for i, o in enumerate(options)}
     prefix = _int64([prefixes[o[:2]] for o in options])[option_of]
-    kinds = torch.stack((factored.long(), prefix, width, option_of, group, ragged.long()), dim=1)
+    kinds = torch.stack((factored.long(), prefix, width, option_of, group, ragged.long(), cut.long()), dim=1)
     found, kind_of, counts = torch.unique(kinds, dim=0, return_inverse=True, return_counts=True)
     bounds = [0, *counts.cumsum(0).tolist()]
     launches = [
-        (_Launch(options[option], bool(is_factored), width, group, bool(ragged)), a, b)
-        for (is_factored, _, width, option, group, ragged), a, b in zip(
+        (_Launch(options[option], bool(is_factored), width, group, bool(ragged), bool(is_cut)), a, b)
+        for (is_factored, _, width, option, group, ragged, is_cut), a, b in zip(
             found.tolist(), bounds[:-1], bounds[1:], strict=True
         )
     ]

@@ -83,6 +83,12 @@ def store_elements(
         tl.store(_pointers(address, index, dtype, aligned), value.to(dtype), mask=mask)
 
 
+@jit
+def magnitudes(value: tl.tensor) -> tl.tensor:
+    """The bits of float32 without their signs, int32: they order as the magnitudes, NaN above infinity."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
 # ---- blocks of codes -------------------------------------------------------------------------------------
 
 
@@ -130,6 +136,7 @@ def store_blocks(
     value: tl.tensor,
     bits: tl.tensor,
     mask: tl.tensor,
+    magnitude: tl.tensor,
     largest: tl.constexpr,
     aligned: tl.constexpr,
 ) -> None:
@@ -142,13 +149,16 @@ def store_blocks(
         value: float32, of all elements of the blocks, one after another; 0 where there is none.
         bits: 16 random bits for each.
         mask: which blocks are to be written, if not all.
+        magnitude: the largest of the blocks, as bits, if others have elements of them; else None.
         largest: see :func:`load_blocks`.
         aligned: see there.
     """
     packed: tl.constexpr = 2 if largest < 8 else 1
     value = value.reshape(block.shape[0], BLOCK)
-    # Without its sign, a float32 orders as the integer of the same bits, and NaN is above infinity.
-    magnitude = tl.max(value.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    if magnitude is None:
+        magnitude = tl.max(magnitudes(value), 1)
+    else:
+        magnitude = magnitude + tl.zeros([block.shape[0]], tl.int32)
     finite = magnitude < _INFINITY
     wide = (magnitude.to(tl.float32, bitcast=True) * (1.0 / largest)).to(tl.int32, bitcast=True)
     wide = tl.maximum((wide + 0xFFFF) & -0x10000, _SMALLEST_SCALE)

@@ -12,6 +12,7 @@ from novoscale.kernels.triton_formats import (
     jit,
     load_blocks,
     load_elements,
+    magnitudes,
     random_bits,
     scramble,
     store_blocks,
@@ -33,7 +34,13 @@ WITHIN = tl.constexpr(9)  # and in its layer
 SIZE = tl.constexpr(10)  # elements of a layer
 COLUMN = tl.constexpr(11)  # of all columns, the one of its index 0 if there is one: counted back from begin
 WIDTH = tl.constexpr(12)  # columns of its factored parameter, where it has elements of several rows; else 0
+CUT = tl.constexpr(13)  # of all cut blocks, the one that it is a piece of
 ROW = tl.constexpr(14)
+
+# What is done to pieces of cut blocks, which are chunks of their own: first, find what this rank has to tell
+# the others; then, update them by what all have told.
+FIND = tl.constexpr(1)
+AGREED = tl.constexpr(2)
 
 
 # ---- the statistic ---------------------------------------------------------------------------------------
@@ -45,8 +52,7 @@ def _accumulate(total: tl.tensor, value: tl.tensor, squares: tl.constexpr) -> tl
         # The product is exact, so that fusing it with the sum saves an instruction and not a rounding.
         wide = value.to(tl.float64)
         return tl.fma(wide, wide, total)
-    # Without its sign, a float32 orders as the integer of the same bits, and NaN is above infinity.
-    return tl.maximum(total, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+    return tl.maximum(total, magnitudes(value))
 
 
 @jit
@@ -226,6 +232,8 @@ def _update_tile(
     row_root: tl.tensor,
     column_root: tl.tensor,
     column: tl.tensor,
+    cut_largest: tl.tensor,
+    cut_active: tl.tensor,
     beta1: tl.tensor,
     beta3: tl.tensor,
     weight_decay: tl.tensor,
@@ -240,6 +248,7 @@ def _update_tile(
     outside: tl.constexpr,
     nesterov: tl.constexpr,
     divided: tl.constexpr,
+    cut: tl.constexpr,
     group: tl.constexpr,
     tile: tl.constexpr,
     aligned: tl.constexpr,
@@ -292,19 +301,30 @@ def _update_tile(
             kept = tl.where(selected, moment, old)
             touched = tl.max((selected & mask).to(tl.int32).reshape(tile // BLOCK, BLOCK), 1) > 0
         kept = tl.where(mask, kept, 0.0)
-        store_blocks(exp_avg, exp_avg_scale, block, kept, bits >> 16, touched, largest, codes_aligned)
+        magnitude = None
+        if cut == FIND:
+            tl.atomic_max(cut_largest, tl.max(magnitudes(kept)))
+            tl.atomic_max(cut_active, tl.max(touched.to(tl.int32)))
+        elif cut == AGREED:
+            magnitude = tl.load(cut_largest)
+            touched = block < tl.load(cut_active)  # of which there is one
+        if cut != FIND:
+            store_blocks(
+                exp_avg, exp_avg_scale, block, kept, bits >> 16, touched, magnitude, largest, codes_aligned
+            )
     elif exp_avg_type is not None:
         old = load_elements(exp_avg, index, mask, exp_avg_type, aligned)
         moment += old * beta1
         moment_bits = None if exp_avg_type == tl.float32 else bits >> 16
         store_elements(exp_avg, index, moment, moment_bits, changed, exp_avg_type, aligned, live, old)
-    change = moment * ahead + term * step_size if nesterov else moment * step_size
-    if divided == "change":
-        change = tl.div_rn(change, root)
-    if outside:
-        change += weight * decay
-    weight_bits = bits & 0xFFFF if rounds_weights else None
-    store_elements(param, index, weight - change, weight_bits, changed, param_type, aligned, live, weight)
+    if cut != FIND:
+        change = moment * ahead + term * step_size if nesterov else moment * step_size
+        if divided == "change":
+            change = tl.div_rn(change, root)
+        if outside:
+            change += weight * decay
+        weight_bits = bits & 0xFFFF if rounds_weights else None
+        store_elements(param, index, weight - change, weight_bits, changed, param_type, aligned, live, weight)
 
 
 @jit
@@ -318,10 +338,12 @@ def update(
     ahead: tl.tensor,
     row_root: tl.tensor,
     column_root: tl.tensor,
+    cut_blocks: tl.tensor,
     beta1: tl.tensor,
     beta3: tl.tensor,
     weight_decay: tl.tensor,
     eps: tl.tensor,
+    cut_count: tl.tensor,
     param_type: tl.constexpr,
     grad_type: tl.constexpr,
     exp_avg_type: tl.constexpr,
@@ -332,6 +354,7 @@ def update(
     outside: tl.constexpr,
     nesterov: tl.constexpr,
     divided: tl.constexpr,
+    cut: tl.constexpr,
     group: tl.constexpr,
     ragged: tl.constexpr,
     tile: tl.constexpr,
@@ -340,7 +363,8 @@ def update(
 
     ``ahead``, ``row_root`` and ``column_root``, which is float32, may be None where they are not needed.
     ``divided``, of factored parameters: "term", what is added to the moment, or "change", what is taken from
-    the weight; else None. ``group``: elements that surely are of one layer; 0: all of a chunk. ``ragged``, of
+    the weight; else None. ``cut``: of pieces of cut blocks, what is done to them: see FIND; else None.
+    ``group``: elements that surely are of one layer; 0, if ``cut`` is None: all of a chunk. ``ragged``, of
     moments in blocks: see ``aligned`` of _update_tile. There it is known of a launch and no branch: two would
     take more registers.
     """
@@ -372,6 +396,10 @@ def update(
             shrink = tl.load(decay + layer).to(tl.float32)
             forward = tl.load(ahead + layer).to(tl.float32) if nesterov else None
             of_row = tl.load(row_root + layer).to(tl.float32) if divided is not None else None
+        cut_largest, cut_active = None, None
+        if cut is not None:
+            cut_largest = cut_blocks + tl.load(row + CUT)
+            cut_active = cut_largest + cut_count
         for offset in range(0, end, tile):
             column = first
             if group > 0:
@@ -390,23 +418,23 @@ def update(
                 _update_tile(
                     param, grad, exp_avg, exp_avg_scale, offset, begin, end, moves,
                     hashed, position.to(tl.uint32), high, next_high, scale, step, shrink, forward,
-                    of_row, column_root, column, beta1, beta3, weight_decay, eps, param_type, grad_type,
-                    exp_avg_type, largest, codes_aligned, rounds_weights, inside, outside, nesterov,
-                    divided, group, tile, not ragged, True,
+                    of_row, column_root, column, cut_largest, cut_active, beta1, beta3, weight_decay, eps,
+                    param_type, grad_type, exp_avg_type, largest, codes_aligned, rounds_weights, inside,
+                    outside, nesterov, divided, cut, group, tile, not ragged, True,
                 )  # fmt: skip
             elif wide & (offset >= begin) & (offset + tile <= end) & one_half:
                 _update_tile(
                     param, grad, exp_avg, exp_avg_scale, offset, begin, end, moves,
                     hashed, position.to(tl.uint32), high, next_high, scale, step, shrink, forward,
-                    of_row, column_root, column, beta1, beta3, weight_decay, eps, param_type, grad_type,
-                    exp_avg_type, largest, codes_aligned, rounds_weights, inside, outside, nesterov,
-                    divided, group, tile, True, False,
+                    of_row, column_root, column, cut_largest, cut_active, beta1, beta3, weight_decay, eps,
+                    param_type, grad_type, exp_avg_type, largest, codes_aligned, rounds_weights, inside,
+                    outside, nesterov, divided, cut, group, tile, True, False,
                 )  # fmt: skip
             else:
                 _update_tile(
                     param, grad, exp_avg, exp_avg_scale, offset, begin, end, moves,
                     hashed, position.to(tl.uint32), high, next_high, scale, step, shrink, forward,
-                    of_row, column_root, column, beta1, beta3, weight_decay, eps, param_type, grad_type,
-                    exp_avg_type, largest, codes_aligned, rounds_weights, inside, outside, nesterov,
-                    divided, group, tile, False, True,
+                    of_row, column_root, column, cut_largest, cut_active, beta1, beta3, weight_decay, eps,
+                    param_type, grad_type, exp_avg_type, largest, codes_aligned, rounds_weights, inside,
+                    outside, nesterov, divided, cut, group, tile, False, True,
                 )  # fmt: skip

@@ -46,7 +46,7 @@ class Part(NamedTuple):
     """Elements start..stop of a tensor are those from ``offset`` on of a parameter.
 
     Its layers have ``size`` elements each; ``layer`` is the first of them. ``column``: the first of its
-    columns, if its second moment is factored.
+    columns, if its second moment is factored. ``cut``: of the cut blocks, its first and its last one.
     """
 
     start: int
@@ -55,6 +55,10 @@ class Part(NamedTuple):
     offset: int = 0
     size: int = 2**40
     column: int = -1
+    cut: tuple[int, int] = (-1, -1)
+
+
+CUT_BLOCKS = 3  # as many as there are
 
 
 def shard(
@@ -77,9 +81,11 @@ def shard(
     for p in parts:
         in_order = scale is not None or (exp_avg is not None and exp_avg.numel() != param.numel())
         layer = first + p.layer + p.offset // p.size
-        rows.append((p.start, p.stop, layer, p.offset, p.size, place if in_order else p.start, p.column))
+        rows.append(
+            (p.start, p.stop, layer, p.offset, p.size, place if in_order else p.start, p.column, *p.cut)
+        )
         place += blocks(p) if scale is not None else p.stop - p.start
-    table = torch.tensor(rows, dtype=torch.int64).view(-1, 7)
+    table = torch.tensor(rows, dtype=torch.int64).view(-1, 9)
     usual = {"norm_type": 2, "beta1": 0.9, "beta3": 1.0, "weight_decay": 0.1, "reg_inside_moment": True}
     return Shard(param, grad, exp_avg, scale, table, **{**usual, "stochastic_rounding": False, **options})
 
@@ -161,6 +167,8 @@ def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], t
         exp_avg, scale = moment(
             form, parts, numel, generator, draw(st.sampled_from([0, 0, 1, 8, 3])), special
         )
+        if scale is not None:
+            parts = [p._replace(cut=draw_cut(draw, p)) for p in parts]
         options = {
             "norm_type": norm_type,
             "beta1": draw(st.sampled_from([0.0, 0.9, 0.95])) if exp_avg is not None else 0.0,
@@ -173,6 +181,12 @@ def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], t
         }
         shards.append(shard(param, grad, exp_avg, parts, scale=scale, **options))
     return shards, (first, columns), random_coefficients(first, generator, columns)
+
+
+def draw_cut(draw: Any, part: Part) -> tuple[int, int]:
+    """Which cut blocks a part begins and ends in. Parts may be of the same: of another rank, or run."""
+    first, last = draw(st.tuples(*[st.sampled_from([-1, -1, *range(CUT_BLOCKS)])] * 2))
+    return (first, first if blocks(part) == 1 else last)
 
 
 def random_coefficients(layers: int, generator: torch.Generator, columns: int = 0) -> Coefficients:
@@ -220,7 +234,7 @@ def assert_same_statistic(statistic: Tensor, shards: Sequence[Shard], layers: in
     assert (statistic.dtype, statistic.shape) == (torch.float64, (layers + columns,))
     numel, largest = (torch.zeros(layers + columns, dtype=t) for t in (torch.float64, torch.bool))
     for s in shards:
-        for start, stop, layer, position, size, _, column in s.pieces.tolist():
+        for start, stop, layer, position, size, _, column, *_ in s.pieces.tolist():
             rows = (position % size + stop - start - 1) // size + 1
             touched = slice(layer, layer + rows)
             numel[touched] += min(stop - start, size)
@@ -240,18 +254,29 @@ def assert_as_reference(
     coefficients: Coefficients,
     device: torch.device = CPU,
 ) -> None:
-    """Both passes of ``module.Kernels``, of which the first changes nothing; ``shards`` are on the CPU.
+    """What ``module.Kernels`` does, of which only the update changes anything; ``shards`` are on the CPU.
 
     ``counts``: of layers, and of columns if there are any.
     """
     mine, expected = copied(shards, device), copied(shards, CPU)
     layers, columns = counts if isinstance(counts, tuple) else (counts, 0)
-    kernels = module.Kernels(mine, device, layers, columns)
+    kernels = module.Kernels(mine, device, layers, columns, CUT_BLOCKS)
     assert_same_statistic(kernels.sum_of_squares(), shards, layers, columns)
+    largest = reference.largest(expected, coefficients, CUT_BLOCKS)
+    assert torch.equal(kernels.largest(coefficients.to(device)).cpu(), largest)
     assert_same_bits(mine, shards)
+    coefficients = replace(coefficients, cut=torch.maximum(largest, of_others(layers)))
     reference.update(expected, coefficients)
     kernels.update(coefficients.to(device))
     assert_same_bits(mine, expected)
+
+
+def of_others(seed: int) -> Tensor:
+    """What other ranks have found of the cut blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(6, (CUT_BLOCKS,), generator=generator)
+    magnitudes = torch.tensor([0.0, 0.0, 1e-40, 1e-3, 1e3, torch.nan])[chosen].view(torch.int32)
+    return torch.stack((magnitudes, torch.randint(2, (CUT_BLOCKS,), generator=generator).int()))
 
 
 def assert_follows_gradients(module: ModuleType, shards: Sequence[Shard], device: torch.device = CPU) -> None:

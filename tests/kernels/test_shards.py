@@ -9,11 +9,14 @@ from novoscale.blocks import BLOCK
 from novoscale.kernels.shards import COLUMN, chunks, panels
 
 
-def elements(start, stop, layer, position, size, place, column, index, in_blocks):
+def elements(start, stop, layer, position, size, place, column, first_cut, last_cut, index, in_blocks):
     """What a row of a table says of each element: where it and its moment lie, and of what layer it is."""
     for n in range(stop - start):
         at = place + ((position + n) // BLOCK - position // BLOCK if in_blocks else n)
-        yield index, start + n, layer + (position % size + n) // size, position + n, size, at, column
+        first = (position + n) // BLOCK == position // BLOCK
+        last = (position + n) // BLOCK == (position + stop - start - 1) // BLOCK
+        cut = first_cut if first else last_cut if last else -1
+        yield index, start + n, layer + (position % size + n) // size, position + n, size, at, cut, column
 
 
 def of_pieces(shards):
@@ -28,11 +31,12 @@ def test_chunks_are_the_pieces_cut_at_multiples_of_the_size_and_sorted_by_layer(
     shards, _, _ = case
     rows = chunks(shards, size, BLOCK).tolist()
     in_blocks = [s.exp_avg_scale is not None for s in shards]
-    found = [e for row in rows for e in elements(*row, in_blocks[row[7]])]
+    found = [e for *row, cut, index in rows for e in elements(*row, cut, cut, index, in_blocks[index])]
     assert sorted(found) == sorted(of_pieces(shards))
     order = [(layer, position) for _, _, layer, position, *_ in rows]
     assert order == sorted(order)
-    for start, stop, _, position, _, _, _, index in rows:
+    for start, stop, _, position, _, _, _, cut, index in rows:
+        assert cut < 0 or position // BLOCK == (position + stop - start - 1) // BLOCK
         first = position if in_blocks[index] else start
         assert first // size == (first + stop - start - 1) // size
 
@@ -42,8 +46,8 @@ def test_offsets_pass_32_bits():
     tensor = torch.empty(0)
     parts = [Part(start, start + 200, 1, offset=2**34)]
     assert chunks([shard(tensor, tensor, None, parts, first=3)], 128, BLOCK).tolist() == [
-        [start, 2**33 + 128, 4, 2**34, 2**40, start, -1, 0],
-        [2**33 + 128, start + 200, 4, 2**34 + 123, 2**40, 2**33 + 128, -1, 0],
+        [start, 2**33 + 128, 4, 2**34, 2**40, start, -1, -1, 0],
+        [2**33 + 128, start + 200, 4, 2**34 + 123, 2**40, 2**33 + 128, -1, -1, 0],
     ]
 
 
@@ -54,7 +58,7 @@ def test_panels_are_the_elements_of_factored_parameters_each_once(case):
     factored = [e for e in of_pieces(shards) if e[-1] >= 0]
     expected = [
         (index, at, layer, column + position % size)
-        for index, at, layer, position, size, _, column in factored
+        for index, at, layer, position, size, _, _, column in factored
     ]
     found = [
         (index, start + n, layer + n // width, column + n % width)

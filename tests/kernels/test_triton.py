@@ -433,7 +433,7 @@ def test_partials_take_at_most_64_mib(matrices, most):
 def test_gradients_of_factored_parameters_may_move(small):
     parts = [Part(3, 900, 0, 20, 64, 0), Part(900, 930, 20, 0)]
     shards = [made(1000, "int8", parts, grad=t, **OPTIONS[1]) for t in DTYPES[:2]]
-    shards[1] = replace(shards[1], pieces=shards[1].pieces + torch.tensor([0, 0, 30, 0, 0, 0, 0]))
+    shards[1] = replace(shards[1], pieces=shards[1].pieces + torch.tensor([0, 0, 30, 0, 0, 0, 0, 0, 0]))
     mine, expected = copied(shards, DEVICE), copied(shards, CPU)
     elsewhere = [replace(s, grad=torch.zeros(1001, dtype=s.grad.dtype, device=DEVICE)[1:]) for s in mine]
     both = kernels.Kernels(elsewhere, DEVICE, 60, 64)

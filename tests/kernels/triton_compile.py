@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from novoscale.blocks import BLOCK
 from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
 from novoscale.kernels import triton_passes as passes
@@ -36,6 +37,8 @@ TYPES = {
     "ahead": "*fp64",
     "row_root": "*fp64",
     "column_root": "*fp32",
+    "cut_blocks": "*i32",
+    "cut_count": "i32",
     "beta1": "fp32",
     "beta3": "fp32",
     "weight_decay": "fp32",
@@ -70,7 +73,13 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (BFLOAT16, BFLOAT16, "int8", True, False, True, 8, "change", "nesterov"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "term", "ragged"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 8, "cut: find"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 8, "cut: agreed"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term", "nesterov", "cut: find", "ragged"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term", "nesterov", "cut: agreed", "ragged"),
+    (FLOAT32, FLOAT32, "int4", False, False, True, 8, "cut: agreed"),
 ]
+CUTS = {"cut: find": passes.FIND.value, "cut: agreed": passes.AGREED.value}
 STATISTICS = [(FLOAT32, True, 1024), (BFLOAT16, True, 64), (BFLOAT16, False, 1024)]
 STRIPS = [(FLOAT32, 256), (BFLOAT16, 256), (BFLOAT16, 16)]
 
@@ -96,10 +105,12 @@ def cases():
             "outside": outside,
             "nesterov": "nesterov" in more,
             "divided": divided,
+            "cut": next((cut for name, cut in CUTS.items() if name in more), None),
             "group": group,
             "ragged": "ragged" in more,
         }
         constants |= {} if "nesterov" in more else {"ahead": None}
+        constants |= {} if constants["cut"] else {"cut_blocks": None}
         constants |= {} if divided else {"row_root": None, "column_root": None}
         # Of codes a thread has less than 128 bits; where any lane may be of another layer, none is sure to be
         # written, and the roots are read one by one.
@@ -110,7 +121,7 @@ def cases():
         writes = in_128_bits([param, *moments], half) * (group != 1)
         options = "".join(f", {'factored, ' * (option == divided)}{option}" for option in more)
         name = f"update {param} {grad} {form}{' rounded' * rounds}{f', layers of {group}s' * (group > 0)}"
-        counts = (0, 0) if "ragged" in more else (reads, writes)
+        counts = (0, 0) if "ragged" in more or constants["cut"] else (reads, writes)
         yield f"{name}{options}", passes.update, constants, *counts
     for dtype, squares, width in STATISTICS:
         constants = {"grad_type": dtype, "squares": squares, "width": 0}
@@ -130,7 +141,8 @@ def build(kernel, constants, architecture):
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     # By each thread as many elements as Kernels would give it.
     half = "param_type" in constants and kernels.halved(constants)
-    constants = constants | {"tile": (4 if half else 8) * kernels.WARPS * target.warp_size}
+    tile = (4 if half else 8) * kernels.WARPS * target.warp_size
+    constants = constants | {"tile": BLOCK if constants.get("cut") else tile}
     types = {name: kind for name, kind in TYPES.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
@@ -145,9 +157,10 @@ def nvidia(asm):
         command = [str(tool), "-res-usage", "-sass", file.name]
         text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    # A correctly rounded division is made of multiply-adds: six, and ten in a function for extreme numbers.
+    # A correctly rounded division is made of multiply-adds: six, and ten or eleven in a function for extreme
+    # numbers.
     divisions = asm["ptx"].count("div.rn.f32") + asm["ptx"].count("rcp.rn.f32")
-    fused = len(re.findall(r"\bFFMA2?\b", text)) - (6 * divisions + 10 if divisions else 0)
+    fused = len(re.findall(r"\bFFMA2?\b", text)) - (6 * divisions + 11 if divisions else 0)
     return {
         "registers": int(usage[1]),
         "spilled": int(usage[2]) + len(re.findall(r"\b(?:LDL|STL)\b", text)),
@@ -186,7 +199,7 @@ if __name__ == "__main__":
         for architecture in sys.argv[1:]:
             asm = build(kernel, constants, architecture)
             facts = amd(asm) if architecture.startswith("gfx") else nvidia(asm)
-            rare = "ragged" in name or "layers of 1s" in name
+            rare = any(word in name for word in ("ragged", "layers of 1s", "cut"))
             line = {
                 "architecture": architecture,
                 "name": name,

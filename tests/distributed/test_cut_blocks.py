@@ -1,0 +1,30 @@
+"""Codes, scales and weights of blocks that are cut are those of one process, bit for bit."""
+
+import cut_block_ranks
+import pytest
+
+from novoscale.ranks import run_ranks
+
+OPTIONS = [
+    {"momentum_dtype": "int8"},
+    {"momentum_dtype": "int4", "fused": False},
+    {"momentum_dtype": "int4", "granularity": "row", "normalize": "rms"},
+    {"momentum_dtype": "int8", "preset": "adamw", "scale_parameter": True, "clip_threshold": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("mesh_shape", [(3,), (2, 2)], ids=str)
+def test_parameters_placed_in_any_way(options, mesh_shape):
+    options = {"lr": 0.05, "weight_decay": 0.1, **options}
+    if "granularity" in options:
+        options["granularity"] = "tensor" if mesh_shape == (3,) else "row"
+    world = 3 if mesh_shape == (3,) else 4
+    assert run_ranks(cut_block_ranks.in_any_placement, world, options, mesh_shape) == [{}] * world
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("world", "data_world"), [(3, 1), (4, 2)])
+def test_tensor_parallelism_alone_and_with_fsdp2(options, world, data_world):
+    options = {"lr": 0.05, "weight_decay": 0.1, **options}
+    assert run_ranks(cut_block_ranks.under_tensor_parallelism, world, options, data_world) == [[]] * world
