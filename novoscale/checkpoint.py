@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from novoscale import momentum, second_moment
+from novoscale import momentum, portable, second_moment
 from novoscale.layout import Layout, local_tensor
 
 SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
@@ -35,6 +35,13 @@ def keep_structure(
     """Have the param groups of a state dict keep the present values of the options that make up the state."""
     for group, present in zip(loaded_groups, present_groups, strict=True):
         group.update({option: present[option] for option in STRUCTURE})
+
+
+def saved(p: Tensor, state: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
+    """The state of a parameter as it is saved: the same tensors, where they are in that form already."""
+    if portable.is_portable(p, state):
+        return dict(state)
+    return {**state, **portable.saved(p, state, layout)}
 
 
 def loaded(
@@ -107,6 +114,7 @@ def _first_moment(
 ) -> dict[str, Tensor]:
     keys = [key for key in saved if key.startswith("exp_avg") and key not in SECOND_MOMENTS]
     given = {key: local_tensor(saved[key]) for key in keys}
+    given = portable.loaded(p, given, layout) or given
     form = momentum.format_of(given["exp_avg"], given.get("exp_avg_scale")).name
     expected = _shapes(momentum.allocate(p, layout, form))
     if _shapes(given) != expected:

@@ -22,7 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from novoscale import rounding
 from novoscale.blocks import BLOCK, SMALL, CutBlocks
@@ -204,9 +204,8 @@ def allocate(p: Tensor, layout: Layout, momentum_dtype: str) -> dict[str, Tensor
 
     float32 and bfloat16 (float64 for a float64 parameter instead of float32) have its shape. In blocks, a
     parameter whose rows are whole blocks has its shape with the last dimension divided by the number of
-    codes or elements in each element, and a DTensor its placements, so that distributed checkpoints can be
-    loaded on another number of ranks. Any other tensor has the shape ``[blocks, ...]``, any other DTensor
-    ``[ranks, blocks, ...]``.
+    codes or elements in each element, and a DTensor its placements. Any other has, on each rank, the shape
+    ``[blocks, ...]``: see ``novoscale.portable`` for how it is saved.
 
     Returns:
         ``exp_avg``; in blocks also ``exp_avg_scale`` (bfloat16, one for each block) and, where a flat
@@ -230,19 +229,10 @@ def allocate(p: Tensor, layout: Layout, momentum_dtype: str) -> dict[str, Tensor
 def _zeros(p: Tensor, blocks: int, width: int, packed: int, dtype: torch.dtype) -> Tensor:
     """Zeros for the blocks of this rank, of ``width`` elements each, which stand for ``packed`` moments."""
     make = partial(torch.zeros, dtype=dtype, device=p.device)
-    if _rows_are_blocks(p):
-        local = make(_divided(local_tensor(p), packed))
-        return from_local(local, p, _divided(p, packed), p.placements) if isinstance(p, DTensor) else local
-    shape = (blocks, width)[: 2 if width > 1 else 1]
-    if not isinstance(p, DTensor):
-        return make(shape)
-    # As many on each rank, for a DTensor must be cut evenly. The number of ranks is a dimension of its own,
-    # so that one of another number of ranks has another shape.
-    most = _most_blocks(p)
-    cut = [not x.is_replicate() for x in p.placements]
-    ranks = math.prod(n for n, c in zip(p.device_mesh.shape, cut, strict=True) if c)
-    placements = [Shard(0) if c else Replicate() for c in cut]
-    return from_local(make((1, most, *shape[1:])), p, (ranks, most, *shape[1:]), placements)
+    if not rows_are_blocks(p):
+        return make((blocks, width)[: 2 if width > 1 else 1])
+    local = make(_divided(local_tensor(p), packed))
+    return from_local(local, p, _divided(p, packed), p.placements) if isinstance(p, DTensor) else local
 
 
 def _divided(p: Tensor, by: int) -> tuple[int, ...]:
@@ -250,29 +240,18 @@ def _divided(p: Tensor, by: int) -> tuple[int, ...]:
     return (*p.shape[:-1], p.shape[-1] // by)
 
 
-def _rows_are_blocks(p: Tensor) -> bool:
+def rows_are_blocks(p: Tensor) -> bool:
     """Whether every row of every rank's part of a parameter is a number of whole blocks."""
     if p.ndim < 2:
         return False
-    cuts = math.prod(n for n, dim in _cuts(p) if dim == p.ndim - 1) if isinstance(p, DTensor) else 1
-    return p.shape[-1] % (BLOCK * cuts) == 0
+    ranks = math.prod(n for n, dim in cuts(p) if dim == p.ndim - 1) if isinstance(p, DTensor) else 1
+    return p.shape[-1] % (BLOCK * ranks) == 0
 
 
-def _cuts(p: DTensor) -> list[tuple[int, int]]:
+def cuts(p: DTensor) -> list[tuple[int, int]]:
     """Over how many ranks which dimension of a DTensor is cut."""
     placed = zip(p.device_mesh.shape, p.placements, strict=True)
     return [(n, cast(Shard, x).dim) for n, x in placed if not x.is_replicate()]
-
-
-def _most_blocks(p: DTensor) -> int:
-    """At least as many blocks as any rank needs for its part of a DTensor."""
-    local = list(p.shape)
-    for n, dim in _cuts(p):
-        local[dim] = -(-local[dim] // n)
-    cut = [d for d in range(p.ndim) if local[d] != p.shape[d]]
-    last = cut[-1] if cut else 0
-    run = math.prod(local[last:])
-    return math.prod(local[:last]) * ((run + BLOCK - 2) // BLOCK + 1)
 
 
 # ---- reading and writing: the definition -----------------------------------------------------------------
@@ -297,17 +276,26 @@ def read(exp_avg: Tensor, scale: Tensor | None, place: int, position: int, numel
     blocks = (begin + numel - 1) // BLOCK + 1
     form = format_of(exp_avg, scale)
     codes = exp_avg.view(-1, BLOCK // form.packed)[place : place + blocks]
-    if form.packed == 2:
-        codes = _unpacked(codes)
-    values = codes.float() * scale.view(-1)[place : place + blocks, None].float()
+    values = unpacked(codes, form).float() * scale.view(-1)[place : place + blocks, None].float()
     return values.view(-1)[begin : begin + numel]
 
 
-def _unpacked(codes: Tensor) -> Tensor:
-    """int8 codes ``[blocks, 128]`` of int4 ones ``[blocks, 64]``."""
+def unpacked(codes: Tensor, form: Format) -> Tensor:
+    """Codes as int8 ``[..., codes]``, from elements as they are stored."""
+    if form.packed == 1:
+        return codes
     # Four bits with a sign: shifted to the top of the byte and back.
     low, high = (codes << 4).view(torch.int8) >> 4, codes.view(torch.int8) >> 4
-    return torch.stack((low, high), dim=-1).flatten(1)
+    return torch.stack((low, high), dim=-1).flatten(-2)
+
+
+def packed(codes: Tensor, form: Format) -> Tensor:
+    """Codes as they are stored, from int8 ``[..., codes]``."""
+    if form.packed == 1:
+        return codes
+    pairs = codes.view(torch.uint8).view(*codes.shape[:-1], codes.shape[-1] // 2, 2)
+    low, high = pairs.unbind(-1)
+    return (low & 15) | (high << 4)
 
 
 def write(
@@ -381,10 +369,7 @@ def encode(
     chance = (bits * 2 + 1).float() * 2.0**-17
     codes = (values * inverse[:, None] + chance).floor()
     codes = codes.clamp(-form.largest, form.largest).nan_to_num(nan=0.0).to(torch.int8)
-    if form.packed == 2:
-        low, high = codes.view(torch.uint8).view(-1, BLOCK // 2, 2).unbind(-1)
-        codes = (low & 15) | (high << 4)
-    return codes, (wide >> 16).to(torch.int16).view(torch.bfloat16)
+    return packed(codes, form), (wide >> 16).to(torch.int16).view(torch.bfloat16)
 
 
 # ---- from one format to another --------------------------------------------------------------------------
@@ -414,7 +399,7 @@ def convert(saved: Mapping[str, Tensor], made: Mapping[str, Tensor], layout: Lay
             tensor.copy_(saved[key])
     elif (source.name, target.name) == ("int4", "int8"):
         for key, tensor in made.items():
-            given = saved[key] if key != "exp_avg" else _unpacked(saved[key].view(-1, BLOCK // 2))
+            given = saved[key] if key != "exp_avg" else unpacked(saved[key], source)
             tensor.copy_(given.view(tensor.shape))
     else:
         _convert_elements(saved, source, made, target, layout)

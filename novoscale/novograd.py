@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -434,6 +435,24 @@ class NovoGrad(Optimizer):
             for index, group in enumerate(self.param_groups)
         )
         return "NovoGrad (\n" + "\n".join(groups) + "\n)"
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``, in a form that does not depend on how parameters are cut.
+
+        Of moments in blocks that are cut, or whose rows are no whole blocks, it has copies. Where tensor
+        parallelism cuts such rows, it is a collective.
+        """
+        kept = self.state
+        if self._wrapper is None:
+            self.state = defaultdict(dict, kept)
+            for index, position, number, p in self._numbered():
+                if "exp_avg_scale" in kept.get(p, {}):
+                    layout = self._find_layout(index, position, number, p)
+                    self.state[p] = checkpoint.saved(p, kept[p], layout)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = kept
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.load_state_dict``, but every state keeps the bits that were saved.

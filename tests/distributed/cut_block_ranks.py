@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import fixed_gradients
@@ -79,8 +79,8 @@ def trained(tensors: dict[str, Tensor], options: dict[str, Any]) -> list[fixed_g
     return fixed_gradients.pieces(optimizer)
 
 
-def train(params: Sequence[Tensor], optimizer: NovoGrad) -> None:
-    for step in range(STEPS):
+def train(params: Sequence[Tensor], optimizer: NovoGrad, steps: Iterable[int] = range(STEPS)) -> None:
+    for step in steps:
         grads = fixed_gradients.gradients(step, [p.shape for p in params])
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
@@ -102,3 +102,54 @@ def placed_as(p: DTensor, whole: Tensor) -> DTensor:
     return DTensor.from_local(
         local.contiguous(), mesh, p.placements, run_check=False, shape=whole.shape, stride=whole.stride()
     )
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------
+
+PLAN = {"0": ColwiseParallel(), "1": RowwiseParallel(), "2": RowwiseParallel(), "3": ColwiseParallel()}
+MORE = 2  # steps after a checkpoint
+
+
+def resumed(options: dict[str, Any], folder: str, cut: tuple[int, ...] | None, save: bool) -> set[str]:
+    """Train and save under one cut, or load and go on under another: the parameters with other bits then.
+
+    ``cut``: None: not at all; ``(n,)``: FSDP2; ``(1, n)``: tensor parallelism; ``(m, n)``: both.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = wrapped(cut)
+    optimizer = NovoGrad(model.named_parameters(), **options)
+    if save:
+        train([*model.parameters()], optimizer)
+    model_state, state = get_state_dict(model, optimizer)
+    both = {"model": model_state, "optimizer": state}
+    if save:
+        dcp.save(both, checkpoint_id=folder)
+        return set()
+    dcp.load(both, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=state)
+    train([*model.parameters()], optimizer, range(STEPS, STEPS + MORE))
+    whole = wrapped(None)
+    uninterrupted = NovoGrad(whole.named_parameters(), **options)
+    train([*whole.parameters()], uninterrupted, range(STEPS + MORE))
+    expected = {name: (w, m) for name, _, w, m in fixed_gradients.pieces(uninterrupted)}
+    return {
+        name
+        for name, position, *values in fixed_gradients.pieces(optimizer)
+        for mine, its in zip(values, expected[name], strict=True)
+        if not torch.equal(mine, its[position : position + len(mine)])
+    }
+
+
+def wrapped(cut: tuple[int, ...] | None) -> nn.Module:
+    torch.manual_seed(3)
+    layers = [nn.Linear(61, 150), nn.Linear(150, 61), nn.Linear(256, 40), nn.Linear(2, 4500)]
+    model = nn.Sequential(*layers)
+    if cut is None:
+        return model
+    if len(cut) == 1:
+        return fully_shard(model, mesh=init_device_mesh("cpu", cut))
+    mesh = init_device_mesh("cpu", cut, mesh_dim_names=("dp", "tp"))
+    parallelize_module(model, mesh["tp"], PLAN)
+    return fully_shard(model, mesh=mesh["dp"]) if cut[0] > 1 else model

@@ -1,5 +1,7 @@
 """Codes, scales and weights of blocks that are cut are those of one process, bit for bit."""
 
+import math
+
 import cut_block_ranks
 import pytest
 
@@ -28,3 +30,23 @@ def test_parameters_placed_in_any_way(options, mesh_shape):
 def test_tensor_parallelism_alone_and_with_fsdp2(options, world, data_world):
     options = {"lr": 0.05, "weight_decay": 0.1, **options}
     assert run_ranks(cut_block_ranks.under_tensor_parallelism, world, options, data_world) == [[]] * world
+
+
+@pytest.mark.parametrize(
+    ("options", "before", "after"),
+    [
+        ({"momentum_dtype": "int8"}, (3,), [(2,), (4,), (1, 3), (2, 2), None]),
+        ({"momentum_dtype": "int4", "preset": "adamw"}, (1, 3), [(3,), (1, 2), (2, 2), None]),
+        ({"momentum_dtype": "int4"}, (2, 2), [(1, 3), (2,)]),
+        ({"momentum_dtype": "int8", "granularity": "row"}, None, [(3,), (1, 2)]),
+    ],
+    ids=str,
+)
+def test_a_distributed_checkpoint_goes_on_under_any_other_cut(options, before, after, tmp_path):
+    options = {"lr": 0.05, "weight_decay": 0.1, **options}
+    run_ranks(cut_block_ranks.resumed, math.prod(before or [1]), options, str(tmp_path), before, True)
+    for cut in after:
+        world = math.prod(cut or [1])
+        assert (
+            run_ranks(cut_block_ranks.resumed, world, options, str(tmp_path), cut, False) == [set()] * world
+        )
