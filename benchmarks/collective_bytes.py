@@ -1,4 +1,4 @@
-"""What NovoGrad's all-reduce of a step carries, for models of any size: counted, nothing is run.
+"""What NovoGrad's all-reduces of a step carry, for models of any size: counted, nothing is run.
 
     python benchmarks/collective_bytes.py llama-8b --world 64
 
@@ -16,13 +16,14 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from novoscale import NovoGrad
+from novoscale.collectives import Plan
 from novoscale.dtensors import sharded
 from novoscale.layout import Layout, Parameter, describe, one_after_another, partition
 from novoscale.memory.models import build
@@ -34,30 +35,38 @@ GRANULARITIES = ("tensor", "row", "factored")
 def main(
     model: Annotated[str, typer.Argument(help="As for `novoscale plan`.")] = "llama-8b",
     world: Annotated[int, typer.Option(min=2, help="Ranks.")] = 64,
+    tensor_parallel: Annotated[int, typer.Option(min=2, help="Ranks along the last dimension.")] = 8,
 ) -> None:
     """Print the bytes that each rank gives to the all-reduce of a step, beside those of its gradients."""
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=0, world_size=max(world, tensor_parallel)
+    )
     shapes = {name: tuple(p.shape) for name, p in build(model, "meta").named_parameters()}
     elements = sum(torch.Size(shape).numel() for shape in shapes.values())
     table = Table("granularity", title=f"{model}, {world} ranks: the all-reduce of a step, bytes (MiB)")
-    cuts = {"ZeRO-2": zero_2, "FSDP2": fsdp2}
+    cuts = {
+        "ZeRO-2": (zero_2, world),
+        "FSDP2": (fsdp2, world),
+        f"TP {tensor_parallel}": (last_dimension, tensor_parallel),
+    }
     for cut in cuts:
         table.add_column(cut, justify="right")
     for granularity in GRANULARITIES:
         parameters = [describe(n, s, granularity, i) for i, (n, s) in enumerate(shapes.items())]
-        counts = [
-            counted(make(parameters, list(shapes.values()), world), granularity) for make in cuts.values()
-        ]
+        made = [make(parameters, list(shapes.values()), ranks) for make, ranks in cuts.values()]
+        counts = [planned(layouts, granularity).bytes_reduced for layouts in made]
         table.add_row(granularity, *(f"{n:,} ({n / 2**20:.2f})" for n in counts))
+    blocks = [planned(layouts, granularity).bytes_of_blocks for layouts in made]
+    table.add_row("cut blocks (int8, int4)", *(f"{n:,} ({n / 2**20:.2f})" for n in blocks))
     console = Console(width=100)
     console.print(table)
     console.print(f"The gradients that the ranks reduce, in bfloat16: {2 * elements:,} bytes.")
 
 
-def counted(layouts: Sequence[Layout], granularity: str) -> int:
-    """Bytes of the all-reduce of a step over these tensors."""
-    group = NovoGrad([torch.zeros(1)], preset="adamw", granularity=granularity).param_groups[0]
-    return plan([(group, [])], [layouts], torch.device("cpu")).bytes_reduced
+def planned(layouts: Sequence[Layout], granularity: str) -> Plan:
+    """The plan of a step over these tensors."""
+    optimizer = NovoGrad([torch.zeros(1)], preset="adamw", granularity=granularity, momentum_dtype="int8")
+    return plan([(optimizer.param_groups[0], [])], [layouts], torch.device("cpu"))
 
 
 def zero_2(parameters: Sequence[Parameter], shapes: Sequence[tuple[int, ...]], world: int) -> list[Layout]:
@@ -70,16 +79,25 @@ def zero_2(parameters: Sequence[Parameter], shapes: Sequence[tuple[int, ...]], w
 
 def fsdp2(parameters: Sequence[Parameter], shapes: Sequence[tuple[int, ...]], world: int) -> list[Layout]:
     """Every parameter cut along its first dimension."""
-    mesh = init_device_mesh("cpu", (world,))
-    layouts = []
-    for parameter, shape in zip(parameters, shapes, strict=True):
-        local = torch.empty((-(-shape[0] // world), *shape[1:]), device="meta")
-        stride = torch.empty(shape, device="meta").stride()
-        whole = DTensor.from_local(
-            local, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
-        )
-        layouts.append(sharded(parameter, whole))
-    return layouts
+    return [cut(p, shape, 0, world) for p, shape in zip(parameters, shapes, strict=True)]
+
+
+def last_dimension(
+    parameters: Sequence[Parameter], shapes: Sequence[tuple[int, ...]], world: int
+) -> list[Layout]:
+    """Every parameter cut along its last dimension, as tensor parallelism cuts some."""
+    return [cut(p, shape, len(shape) - 1, world) for p, shape in zip(parameters, shapes, strict=True)]
+
+
+def cut(parameter: Parameter, shape: Sequence[int], dim: int, world: int) -> Layout:
+    """The layout on rank 0 of a parameter that is cut along one dimension."""
+    mesh = DeviceMesh("cpu", list(range(world)))
+    whole = torch.empty(shape, device="meta")
+    local = whole.narrow(dim, 0, -(-shape[dim] // world))
+    made = DTensor.from_local(
+        local, mesh, [Shard(dim)], run_check=False, shape=whole.shape, stride=whole.stride()
+    )
+    return sharded(parameter, made)
 
 
 if __name__ == "__main__":

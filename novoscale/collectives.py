@@ -126,7 +126,7 @@ class Plan:
         self._reductions = [_indexed(r, device) for r in merged.values()]
         self._shares = [_indexed(r, device) for r in shares.values()]
         self.cut_blocks = sum(len(p.cut_blocks) for p in placed)
-        self._blocks = [_indexed(r, device) for r in _blocks_in_stages(placed)]
+        self._blocks = [(r, places.to(device)) for r, places in _blocks_in_stages(placed)]
         for index, groups in enumerate(scattered):
             for key, reduction in merged.items():
                 if key in ((group, dist.ReduceOp.SUM) for group in groups):
@@ -206,14 +206,14 @@ class Plan:
         Args:
             largest: int32 ``[2, cut_blocks]``: see ``kernels.reference.largest``; changed in place.
         """
-        for reduction, _, places in self._blocks:
+        for reduction, places in self._blocks:
             largest[:, places] = self._all_reduce(reduction, largest[:, places])
         return largest
 
     @property
     def bytes_of_blocks(self) -> int:
         """What this rank gives to the collectives of :meth:`agree_on_blocks`."""
-        return sum(8 * r.length for r, _, _ in self._blocks)
+        return sum(8 * len(places) for _, places in self._blocks)
 
     def _agree(self, reduction: _Reduction) -> None:
         """Raise on every rank if the ranks have different layers, rather than add up what does not match."""
@@ -262,9 +262,9 @@ class Plan:
         return {name: math.sqrt(value) if is_square else value for name, value, is_square in rows}
 
 
-def _blocks_in_stages(placed: Sequence[Placed]) -> list[_Reduction]:
-    """The reductions of cut blocks, each after those before it in the stages of any tensor."""
-    found: dict[int, _Reduction] = {}
+def _blocks_in_stages(placed: Sequence[Placed]) -> list[tuple[_Reduction, Tensor]]:
+    """The reductions of cut blocks and their places, each after those before it in a tensor's stages."""
+    found: dict[int, tuple[_Reduction, list[Tensor]]] = {}
     after: TopologicalSorter[int] = TopologicalSorter()
     for p in placed:
         before: list[int] = []
@@ -272,9 +272,11 @@ def _blocks_in_stages(placed: Sequence[Placed]) -> list[_Reduction]:
             key = id(process_group)
             after.add(key, *before)
             before.append(key)
-            reduction = found.setdefault(key, _Reduction(process_group, dist.ReduceOp.MAX))
-            reduction.add([Span(block, 1) for block in blocks.tolist()], p.first_block)
-    return [found[key] for key in after.static_order() if found[key].length]
+            reduction = _Reduction(process_group, dist.ReduceOp.MAX)
+            found.setdefault(key, (reduction, []))[1].append(blocks + p.first_block)
+    ordered = [found[key] for key in after.static_order()]
+    together = [(reduction, torch.cat(places)) for reduction, places in ordered]
+    return [(reduction, places) for reduction, places in together if len(places)]
 
 
 def _indexed(reduction: _Reduction, device: torch.device) -> tuple[_Reduction, Tensor, Tensor]:
