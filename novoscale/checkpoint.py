@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from novoscale import momentum, portable, second_moment
+from novoscale import conversion, momentum, portable, second_moment
 from novoscale.layout import Layout, local_tensor
 
 SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
@@ -124,13 +124,13 @@ def _first_moment(
         )
     made = momentum.allocate(p, layout, group["momentum_dtype"])
     target = {key: local_tensor(tensor) for key, tensor in made.items()}
-    if not (momentum.loses_nothing(given, target) or group["allow_lossy_load"]):
+    if not (conversion.loses_nothing(given, target) or group["allow_lossy_load"]):
         raise ValueError(
             f"{name}: the first moment in the state dict is {given['exp_avg'].dtype} and momentum_dtype="
             f"{group['momentum_dtype']!r} cannot hold all its digits. Make the optimizer with the format "
             "that was saved, or with allow_lossy_load=True to have it rounded"
         )
-    momentum.convert({key: t.to(p.device) for key, t in given.items()}, target, layout)
+    conversion.convert({key: t.to(p.device) for key, t in given.items()}, target, layout)
     return made
 
 

@@ -54,6 +54,11 @@ class _Reduction:
     parameters: list[Parameter] = field(default_factory=list)  # what the ranks must agree on
     device: torch.device | None = None  # of the collective
 
+    def all_reduce(self, buffer: Tensor) -> Tensor:
+        if self.device is None:
+            self.device = _collective_device(self.process_group, buffer.device)
+        return all_reduce(buffer, self.op, self.process_group, self.device)
+
     def add(self, spans: Iterable[Span], first: int, order: Sequence[int] | None = None) -> None:
         """Have it complete what lies in ``spans``, which count from ``first`` of the vector of the step.
 
@@ -179,7 +184,7 @@ class Plan:
             buffer[length] = bad
             for place, index in enumerate(reduction.scattered, length + 1):
                 buffer[place] = sums[index]
-            buffer = self._all_reduce(reduction, buffer)
+            buffer = reduction.all_reduce(buffer)
             statistic[places] = buffer[slots]
             bad = torch.maximum(buffer[length], (~_fits_float32(buffer[:length])).any().to(buffer.dtype))
             for place, index in enumerate(reduction.scattered, length + 1):
@@ -197,7 +202,7 @@ class Plan:
         for reduction, slots, places in self._shares:
             buffer = sums.new_zeros(reduction.length)
             buffer[slots] = sums[places]
-            sums = sums.index_copy(0, places, self._all_reduce(reduction, buffer)[slots])
+            sums = sums.index_copy(0, places, reduction.all_reduce(buffer)[slots])
         return sums
 
     def agree_on_blocks(self, largest: Tensor) -> Tensor:
@@ -207,7 +212,7 @@ class Plan:
             largest: int32 ``[2, cut_blocks]``: see ``kernels.reference.largest``; changed in place.
         """
         for reduction, places in self._blocks:
-            largest[:, places] = self._all_reduce(reduction, largest[:, places])
+            largest[:, places] = reduction.all_reduce(largest[:, places])
         return largest
 
     @property
@@ -222,7 +227,7 @@ class Plan:
         # 48 bits of a hash, which a float64 holds exactly; largest and smallest in one collective.
         digest = float(int.from_bytes(hashlib.sha256(layers).digest()[:6], "big"))
         verdict = torch.tensor([digest, -digest], dtype=torch.float64, device=self.device)
-        verdict = self._all_reduce(_Reduction(reduction.process_group, dist.ReduceOp.MAX), verdict)
+        verdict = all_reduce(verdict, dist.ReduceOp.MAX, reduction.process_group)
         if verdict[0] != -verdict[1]:
             raise LayoutError(
                 "the ranks have different layers, in number, name, size or order; this rank has "
@@ -231,13 +236,6 @@ class Plan:
                 if reduction.parameters
                 else "the ranks have different layers; this rank has none"
             )
-
-    def _all_reduce(self, reduction: _Reduction, buffer: Tensor) -> Tensor:
-        if reduction.device is None:
-            reduction.device = _collective_device(reduction.process_group, buffer.device)
-        moved = buffer.to(reduction.device)
-        dist.all_reduce(moved, op=reduction.op, group=reduction.process_group)
-        return moved.to(buffer.device)
 
     def record(self, statistic: Tensor, finite: Tensor) -> None:
         """Note the completed statistic of a step, and which layers had it skipped."""
@@ -287,6 +285,25 @@ def _index(ranges: Sequence[range], device: torch.device) -> Tensor:
     """The numbers in ``ranges``, int64."""
     parts = [torch.arange(r.start, r.stop, dtype=torch.int64, device="cpu") for r in ranges]
     return torch.cat([torch.empty(0, dtype=torch.int64, device="cpu"), *parts]).to(device)
+
+
+def all_reduce(
+    tensor: Tensor,
+    op: dist.ReduceOp.RedOpType,
+    process_group: dist.ProcessGroup | None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """The result of an all-reduce on the tensor's device, wherever the group's backend works.
+
+    Args:
+        tensor: contiguous; changed, or not.
+        op: how the ranks' tensors are put together.
+        process_group: of the ranks.
+        device: where it is done, if that is known.
+    """
+    moved = tensor.to(device or _collective_device(process_group, tensor.device))
+    dist.all_reduce(moved, op=op, group=process_group)
+    return moved.to(tensor.device)
 
 
 def _collective_device(process_group: dist.ProcessGroup | None, device: torch.device) -> torch.device:

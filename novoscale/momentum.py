@@ -15,7 +15,7 @@ keeps the codes of its own elements, and all the scale of the whole block: see `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -370,59 +370,3 @@ def encode(
     codes = (values * inverse[:, None] + chance).floor()
     codes = codes.clamp(-form.largest, form.largest).nan_to_num(nan=0.0).to(torch.int8)
     return packed(codes, form), (wide >> 16).to(torch.int16).view(torch.bfloat16)
-
-
-# ---- from one format to another --------------------------------------------------------------------------
-
-
-def loses_nothing(saved: Mapping[str, Tensor], made: Mapping[str, Tensor]) -> bool:
-    """Whether :func:`convert` loses no digit."""
-    source, target = saved["exp_avg"].dtype, made["exp_avg"].dtype
-    if source == target:
-        return True
-    if "exp_avg_scale" in saved:  # a code times its scale has 15 digits at most
-        return target in (torch.float32, torch.float64) or (source, target) == (torch.uint8, torch.int8)
-    return torch.promote_types(source, target) == target and target.is_floating_point
-
-
-def convert(saved: Mapping[str, Tensor], made: Mapping[str, Tensor], layout: Layout) -> None:
-    """Fill a first moment from another, in whatever format; what is lost, if anything, is rounded.
-
-    Args:
-        saved: what :func:`allocate` makes for one format, filled; local tensors.
-        made: what it makes for the other; changed in place; local tensors.
-        layout: of the tensor.
-    """
-    source, target = (format_of(m["exp_avg"], m.get("exp_avg_scale")) for m in (saved, made))
-    if saved.keys() == made.keys() and (source.largest == 0 or source == target):
-        for key, tensor in made.items():
-            tensor.copy_(saved[key])
-    elif (source.name, target.name) == ("int4", "int8"):
-        for key, tensor in made.items():
-            given = saved[key] if key != "exp_avg" else unpacked(saved[key], source)
-            tensor.copy_(given.view(tensor.shape))
-    else:
-        _convert_elements(saved, source, made, target, layout)
-
-
-def _convert_elements(
-    saved: Mapping[str, Tensor], source: Format, made: Mapping[str, Tensor], target: Format, layout: Layout
-) -> None:
-    flat = torch.zeros(layout.numel, dtype=torch.float32, device=made["exp_avg"].device)
-    for part, (start, stop, _, position, _, place, *_) in _rows(layout, source):
-        scale = saved["exp_avg_scale"] if part.in_blocks else None
-        flat[start:stop] = read(saved[part.key].contiguous(), scale, place, position, stop - start)
-    if not target.largest:
-        made["exp_avg"].copy_(flat.view(made["exp_avg"].shape))
-        return
-    half = torch.tensor(0x7FFF, device=flat.device)  # to the nearest
-    for part, (start, stop, _, position, _, place, *_) in _rows(layout, target):
-        scale = made["exp_avg_scale"] if part.in_blocks else None
-        bits = half.expand(stop - start)
-        write(made[part.key], scale, place, position, flat[start:stop], bits, bits > 0)
-
-
-def _rows(layout: Layout, form: Format) -> Iterator[tuple[Stored, list[int]]]:
-    for part in stored(layout, form.name):
-        for row in pieces(layout, part, 0).tolist():
-            yield part, row

@@ -96,7 +96,7 @@ class NovoGrad(Optimizer):
             that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost.
         seed: of the random bits for rounding; they do not depend on how the model is cut, nor on the rank.
         allow_lossy_load: let ``load_state_dict`` round a first moment to a ``momentum_dtype`` that cannot
-            hold it.
+            hold it; a collective where that is in blocks that are cut.
         foreach: True: torch's own operations (``kernels/reference.py``), as with ``fused=False``.
         fused: True: a fused kernel (Triton on a GPU, C++ on the CPU), or an error; False: torch's own
             operations. None: the fused kernel where there is one. All give the same bits.

@@ -21,6 +21,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from novoscale import momentum
 from novoscale.blocks import BLOCK
+from novoscale.collectives import all_reduce
 from novoscale.dtensors import from_local
 from novoscale.layout import Layout, local_tensor, repeated
 from novoscale.momentum import Format, Stored
@@ -220,5 +221,5 @@ def _gathered(p: Tensor, rows: _Rows, bits: Tensor) -> Tensor:
         for dim, placement in enumerate(p.placements):
             cuts = not placement.is_replicate() and cast(Shard, placement).dim >= rows.dims
             if cuts and p.device_mesh.size(dim) > 1:
-                dist.all_reduce(bits, op=dist.ReduceOp.MAX, group=p.device_mesh.get_group(dim))
+                bits = all_reduce(bits, dist.ReduceOp.MAX, p.device_mesh.get_group(dim))
     return bits.to(torch.int16).view(torch.bfloat16)

@@ -177,7 +177,7 @@ def chunks(shards: Sequence[Shard], size: int, block: int, factored: bool = True
     pieces, shard = _pieces(shards)
     known = (pieces[:, STOP] > pieces[:, START]) & (factored | (pieces[:, COLUMN] < 0))
     in_blocks = torch.tensor([s.exp_avg_scale is not None for s in shards], dtype=torch.bool, device="cpu")
-    table, piece = _at_cut_blocks(pieces[known], block)
+    table, piece = at_cut_blocks(pieces[known], block)
     shard = shard[known][piece]
     for column in (POSITION, LAYER):  # by layer, then by position
         order = torch.argsort(table[:, column], stable=True)
@@ -193,7 +193,7 @@ def chunks(shards: Sequence[Shard], size: int, block: int, factored: bool = True
     return torch.cat((_part(table[index], done, end, blocks[index], block), shard[index][:, None]), dim=1)
 
 
-def _at_cut_blocks(pieces: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def at_cut_blocks(pieces: Tensor, block: int) -> tuple[Tensor, Tensor]:
     """The pieces with those of cut blocks apart.
 
     Returns:

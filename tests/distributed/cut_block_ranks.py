@@ -142,6 +142,16 @@ def resumed(options: dict[str, Any], folder: str, cut: tuple[int, ...] | None, s
     }
 
 
+def rounded_when_loaded(options: dict[str, Any], cut: tuple[int, ...] | None) -> list[fixed_gradients.Piece]:
+    """Weights, and first moments that were float32 and are in blocks since they were loaded."""
+    model = wrapped(cut)
+    exact = NovoGrad(model.named_parameters(), **{**options, "momentum_dtype": "float32"})
+    train([*model.parameters()], exact)
+    optimizer = NovoGrad(model.named_parameters(), allow_lossy_load=True, **options)
+    optimizer.load_state_dict(exact.state_dict())
+    return fixed_gradients.pieces(optimizer)
+
+
 def wrapped(cut: tuple[int, ...] | None) -> nn.Module:
     torch.manual_seed(3)
     layers = [nn.Linear(61, 150), nn.Linear(150, 61), nn.Linear(256, 40), nn.Linear(2, 4500)]

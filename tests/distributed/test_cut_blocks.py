@@ -50,3 +50,13 @@ def test_a_distributed_checkpoint_goes_on_under_any_other_cut(options, before, a
         assert (
             run_ranks(cut_block_ranks.resumed, world, options, str(tmp_path), cut, False) == [set()] * world
         )
+
+
+@pytest.mark.parametrize("cut", [(3,), (1, 3), (2, 2)], ids=str)
+def test_what_is_rounded_when_it_is_loaded_has_the_scales_of_one_process(cut):
+    options = {"lr": 0.05, "momentum_dtype": "int8"}
+    (whole,) = run_ranks(cut_block_ranks.rounded_when_loaded, 1, options, None)
+    expected = {name: moments for name, _, _, moments in whole}
+    for rank in run_ranks(cut_block_ranks.rounded_when_loaded, math.prod(cut), options, cut):
+        for name, position, _, moments in rank:
+            assert (moments == expected[name][position : position + len(moments)]).all(), name
