@@ -3,8 +3,8 @@
     make cuts
 
 For each configuration, on 2, 3 and 4 CPU ranks, what ``novoscale verify`` finds after ten steps (or, where it
-has no words for one, what the tests' ranks find); and for ten other optimizers the same under ZeRO-2 on 3
-ranks. Writes the data, two plots and the tables of docs/cuts.md.
+has no words for one, what the tests' ranks find); the same for NovoGrad's formats and presets on 3 ranks, and
+for ten other optimizers under ZeRO-2. Writes the data, three plots and the tables of docs/cuts.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
 
-from benchmarks import parallel_models, plots
+from benchmarks import forms, parallel_models, plots
 from novoscale.memory.optimizers import CANDIDATES, Candidate
 from novoscale.provenance import provenance
 from novoscale.ranks import RankError
@@ -70,6 +70,19 @@ CONFIGURATIONS: dict[str, str | dict[str, Any]] = {
     "stage 3, offload_optimizer": zero(3, offload_optimizer=CPU),
     "stage 3, offload_optimizer, offload_param": zero(3, offload_optimizer=CPU, offload_param=CPU),
 }
+
+# Under which every form of NovoGrad is measured.
+WRAPPERS = (
+    "DDP",
+    "FSDP2",
+    "stage 1",
+    "stage 2",
+    "stage 3",
+    "stage 2, offload_optimizer",
+    "stage 3, offload_optimizer",
+    "stage 2, bf16",
+    "stage 1, bf16, grad_accum_dtype fp32 (BF16_Optimizer)",
+)
 
 # Named in the catalogue, with the learning rate of this model.
 OTHERS: dict[str, Candidate] = {
@@ -131,6 +144,16 @@ def main(
         for name in track(parallel_models.CONFIGURATIONS, "NovoGrad, parallel models", disable=not shown)
         for ranks in (2, 3, 4)
     ]
+    formed = [
+        {"form": form, "configuration": name, **forms.measured(form, CONFIGURATIONS[name])}
+        for form in track(forms.FORMS, "NovoGrad, every format", disable=not shown)
+        for name in WRAPPERS
+    ]
+    meshed = [
+        {"form": form, "configuration": mesh, **forms.measured_on_a_mesh(form, mesh)}
+        for form in track(forms.FORMS, "NovoGrad, every format, meshes", disable=not shown)
+        for mesh in forms.MESHES
+    ]
     others = [
         {"optimizer": name, **measure(zero(2), 3, OTHERS[name])}
         for name in track(OTHERS, "other optimizers, ZeRO-2", disable=not shown)
@@ -145,6 +168,7 @@ def main(
         "steps": 10,
         "rows": rows,
         "parallel": parallel,
+        "forms": formed + meshed,
         "plain": plain,
         "others": others,
     }
@@ -152,11 +176,12 @@ def main(
     (out / "cuts.json").write_text(json.dumps(report, indent=1) + "\n")
     plots.cuts(report, out / "cuts")
     plots.others(report, out / "others")
+    plots.forms(report, out / "forms")
     tables = markdown(report)
     (out / "cuts.md").write_text(tables)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(tables, markup=False, highlight=False)
-    console.print(f"Written: cuts.json, cuts.md, cuts.png, cuts.svg, others.png, others.svg in {out}")
+    console.print(f"Written: cuts.json, cuts.md, cuts, others and forms (png, svg) in {out}")
 
 
 def measure(config: str | dict[str, Any], ranks: int, optimizer: Candidate) -> dict[str, Any]:
@@ -189,7 +214,8 @@ def markdown(report: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {' | '.join(_cell(row) for row in found)} | {found[0].get('bound', 0):.1e} |"
         )
-    lines += ["", "| optimizer | ZeRO-2, 3 ranks | parameter |", "|---|---:|---|"]
+    lines += ["", forms.markdown(report["forms"])]
+    lines += ["| optimizer | ZeRO-2, 3 ranks | parameter |", "|---|---:|---|"]
     for row in report["others"]:
         lines.append(f"| {row['optimizer']} | {_cell(row)} | {row.get('where', '')} |")
     return "\n".join(lines) + "\n"

@@ -69,6 +69,34 @@ def cuts(report: dict[str, Any], path: Path) -> None:
     save(figure, path, report["provenance"])
 
 
+def forms(report: dict[str, Any], path: Path) -> None:
+    """How far each form of NovoGrad ends from one process under each wrapper, over what passes."""
+    rows = [row for row in report["forms"] if "worst" in row]
+    names = list(dict.fromkeys(row["form"] for row in rows))
+    figure, axis = plt.subplots(figsize=(9, 0.6 + 0.38 * len(names)))
+    for identical, marker, label in ((True, "o", "the same bits"), (False, "x", "other bits")):
+        shown = [row for row in rows if (row["different"] == 0) is identical]
+        axis.plot(
+            [row["worst"] / row["bound"] for row in shown],
+            [names.index(row["form"]) for row in shown],
+            marker,
+            label=label,
+            alpha=0.6,
+            color=COLORS["NovoGrad"] if identical else "#c0392b",
+        )
+    axis.axvline(1, color="black", lw=0.8)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(names)), names, size=8)
+    axis.invert_yaxis()
+    wrappers = len({row["configuration"] for row in rows})
+    axis.set(xlabel="distance from one process over what passes (float32: 2e-5; rounded: another seed)")
+    axis.set_title(
+        f"NovoGrad under {wrappers} wrappers, 3 ranks, {report['steps']} steps", loc="right", size=11
+    )
+    axis.legend(frameon=False, fontsize=8)
+    save(figure, path, report["provenance"])
+
+
 def others(report: dict[str, Any], path: Path) -> None:
     """How far each optimizer under ZeRO-2 ends from one process."""
     rows = sorted((r for r in report["others"] if r["worst"] is not None), key=lambda r: -r["worst"])

@@ -23,9 +23,14 @@ def test_the_table_has_a_row_for_each_configuration_and_optimizer():
     report = {
         "rows": [{"configuration": "stage 1", "ranks": n, **found} for n in (2, 3, 4)],
         "parallel": [{"configuration": "HSDP", "ranks": n, **found} for n in (2, 3, 4)],
+        "forms": [
+            {"form": "int8", "configuration": "stage 1", "different": 0, **found},
+            {"form": "int8", "configuration": "HSDP", "different": 7},
+        ],
         "others": [{"optimizer": "CAME", "worst": None, "why": "not installed"}],
     }
     table = cuts.markdown(report)
     assert "| stage 1 | 1.0e-07 | 1.0e-07 | 1.0e-07 | 2.0e-05 |" in table
     assert "| HSDP | 1.0e-07 |" in table
+    assert "| int8 | = 1.0e-07 of 2.0e-05 | 7 differ |" in table
     assert "| CAME | not installed |" in table
