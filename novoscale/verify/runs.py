@@ -1,4 +1,4 @@
-"""The two runs that are compared: in one process, and on ranks."""
+"""What every run of ``verify`` shares: the model, its batches, its optimizer; and the run in one process."""
 
 from __future__ import annotations
 
@@ -79,36 +79,40 @@ def loss_of(model: Callable[..., Any], batch: dict[str, Tensor], dtype: torch.dt
     return loss
 
 
-def one_process(setup: Setup) -> dict[str, Tensor]:
+def one_process(setup: Setup, gradients: torch.dtype | None = None) -> dict[str, Tensor]:
     """Train in one process: the same micro-batches, gradients averaged and weights updated in float64.
 
     With bfloat16 the gradients are those of a bfloat16 model, as on the ranks; with float32, of a float64
-    one. An optimizer that cannot update float64 weights updates float32 ones.
+    one, or of a model of the dtype ``gradients``. Weights that are bfloat16 on the ranks are so here. An
+    optimizer that cannot update float64 weights updates float32 ones.
     """
+    if gradients is None:
+        gradients = torch.float64 if setup.dtype == torch.float32 else setup.dtype
+    if setup.weights != torch.float32:
+        return _one_process(setup, gradients, setup.weights)
     try:
-        return _one_process(setup, torch.float64)
+        return _one_process(setup, gradients, torch.float64)
     except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
-        return _one_process(setup, torch.float32)
+        return _one_process(setup, gradients, torch.float32)
 
 
-def _one_process(setup: Setup, master_dtype: torch.dtype) -> dict[str, Tensor]:
+def _one_process(setup: Setup, dtype: torch.dtype, master_dtype: torch.dtype) -> dict[str, Tensor]:
     model, micro_batches = make_model(setup)
-    dtype = torch.float64 if setup.dtype == torch.float32 else setup.dtype
     model = model.to(dtype)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = {name: nn.Parameter(p.detach().to(master_dtype)) for name, p in named.items()}
     optimizer = make_optimizer(setup, list(masters.values()))
     for step in range(setup.steps):
-        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()}
+        sums: dict[str, Tensor] = {}  # none for a parameter without a gradient
         batches = micro_batches(step)
         for batch in batches:
             model.zero_grad()
             loss_of(model, batch, dtype).backward()  # type: ignore[no-untyped-call]
             for name, p in named.items():
                 if p.grad is not None:
-                    sums[name] += p.grad.double() / len(batches)
+                    sums[name] = sums.get(name, 0) + p.grad.double() / len(batches)
         for name, master in masters.items():
-            master.grad = sums[name].to(master_dtype)
+            master.grad = sums[name].to(master_dtype) if name in sums else None
         if setup.clip:
             nn.utils.clip_grad_norm_(masters.values(), setup.clip)
         optimizer.step()
@@ -116,19 +120,6 @@ def _one_process(setup: Setup, master_dtype: torch.dtype) -> dict[str, Tensor]:
             for name, p in named.items():
                 p.copy_(masters[name])
     return {name: p.detach() for name, p in named.items()}
-
-
-def under_torch(setup: Setup) -> dict[str, Tensor]:
-    """Train on this rank under DDP or FSDP2."""
-    model, micro_batches = make_model(setup)
-    trained = cut(model, setup.cut)
-    optimizer = make_optimizer(setup, [p for p in model.parameters() if p.requires_grad])
-    for step in range(setup.steps):
-        optimizer.zero_grad()
-        for batch in mine(setup, micro_batches(step)):
-            loss_of(trained, batch, setup.dtype).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
 
 
 def cut(model: nn.Module, kind: str, **fsdp2: Any) -> nn.Module:
