@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from novoscale.layout import Layout, Segment
 from novoscale.verify import Setup, runs
 from novoscale.verify.recording import Recorder, Where, whole_tensors
 
@@ -55,13 +56,13 @@ def placed(engine: Any, params: list[nn.Parameter]) -> Where:
     """
     for wrapper, table in TABLES:
         if isinstance(engine.optimizer, wrapper):
-            return {
-                id(tensor): [
-                    replace(s, parameter=layout.held[s.parameter].parameter.number) for s in layout.segments
-                ]
-                for _, tensor, layout in table(engine.optimizer)
-            }
+            return {id(tensor): numbered(layout) for _, tensor, layout in table(engine.optimizer)}
     return whole_tensors(params)
+
+
+def numbered(layout: Layout) -> list[Segment]:
+    """The segments of a layout, each with the number of its parameter among those of the model."""
+    return [replace(s, parameter=layout.held[s.parameter].parameter.number) for s in layout.segments]
 
 
 def initialize(model: nn.Module, config: dict[str, Any], **arguments: Any) -> Any:

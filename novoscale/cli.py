@@ -50,8 +50,8 @@ def verify(
     Prints two findings. "bits": whether one process that is given the same gradients ends with the same bits.
     "training": how far one process that computes its own ends from the ranks.
 
-    Exit code 0: the same training, and for NovoGrad the same bits. 1: it is not, or a rank failed. 2: CONFIG cannot
-    be put to the test.
+    Exit code 0: the same training, and for NovoGrad the same bits. 1: it is not, or a rank failed. 2: CONFIG
+    cannot be put to the test.
     """
     console = Console(stderr=True, emoji=False)
     sys.path.insert(0, "")  # models and optimizers from the folder that this is started in
@@ -98,12 +98,9 @@ def _show(verdict: verifying.Verdict) -> None:
     for note in verdict.notes:
         console.print(f"note: {note}", highlight=False)
     training = verdict.training
-    table = Table(
-        "parameter",
-        "deviation",
-        title=f"{verdict.optimizer}: {verdict.ranks} ranks ({verdict.cut}) against one process, "
-        f"{verdict.steps} steps",
-    )
+    cut = f"{verdict.ranks} ranks ({verdict.cut}) against one process, {verdict.steps} steps"
+    console.print(f"{verdict.optimizer}: {cut}", highlight=False)
+    table = Table("parameter", "deviation")
     shown = list(training.deviations.items())[:10]
     for name, value in shown:
         table.add_row(name, f"{value:.1e}", style="red" if value > training.bound else None)
@@ -121,15 +118,12 @@ def _bits(bits: verifying.Bits | None) -> str:
     if bits is None:
         return "[yellow]not compared[/]: what the wrapper gives the optimizer is not known"
     if bits.identical:
-        return f"[green]identical[/]: {bits.elements:,} elements, given the same gradients"
-    most = [f"{name} {count:,}" for name, count in bits.different.items()][:3]
-    more = (
-        f" and {len(bits.different) - len(most)} more parameters" if len(bits.different) > len(most) else ""
-    )
-    return (
-        f"[red]not identical[/]: {sum(bits.different.values()):,} of {bits.elements:,} elements, given the same "
-        f"gradients: {', '.join(most)}{more}"
-    )
+        return f"[green]identical[/], given the same gradients: {bits.elements:,} elements"
+    names = [f"{name} {count:,}" for name, count in bits.different.items()]
+    if len(names) > 3:
+        names[3:] = [f"and {len(names) - 3} more parameters"]
+    count = f"{sum(bits.different.values()):,} of {bits.elements:,} elements"
+    return f"[red]not identical[/], given the same gradients: {count}: {', '.join(names)}"
 
 
 if __name__ == "__main__":

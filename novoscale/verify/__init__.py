@@ -3,16 +3,16 @@
 The model is trained for some steps on CPU ranks of this machine under the given configuration, and in one
 process. Two things are found:
 
-- *bits*: the gradients that the cut optimizer was given, recorded at each step, are given to the same optimizer
-  in one process. Its weights end identical, to the bit, or they do not. What differs is the cut alone.
-- *training*: one process computes its own gradients, in float64, and updates float64 copies of the weights. How
-  far the cut run ends from that is compared with what one process changes by itself: with another seed where the
-  optimizer rounds by chance. What differs is the cut, and the order in which gradients are summed.
+- *bits*: the gradients that the cut optimizer was given, recorded at each step, are given to the same
+  optimizer in one process. Its weights end identical, to the bit, or they do not. Only the cut differs.
+- *training*: one process computes its own gradients, in float64, and updates float64 copies of the weights.
+  How far the cut run ends from that is compared with what one process changes by itself, with another seed
+  where the optimizer rounds by chance. The cut differs, and the order in which gradients are summed.
 
-*Training* decides what passes, for any torch optimizer. NovoGrad promises bits, so that for NovoGrad they have to
-be identical too. Of another optimizer they are only reported: its bits may differ because a cut moves an element
-from one vector instruction to another, and its training may be wrong only where they differ or where the wrapper's
-gradients are.
+*Training* decides what passes, for any torch optimizer. NovoGrad promises bits: for NovoGrad they have to be
+identical too. Those of another optimizer are reported and decide nothing: a norm that is summed in another
+order is another bit, and no other training. They tell where a fault lies: if the bits are identical and the
+training is not the same, the wrapper's gradients are not those of one process.
 """
 
 from __future__ import annotations

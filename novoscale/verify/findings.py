@@ -17,8 +17,8 @@ from novoscale.verify import recording, runs
 from novoscale.verify.config import Setup, load
 from novoscale.verify.recording import Bits
 
-# Of a deviation, after ten steps. float32: gradients that are summed in another order differ in their last bits.
-# bfloat16: the model's weights have 8 bits, so that one unit in the last place is 2**-8; four of them.
+# Of a deviation, after ten steps. float32: gradients that are summed in another order differ in their last
+# bits. bfloat16: the model's weights have 8 bits, so that one unit in the last place is 2**-8; four of them.
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2.0**-6}
 # Gradients rounded otherwise are one draw, those of the ranks another, which may well be the larger one.
 DRAWS = 4
@@ -109,10 +109,10 @@ def compare(setup: Setup, found: Mapping[str, Tensor], bound: float | None) -> T
 def judged_by(setup: Setup, expected: Mapping[str, Tensor], worst: float) -> tuple[float, str]:
     """The largest deviation that passes, and where it comes from.
 
-    A constant for the dtype of the gradients. Where that is too little, what one process changes by itself: with
-    another seed, if the optimizer takes one and rounds by chance; with gradients that are rounded otherwise,
-    which Adam enlarges where they are close to zero. A cut that changes no more is the same training. Weights
-    that the optimizer rounds to bfloat16 by chance are judged by another seed only.
+    A constant for the dtype of the gradients. Where that is too little, what one process changes by itself:
+    with another seed, if the optimizer takes one and rounds by chance; with gradients that are rounded
+    otherwise, which Adam enlarges where they are close to zero. A cut that changes no more is the same
+    training. Weights that the optimizer rounds to bfloat16 by chance are judged by another seed only.
 
     Args:
         setup: of the cut run.

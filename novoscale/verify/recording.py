@@ -1,8 +1,8 @@
 """What the optimizer of a cut run is really given; and the same, given to one process.
 
-The gradients that reach ``step`` under a cut have been averaged, unscaled and clipped by the wrapper, in another
-order than one process would. Given to one process, they leave one question: does the optimizer compute the same
-numbers from its parts as it would from whole parameters?
+The gradients that reach ``step`` under a cut have been averaged, unscaled and clipped by the wrapper, in
+another order than one process would. Given to one process, they leave one question: does the optimizer
+compute from its parts the numbers that it computes from whole parameters?
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from novoscale.layout import Segment
 from novoscale.verify import runs
 from novoscale.verify.config import Setup
 
-# By id of a tensor that the optimizer steps: where its elements lie. ``Segment.parameter`` is the number of the
-# parameter among the trained ones of the model.
+# By id of a tensor that the optimizer steps: where its elements lie. ``Segment.parameter`` is the number of
+# the parameter among the trained ones of the model.
 Where = Mapping[int, Sequence[Segment]]
 # Number of the parameter, its first element here, values.
 Pieces = list[tuple[int, int, Tensor]]
