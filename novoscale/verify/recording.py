@@ -59,7 +59,6 @@ class Recorder:
         self._given: list[tuple[Tensor, Tensor]] = []
         self._tensors: dict[int, Tensor] = {}
         self._steps = 0
-        self._complete = True
         self._hook = register_optimizer_step_pre_hook(self._note)
 
     def _note(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -80,16 +79,16 @@ class Recorder:
         self._steps += 1
 
     def end(self, where: Where, weights: dict[str, Tensor]) -> None:
-        """Write down what the optimizer's weights and the whole model's are, and record no more."""
+        """Write down what the optimizer's weights are and the whole model's ``weights``; record no more."""
         self._hook.remove()
         kept = self._pieces([(p, runs.whole(p.detach())) for p in self._tensors.values()], where)
-        _save(self._folder, "end", kept if self._complete else [])
+        _save(self._folder, "end", kept)
         if dist.get_rank() == 0:
-            torch.save(weights, self._folder / "weights")
+            outcome = {"weights": weights, "threads": torch.get_num_threads()}
+            torch.save(outcome, self._folder / "outcome")
 
     def _pieces(self, tensors: Sequence[tuple[Tensor, Tensor]], where: Where) -> Pieces:
         """The parts of parameters that tensors consist of, given what to take from each."""
-        self._complete &= all(id(p) in where for p, _ in tensors)
         return [
             (s.parameter, s.offset, values.reshape(-1)[s.start : s.stop].clone())
             for p, values in tensors
@@ -109,30 +108,32 @@ def replay(setup: Setup, folder: Path) -> Bits | None:
     was given no gradient is given none.
 
     Returns:
-        None if not all that the optimizer was given could be recorded.
+        None if what the optimizer keeps was not recorded, all of it.
     """
     kept = _load(setup, folder, "end")
-    if not all(kept):
+    if not kept:
         return None
-    dtype = kept[0][0][2].dtype
+    dtype = kept[0][2].dtype
     model, _ = runs.make_model(setup)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     params = [nn.Parameter(p.detach().to(dtype)) for p in named.values()]
     optimizer = runs.make_optimizer(setup, params)
     for step in range(len(list(folder.glob("step*_rank0")))):
         optimizer.zero_grad()
-        for rank in _load(setup, folder, f"step{step}"):
-            for number, offset, values in rank:
-                p = params[number]
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
-                p.grad.view(-1)[offset : offset + values.numel()] = values
+        for number, offset, values in _load(setup, folder, f"step{step}"):
+            p = params[number]
+            if p.grad is None:
+                p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            p.grad.view(-1)[offset : offset + values.numel()] = values
         if any(p.grad is not None for p in params):
             optimizer.step()
-    differs = [torch.zeros(p.numel(), dtype=torch.bool) for p in params]
-    for number, offset, values in (piece for rank in kept for piece in rank):
+    known, differs = ([torch.zeros(p.numel(), dtype=torch.bool) for p in params] for _ in range(2))
+    for number, offset, values in kept:
         there = slice(offset, offset + values.numel())
+        known[number][there] = True
         differs[number][there] |= _bits(values) != _bits(params[number].detach().reshape(-1)[there])
+    if not all(k.all() for k in known):
+        return None
     counts = {name: int(d.sum()) for name, d in zip(named, differs, strict=True) if d.any()}
     different = dict(sorted(counts.items(), key=lambda item: item[1], reverse=True))
     return Bits(not different, sum(p.numel() for p in params), different)
@@ -147,6 +148,6 @@ def _save(folder: Path, what: str, pieces: Pieces) -> None:
     torch.save(pieces, folder / f"{what}_rank{dist.get_rank()}")
 
 
-def _load(setup: Setup, folder: Path, what: str) -> list[Pieces]:
-    """What every rank has saved."""
-    return [torch.load(folder / f"{what}_rank{rank}") for rank in range(setup.ranks)]
+def _load(setup: Setup, folder: Path, what: str) -> Pieces:
+    """What the ranks have saved, of all of them."""
+    return [piece for rank in range(setup.ranks) for piece in torch.load(folder / f"{what}_rank{rank}")]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -79,31 +79,39 @@ def loss_of(model: Callable[..., Any], batch: dict[str, Tensor], dtype: torch.dt
     return loss
 
 
-def one_process(setup: Setup, gradients: torch.dtype | None = None) -> dict[str, Tensor]:
+def one_process(setup: Setup, rounding: int | None = None) -> dict[str, Tensor]:
     """Train in one process: the same micro-batches, gradients averaged and weights updated in float64.
 
     With bfloat16 the gradients are those of a bfloat16 model, as on the ranks; with float32, of a float64
-    one, or of a model of the dtype ``gradients``. Weights that are bfloat16 on the ranks are so here. An
-    optimizer that cannot update float64 weights updates float32 ones.
+    one. Weights that are bfloat16 on the ranks are so here. An optimizer that cannot update float64 weights
+    updates float32 ones.
+
+    Args:
+        setup: of the cut run.
+        rounding: the gradients are those of a float32 model, at weights that are off by one unit in the last
+            place at most, drawn by this number. Such gradients are rounded as those of the ranks might be.
     """
-    if gradients is None:
-        gradients = torch.float64 if setup.dtype == torch.float32 else setup.dtype
     if setup.weights != torch.float32:
-        return _one_process(setup, gradients, setup.weights)
+        return _one_process(setup, rounding, setup.weights)
     try:
-        return _one_process(setup, gradients, torch.float64)
+        return _one_process(setup, rounding, torch.float64)
     except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
-        return _one_process(setup, gradients, torch.float32)
+        return _one_process(setup, rounding, torch.float32)
 
 
-def _one_process(setup: Setup, dtype: torch.dtype, master_dtype: torch.dtype) -> dict[str, Tensor]:
+def _one_process(setup: Setup, rounding: int | None, master_dtype: torch.dtype) -> dict[str, Tensor]:
     model, micro_batches = make_model(setup)
+    precise = setup.dtype == torch.float32 and rounding is None
+    dtype = torch.float64 if precise else setup.dtype
     model = model.to(dtype)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = {name: nn.Parameter(p.detach().to(master_dtype)) for name, p in named.items()}
     optimizer = make_optimizer(setup, list(masters.values()))
+    generator = torch.Generator().manual_seed(rounding or 0)
     for step in range(setup.steps):
         sums: dict[str, Tensor] = {}  # none for a parameter without a gradient
+        if rounding is not None:
+            _round_otherwise(named.values(), generator)
         batches = micro_batches(step)
         for batch in batches:
             model.zero_grad()
@@ -120,6 +128,14 @@ def _one_process(setup: Setup, dtype: torch.dtype, master_dtype: torch.dtype) ->
             for name, p in named.items():
                 p.copy_(masters[name])
     return {name: p.detach() for name, p in named.items()}
+
+
+@torch.no_grad()
+def _round_otherwise(weights: Iterable[Tensor], generator: torch.Generator) -> None:
+    """Move each weight by one unit in the last place, up or down, or leave it."""
+    for weight in weights:
+        units = torch.randint(-1, 2, weight.shape, generator=generator)
+        weight.mul_(1 + torch.finfo(weight.dtype).eps * units)
 
 
 def cut(model: nn.Module, kind: str, **fsdp2: Any) -> nn.Module:
