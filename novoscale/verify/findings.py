@@ -87,7 +87,7 @@ def passes(setup: Setup, bits: Bits | None, training: Training) -> bool:
 def find(setup: Setup, folder: Path, bound: float | None) -> tuple[Bits | None, Training]:
     """Do in one process what is to be compared with the cut run that was recorded in ``folder``."""
     outcome = torch.load(folder / "outcome")
-    # As many as a rank had: sums of other optimizers may depend on it. On busy cores more wait for each other.
+    # As many as a rank had: sums of other optimizers may depend on it, and busy cores wait for each other.
     torch.set_num_threads(outcome["threads"])
     return recording.replay(setup, folder), compare(setup, outcome["weights"], bound)
 
