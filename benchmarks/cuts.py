@@ -192,8 +192,8 @@ def measure(config: str | dict[str, Any], ranks: int, optimizer: Candidate) -> d
         verdict = verify(config, ranks=ranks, optimizer=optimizer.path, options=optimizer.options)
     except RankError as error:
         return {"worst": None, "why": error.brief().splitlines()[-1][:200]}
-    parameter, worst = verdict.worst
-    return {"worst": worst, "where": parameter, "bound": verdict.bound, "passed": verdict.passed}
+    parameter, worst = verdict.training.worst
+    return {"worst": worst, "where": parameter, "bound": verdict.training.bound, "passed": verdict.passed}
 
 
 def measure_parallel(name: str, ranks: int) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def unfused(wrapper: Any) -> Iterator[Bound]:
             name = (
                 known[position] if len(known) == len(copies) else f"parameter {position} of param group {i}"
             )
-            yield i, copy, whole(describe(name, copy.shape, groups[i]["granularity"], number))
+            yield i, copy, whole(describe(name, copy.shape, groups[i].get("granularity", "tensor"), number))
             number += 1
 
 
@@ -135,7 +135,7 @@ def _cut(
     names = getattr(wrapper, "param_names", None)
     if names is None:
         names = {p: name for name, p in wrapper.module.named_parameters()}
-    granularity = wrapper.optimizer.param_groups[group]["granularity"]
+    granularity = wrapper.optimizer.param_groups[group].get("granularity", "tensor")
     parameters = []
     for n, p in enumerate(params):
         name = names.get(p, f"parameter {n} of param group {group}")

@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
+from novoscale.layout import Layout, Segment
 from novoscale.verify import Setup, runs
+from novoscale.verify.recording import Recorder, Where, whole_tensors
 
 from . import deepspeed as integration
+from . import deepspeed_layouts as layouts
+
+TABLES = (
+    (DeepSpeedZeroOptimizer, layouts.zero_1_and_2),
+    (DeepSpeedZeroOptimizer_Stage3, layouts.zero_3),
+    (BF16_Optimizer, layouts.bf16),
+    (FP16_UnfusedOptimizer, layouts.unfused),
+)
 
 
-def train(setup: Setup) -> dict[str, Tensor]:
-    """Train on this rank under ``setup.deepspeed``; the whole model's weights."""
+def train(setup: Setup, folder: Path) -> None:
+    """Train on this rank under ``setup.deepspeed``; record it in ``folder``."""
     model, micro_batches = runs.make_model(setup)
     params = [p for p in model.parameters() if p.requires_grad]
     arguments: dict[str, Any] = {"model_parameters": params}
     if setup.client:
         arguments = {"optimizer": runs.make_optimizer(setup, params)}
+    recorder = Recorder(folder)
     engine = initialize(model, setup.deepspeed, **arguments)
+    where = placed(engine, params)
+    recorder.end_step(where)  # of zero gradients, as the wrapper of stage 0 with bf16 makes one
     for step in range(setup.steps):
         for batch in runs.mine(setup, micro_batches(step)):
             engine.backward(runs.loss_of(engine, batch, setup.dtype))
             engine.step()
-    return {name: whole(p) for name, p in engine.module.named_parameters() if p.requires_grad}
+        recorder.end_step(where)
+    recorder.end(where, {name: whole(p) for name, p in engine.module.named_parameters() if p.requires_grad})
+
+
+def placed(engine: Any, params: list[nn.Parameter]) -> Where:
+    """Where the elements of the tensors that an engine steps lie; of a new engine's.
+
+    Args:
+        engine: of :func:`initialize`.
+        params: the trained parameters of its model.
+    """
+    for wrapper, table in TABLES:
+        if isinstance(engine.optimizer, wrapper):
+            return {id(tensor): numbered(layout) for _, tensor, layout in table(engine.optimizer)}
+    return whole_tensors(params)
+
+
+def numbered(layout: Layout) -> list[Segment]:
+    """The segments of a layout, each with the number of its parameter among those of the model."""
+    return [replace(s, parameter=layout.held[s.parameter].parameter.number) for s in layout.segments]
 
 
 def initialize(model: nn.Module, config: dict[str, Any], **arguments: Any) -> Any:

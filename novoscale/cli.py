@@ -47,7 +47,11 @@ def verify(
 ) -> None:
     """Train under CONFIG on local ranks and in one process; fail if any parameter ends elsewhere.
 
-    Exit code 0: the same training. 1: it is not, or a rank failed. 2: CONFIG cannot be put to the test.
+    Prints two findings. "bits": whether one process that is given the same gradients ends with the same bits.
+    "training": how far one process that computes its own ends from the ranks.
+
+    Exit code 0: the same training, and for NovoGrad the same bits. 1: it is not, or a rank failed. 2: CONFIG
+    cannot be put to the test.
     """
     console = Console(stderr=True, emoji=False)
     sys.path.insert(0, "")  # models and optimizers from the folder that this is started in
@@ -93,24 +97,33 @@ def _show(verdict: verifying.Verdict) -> None:
     console = Console(emoji=False) if sys.stdout.isatty() else Console(emoji=False, width=110)
     for note in verdict.notes:
         console.print(f"note: {note}", highlight=False)
-    table = Table(
-        "parameter",
-        "deviation",
-        title=f"{verdict.optimizer}: {verdict.ranks} ranks ({verdict.cut}) against one process, "
-        f"{verdict.steps} steps",
-    )
-    shown = list(verdict.deviations.items())[:10]
+    training = verdict.training
+    cut = f"{verdict.ranks} ranks ({verdict.cut}) against one process, {verdict.steps} steps"
+    console.print(f"{verdict.optimizer}: {cut}", highlight=False)
+    table = Table("parameter", "deviation")
+    shown = list(training.deviations.items())[:10]
     for name, value in shown:
-        table.add_row(name, f"{value:.1e}", style="red" if value > verdict.bound else None)
-    if len(verdict.deviations) > len(shown):
-        table.add_row(f"{len(verdict.deviations) - len(shown)} more, all smaller", "")
+        table.add_row(name, f"{value:.1e}", style="red" if value > training.bound else None)
+    if len(training.deviations) > len(shown):
+        table.add_row(f"{len(training.deviations) - len(shown)} more, all smaller", "")
     console.print(table)
-    name, worst = verdict.worst
-    outcome = "[green]the same training" if verdict.passed else "[red]not the same training"
-    bound = f"bound {verdict.bound:.1e}"
-    if verdict.of_seeds is not None:
-        bound = f"another seed in one process {verdict.of_seeds:.1e}"
-    console.print(f"{outcome}[/]: worst {worst:.1e} in {name}, {bound}", highlight=False)
+    console.print(f"bits: {_bits(verdict.bits)}", highlight=False)
+    name, worst = training.worst
+    outcome = "[green]the same" if training.passed else "[red]not the same"
+    bound = f"{training.rule} {training.bound:.1e}"
+    console.print(f"training: {outcome}[/]: worst {worst:.1e} in {name}, {bound}", highlight=False)
+
+
+def _bits(bits: verifying.Bits | None) -> str:
+    if bits is None:
+        return "[yellow]not compared[/]: what the wrapper gives the optimizer is not known"
+    if bits.identical:
+        return f"[green]identical[/], given the same gradients: {bits.elements:,} elements"
+    names = [f"{name} {count:,}" for name, count in bits.different.items()]
+    if len(names) > 3:
+        names[3:] = [f"and {len(names) - 3} more parameters"]
+    count = f"{sum(bits.different.values()):,} of {bits.elements:,} elements"
+    return f"[red]not identical[/], given the same gradients: {count}: {', '.join(names)}"
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class Setup:
         client: give DeepSpeed the optimizer, rather than let it make one from the config.
         dtype: of the model.
         precision: of the gradients; that of autocast if there is one.
+        weights: dtype of those that the optimizer updates.
     """
 
     cut: str
@@ -46,6 +47,7 @@ class Setup:
     clip: float = 0.0
     dtype: torch.dtype = torch.float32
     precision: torch.dtype = torch.float32
+    weights: torch.dtype = torch.float32
 
     @property
     def samples(self) -> int:
@@ -90,6 +92,7 @@ def prepare(
         clip=ds["gradient_clipping"],
         dtype=torch.bfloat16 if ds.get("bf16", {}).get("enabled") is True else torch.float32,
         precision=torch.bfloat16 if _has_bfloat16_gradients(ds) else torch.float32,
+        weights=torch.bfloat16 if ds.get("bf16", {}).get("bf16_master_weights_and_grads") else torch.float32,
     )
     return setup, notes
 

@@ -1,8 +1,8 @@
-"""The two runs that are compared: in one process, and on ranks."""
+"""What every run of ``verify`` shares: the model, its batches, its optimizer; and the run in one process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -79,36 +79,48 @@ def loss_of(model: Callable[..., Any], batch: dict[str, Tensor], dtype: torch.dt
     return loss
 
 
-def one_process(setup: Setup) -> dict[str, Tensor]:
+def one_process(setup: Setup, rounding: int | None = None) -> dict[str, Tensor]:
     """Train in one process: the same micro-batches, gradients averaged and weights updated in float64.
 
     With bfloat16 the gradients are those of a bfloat16 model, as on the ranks; with float32, of a float64
-    one. An optimizer that cannot update float64 weights updates float32 ones.
+    one. Weights that are bfloat16 on the ranks are so here. An optimizer that cannot update float64 weights
+    updates float32 ones.
+
+    Args:
+        setup: of the cut run.
+        rounding: the gradients are those of a float32 model, at weights that are off by one unit in the last
+            place at most, drawn by this number. Such gradients are rounded as those of the ranks might be.
     """
+    if setup.weights != torch.float32:
+        return _one_process(setup, rounding, setup.weights)
     try:
-        return _one_process(setup, torch.float64)
+        return _one_process(setup, rounding, torch.float64)
     except (RuntimeError, TypeError, ValueError, AssertionError, NotImplementedError):
-        return _one_process(setup, torch.float32)
+        return _one_process(setup, rounding, torch.float32)
 
 
-def _one_process(setup: Setup, master_dtype: torch.dtype) -> dict[str, Tensor]:
+def _one_process(setup: Setup, rounding: int | None, master_dtype: torch.dtype) -> dict[str, Tensor]:
     model, micro_batches = make_model(setup)
-    dtype = torch.float64 if setup.dtype == torch.float32 else setup.dtype
+    precise = setup.dtype == torch.float32 and rounding is None
+    dtype = torch.float64 if precise else setup.dtype
     model = model.to(dtype)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = {name: nn.Parameter(p.detach().to(master_dtype)) for name, p in named.items()}
     optimizer = make_optimizer(setup, list(masters.values()))
+    generator = torch.Generator().manual_seed(rounding or 0)
     for step in range(setup.steps):
-        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()}
+        sums: dict[str, Tensor] = {}  # none for a parameter without a gradient
+        if rounding is not None:
+            _round_otherwise(named.values(), generator)
         batches = micro_batches(step)
         for batch in batches:
             model.zero_grad()
             loss_of(model, batch, dtype).backward()  # type: ignore[no-untyped-call]
             for name, p in named.items():
                 if p.grad is not None:
-                    sums[name] += p.grad.double() / len(batches)
+                    sums[name] = sums.get(name, 0) + p.grad.double() / len(batches)
         for name, master in masters.items():
-            master.grad = sums[name].to(master_dtype)
+            master.grad = sums[name].to(master_dtype) if name in sums else None
         if setup.clip:
             nn.utils.clip_grad_norm_(masters.values(), setup.clip)
         optimizer.step()
@@ -118,17 +130,12 @@ def _one_process(setup: Setup, master_dtype: torch.dtype) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in named.items()}
 
 
-def under_torch(setup: Setup) -> dict[str, Tensor]:
-    """Train on this rank under DDP or FSDP2."""
-    model, micro_batches = make_model(setup)
-    trained = cut(model, setup.cut)
-    optimizer = make_optimizer(setup, [p for p in model.parameters() if p.requires_grad])
-    for step in range(setup.steps):
-        optimizer.zero_grad()
-        for batch in mine(setup, micro_batches(step)):
-            loss_of(trained, batch, setup.dtype).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    return {n: whole(p.detach()) for n, p in model.named_parameters() if p.requires_grad}
+@torch.no_grad()
+def _round_otherwise(weights: Iterable[Tensor], generator: torch.Generator) -> None:
+    """Move each weight by one unit in the last place, up or down, or leave it."""
+    for weight in weights:
+        units = torch.randint(-1, 2, weight.shape, generator=generator)
+        weight.mul_(1 + torch.finfo(weight.dtype).eps * units)
 
 
 def cut(model: nn.Module, kind: str, **fsdp2: Any) -> nn.Module:
