@@ -137,6 +137,15 @@ def test_factored_experts():
         assert max(worst.values()) < BOUND, worst
 
 
+@pytest.mark.parametrize(
+    "options", [{"momentum_dtype": "int8"}, {**ADAMW, "momentum_dtype": "int4"}], ids=str
+)
+@pytest.mark.parametrize(("stage", "world_size"), [(1, 4), (2, 3)])
+def test_experts_in_blocks_have_the_bits_of_one_process(stage, world_size, options):
+    ds = with_options(config(stage, world_size), **options)
+    assert run_ranks(wrapper_ranks.experts_with_other_bits, world_size, ds) == [[]] * world_size
+
+
 @pytest.mark.parametrize(("stage", "world_size"), [(1, 4), (2, 3)])
 def test_factored_matrices_cut_along_rows_and_columns_by_tensor_parallelism(stage, world_size):
     ds = with_options(wrapper_ranks.tensor_parallel_config(stage, world_size), **ADAMW)

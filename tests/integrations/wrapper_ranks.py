@@ -19,6 +19,8 @@ from torch import nn
 from training import OddModel
 from zero_ranks import config, engine, train
 
+from novoscale import NovoGrad
+
 STEPS = 10
 FP16 = {"fp16": {"enabled": True, "loss_scale": 64}}
 BF16_MASTER = {
@@ -97,12 +99,12 @@ def unchanged_by_construction(ds: dict[str, Any]) -> tuple[bool, bool]:
 
 
 class Experts(nn.Module):
-    def __init__(self, ep_size: int) -> None:
+    def __init__(self, ep_size: int, hidden: int = 9) -> None:
         super().__init__()
         from deepspeed.moe.layer import MoE
 
         torch.manual_seed(3)
-        expert = nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 8))
+        expert = nn.Sequential(nn.Linear(8, hidden), nn.Tanh(), nn.Linear(hidden, 8))
         self.inp = nn.Linear(13, 8)
         self.moe = MoE(8, expert, num_experts=2 * ep_size, ep_size=ep_size, k=1)
         self.out = nn.Linear(8, 3)
@@ -130,6 +132,27 @@ def experts_against_oracle(ds: dict[str, Any]) -> dict[str, float]:
         n: deviation(safe_get_full_fp32_param(p).double().numpy(), oracles[n].weights[0])
         for n, p in named.items()
     }
+
+
+def experts_with_other_bits(ds: dict[str, Any]) -> list[str]:
+    """Parameters that do not end with the bits of uncut ones that were given the same gradients."""
+    deepspeed.init_distributed("gloo")
+    e = engine(ds, model=Experts(2 if dist.get_world_size() % 2 == 0 else 3, hidden=601))  # matrices of 4808
+    names = {p: name for name, p in e.module.named_parameters()}
+    ordered = [p for group in e.optimizer.bit16_groups for p in group]  # as the optimizer numbers them
+    uncut = {p: nn.Parameter(safe_get_full_fp32_param(p).clone()) for p in ordered}
+    optimizer = NovoGrad([(names[p], w) for p, w in uncut.items()], **ds["optimizer"]["params"])
+    backward = e.backward
+
+    def recorded(loss: torch.Tensor) -> None:
+        backward(loss)
+        for p, w in uncut.items():
+            w.grad = safe_get_full_grad(p).clone()
+        optimizer.step()
+
+    e.backward = recorded
+    train(e, STEPS)
+    return [names[p] for p, w in uncut.items() if not torch.equal(safe_get_full_fp32_param(p), w)]
 
 
 # ---- tensor parallelism --------------------------------------------------------------------------------
