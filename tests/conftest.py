@@ -16,8 +16,17 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     ]
 )
 
+import pytest
 import torch  # after OMP_NUM_THREADS
 
 # Before anything imports Triton: without a GPU its kernels are run by its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def deepspeed_operation():
+    """What every process group of DeepSpeed builds or loads, built before any rank asks for it."""
+    from novoscale.integrations import deepspeed_operation
+
+    deepspeed_operation.build()

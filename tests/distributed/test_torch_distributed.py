@@ -6,10 +6,12 @@ import fixed_gradients
 import pytest
 import torch
 import torch_ranks
+from kept_ranks import run_ranks
 from oracle import deviation
 from training import OddModel, reference
 
-from novoscale.ranks import RankError, run_ranks
+from novoscale.ranks import RankError
+from novoscale.ranks import run_ranks as run_new_ranks
 
 BOUND = 2e-5  # float32, relative, after 10 steps
 
@@ -153,7 +155,7 @@ def test_distributed_checkpoint_of_other_blocks_loads_on_as_many_ranks_and_else_
     saved = run_ranks(torch_ranks.fixed_checkpoint, 2, *arguments, "save", shapes)
     assert_loaded(run_ranks(torch_ranks.fixed_checkpoint, 2, *arguments, "load", shapes), saved)
     with pytest.raises(RankError, match="Size mismatch"):
-        run_ranks(torch_ranks.fixed_checkpoint, 3, *arguments, "load", shapes)
+        run_new_ranks(torch_ranks.fixed_checkpoint, 3, *arguments, "load", shapes)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero redundancy"])
@@ -203,7 +205,7 @@ def test_fsdp1_is_refused_with_advice():
 
 
 def test_accelerate_with_fsdp2(tmp_path):
-    for result in run_ranks(torch_ranks.accelerate_fsdp2, 2, str(tmp_path)):
+    for result in run_new_ranks(torch_ranks.accelerate_fsdp2, 2, str(tmp_path)):
         assert worst(result["weights"], reference(torch_ranks.LR)) < BOUND
         assert result["dtensors"]
         assert result["names"] == sorted(n for n, _ in OddModel().named_parameters())
