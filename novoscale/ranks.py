@@ -8,6 +8,7 @@ installed) once, so that starting one costs a tenth of a second and not ten.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import io
 import multiprocessing
 import os
@@ -283,6 +284,7 @@ def _serve(
     faulthandler.enable()
     stack = os.open(Path(folder, f"stack{rank}"), os.O_CREAT | os.O_WRONLY)
     faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
+    gc.freeze()  # what the server has imported is no garbage, and looking at it copies its memory
     torch.set_num_threads(max((os.cpu_count() or 1) // world_size, 1))
     numbers = torch.get_rng_state()
     while True:
