@@ -23,6 +23,9 @@ NAME = "deepspeed_shm_comm"
 FOLDER = "TORCH_EXTENSIONS_DIR"  # torch's variable
 
 
+_built: set[str] = set()  # folders, by this process
+
+
 class LockError(RuntimeError):
     """A lock that no process holds any more, or one holds for too long."""
 
@@ -43,9 +46,12 @@ def build(timeout: float = 600) -> None:
     """
     if sys.platform != "linux":  # DeepSpeed has it for no other
         return
-    own = own_folder()
-    os.environ.setdefault(FOLDER, str(own))
-    run_ranks(load, 1, os.environ[FOLDER] == str(own), timeout, timeout=2 * timeout, quiet=True)
+    own = str(own_folder())
+    folder = os.environ.setdefault(FOLDER, own)
+    if folder in _built and not Path(folder, NAME, "lock").exists():
+        return
+    run_ranks(load, 1, folder == own, timeout, timeout=2 * timeout, quiet=True)
+    _built.add(folder)
 
 
 def own_folder() -> Path:
@@ -64,7 +70,7 @@ def load(own: bool, timeout: float) -> None:
     with open(folder / "novoscale.lock", "w") as file:
         while not _locked(file):
             if time.monotonic() > end:
-                raise LockError(_held(folder / file.name, timeout))
+                raise LockError(_held(Path(file.name), timeout))
             time.sleep(0.2)
         _free(folder / "lock", own, end, timeout)
         from deepspeed.comm.torch import build_shm_op

@@ -241,14 +241,11 @@ def _close(
     folder: tempfile.TemporaryDirectory[str],
     port: int,
 ) -> None:
-    for process in processes:
-        if process.pid is not None:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-            process.kill()
-    for process in processes:
-        if process.pid is not None:
-            process.join()
+    started = [process for process in processes if process.pid is not None]
+    _kill({process.pid for process in started})
+    for process in started:
+        process.kill()  # it may not lead a session yet
+        process.join()
     for connection in connections:
         connection.close()
     folder.cleanup()
@@ -310,7 +307,19 @@ def _serve(
 def _die_with(caller: Any) -> None:
     """Also when it is killed, and this rank hangs: with whatever the rank has started."""
     wait([caller.sentinel])
-    os.killpg(0, signal.SIGKILL)
+    _kill({os.getpid()})
+
+
+def _kill(leaders: set[int]) -> None:
+    """Ranks, and whatever they have started: in groups of their own too, as ninja's compilers are."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            session = int(file.read_text().rsplit(")", 1)[1].split()[3])
+            if session in leaders and int(file.parent.name) not in leaders:
+                os.kill(int(file.parent.name), signal.SIGKILL)
+    for leader in leaders:
+        with suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
 
 
 def _free_port() -> int:

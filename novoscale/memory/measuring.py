@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from dataclasses import asdict, dataclass
@@ -108,6 +109,8 @@ def measure(job: Job, timeout: float = 300) -> Measured:
     backend = "nccl" if torch.cuda.device_count() >= job.ranks else "gloo"
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
+        if CUTS[job.cut] is not None:
+            importlib.import_module("novoscale.integrations.deepspeed_operation").build(timeout)
     ranks = 1 if job.cut == "none" else job.ranks
     found = run_ranks(_on_rank, ranks, job, timeout=timeout, backend=backend, quiet=True)
     _, _, parameters, update = found[0]
