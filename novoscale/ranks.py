@@ -32,22 +32,29 @@ from typing import Any
 import torch
 
 _context = multiprocessing.get_context("forkserver")
-# torch.optim and DeepSpeed import dynamo and inductor when first used, and NovoGrad's integration imports
-# what of Accelerate and transformers there is: seconds, for each rank.
-_context.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "torch._inductor.compile_fx",
-        "torch.distributed.tensor",
-        "deepspeed.runtime.zero.muon.original_muon",
-        "accelerate.accelerator",
-        "transformers.integrations.deepspeed",
-    ]
-)
+_preloaded: list[str] = []
 
 _LINES = 20  # of a rank that died or hangs, in the error
 # What gloo says on the ranks that have lost another one: it is not what went wrong.
 _LOST = re.compile("(closed|reset) by peer|Broken pipe|Connection refused")
+
+
+def preload(*modules: str) -> None:
+    """Have the server of this process import modules too, those that there are; before the first rank."""
+    _preloaded.extend(module for module in modules if module not in _preloaded)
+    _context.set_forkserver_preload(_preloaded)
+
+
+# torch.optim and DeepSpeed import dynamo and inductor when first used, and NovoGrad's integration imports
+# what of Accelerate and transformers there is: seconds, for each rank.
+preload(
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.tensor",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "accelerate.accelerator",
+    "transformers.integrations.deepspeed",
+)
 
 
 class RankError(RuntimeError):

@@ -17,7 +17,10 @@ from novoscale.memory.cuts import CUTS, Training, set_up
 from novoscale.memory.models import MemoryToolError
 from novoscale.memory.optimizers import CANDIDATES
 from novoscale.memory.phases import Phase, Recorder
-from novoscale.ranks import run_ranks
+from novoscale.ranks import preload, run_ranks
+
+# What models.build imports for most models; half a second for each rank.
+preload("transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2")
 
 SAMPLED = 1024  # elements of a parameter, or a few more, by which two runs are compared
 

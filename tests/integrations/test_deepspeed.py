@@ -1,5 +1,6 @@
 """NovoGrad under DeepSpeed's ZeRO stages 1 and 2: the training is that of one process."""
 
+import os
 import re
 import time
 
@@ -179,10 +180,12 @@ def test_same_gradients_give_the_same_bits_at_every_stage(stage, world_size):
 
 
 def test_rank_that_dies_ends_the_run_with_an_error():
-    start = time.monotonic()
-    with pytest.raises(RankError):
+    before, start = os.listdir("/dev/shm"), time.monotonic()
+    with pytest.raises(RankError, match=r"^rank 1 of 3 died: exit code 3"):
         run_new_ranks(zero_ranks.dies_in_the_second_step, 3, config(2, 3), timeout=60)
     assert time.monotonic() - start < 50
+    mine = [file for file in os.listdir("/dev/shm") if file not in before]
+    assert not any(file.startswith("deepspeed_allreduce") for file in mine)
 
 
 def test_ranks_with_different_models_are_refused():
