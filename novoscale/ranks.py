@@ -48,6 +48,7 @@ def preload(*modules: str) -> None:
 # torch.optim and DeepSpeed import dynamo and inductor when first used, and NovoGrad's integration imports
 # what of Accelerate and transformers there is: seconds, for each rank.
 preload(
+    __name__,
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "torch.distributed.tensor",
@@ -61,7 +62,10 @@ class RankError(RuntimeError):
     """A rank raised, died or did not end in time."""
 
     def brief(self) -> str:
-        """Of each rank's traceback the line that says what is wrong; of a single line, itself."""
+        """Of each rank's traceback the line that says what is wrong; of what else there is, all.
+
+        Lines that begin with "|" are what a rank has said, or where it was.
+        """
         lines = [line for line in str(self).splitlines() if line and not line.startswith(" ")]
         errors = [line for line in lines if not re.match(r"Traceback|rank \d+ of \d+:$", line)]
         return "\n".join(dict.fromkeys(errors or lines))
@@ -164,7 +168,7 @@ class Ranks:
             self.close()
             raise
         remove_shared_memory(self._port)  # every rank has it mapped by now
-        return [torch.load(io.BytesIO(result), weights_only=False) for result in results]
+        return [torch.load(io.BytesIO(results.pop(0)), weights_only=False) for _ in self._processes]
 
     def _results(self, timeout: float) -> list[bytes]:
         end = time.monotonic() + timeout
@@ -176,7 +180,8 @@ class Ranks:
             for rank in [rank for rank in waiting if any(of in ready for of in self._speaks(rank))]:
                 waiting.remove(rank)
                 try:
-                    done, results[rank] = self._connections[rank].recv()
+                    done = self._connections[rank].recv()
+                    results[rank] = self._connections[rank].recv_bytes()
                 except (EOFError, OSError):
                     failures[rank] = self._died(rank)
                 else:
@@ -204,24 +209,23 @@ class Ranks:
         process.join(5)
         code = process.exitcode
         how = f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
-        who = f"rank {rank} of {len(self._processes)} died"
-        return _Failure(f"{who}: {how}{self._last_lines(rank)}", lost=False)
+        text = f"rank {rank} of {len(self._processes)} died: {how}"
+        return _Failure("\n| ".join([text, *self._last_lines(rank)]), lost=False)
 
     def _late(self, ranks: list[int], timeout: float) -> str:
-        text = f"ranks {ranks} of {len(self._processes)} did not end within {timeout:g} s"
+        text = [f"ranks {ranks} of {len(self._processes)} did not end within {timeout:g} s"]
         for rank in ranks:
             with suppress(ProcessLookupError):
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)  # for them to write where they are
         for rank in ranks:
             stack = self._read(f"stack{rank}").decode(errors="replace").splitlines()[1:_LINES]
-            where = "".join(f"\n| {line.strip()}" for line in stack)
-            text += f"\nrank {rank} is in (innermost first){where}{self._last_lines(rank)}"
-        return text
+            text += [f"rank {rank} is in (innermost first)", *map(str.strip, stack), *self._last_lines(rank)]
+        return "\n| ".join(text)
 
-    def _last_lines(self, rank: int) -> str:
+    def _last_lines(self, rank: int) -> list[str]:
         lines = self._read(f"printed{rank}").decode(errors="replace").splitlines()[-_LINES:]
-        return "".join(["\nits last lines were", *(f"\n| {line}" for line in lines)]) if lines else ""
+        return [f"the last lines of rank {rank}:", *lines] if lines else []
 
     def _read(self, name: str, start: int = 0) -> bytes:
         with suppress(FileNotFoundError), open(Path(self._folder.name, name), "rb") as file:
@@ -271,7 +275,7 @@ def _serve(
     """What a rank does: calls that come, until the caller is gone."""
     os.setsid()
     caller = multiprocessing.parent_process()
-    threading.Thread(target=_die_with, args=(caller,), daemon=True).start()
+    threading.Thread(target=_die_with, args=(caller, port), daemon=True).start()
     environment = environment | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -306,14 +310,17 @@ def _serve(
             result = io.BytesIO()
             torch.save(function(*args), result)
         except BaseException:
-            connection.send((False, traceback.format_exc().encode()))
+            connection.send(False)
+            connection.send_bytes(traceback.format_exc().encode())
             os._exit(1)
-        connection.send((True, result.getvalue()))
+        connection.send(True)
+        connection.send_bytes(result.getbuffer())
 
 
-def _die_with(caller: Any) -> None:
+def _die_with(caller: Any, port: int) -> None:
     """Also when it is killed, and this rank hangs: with whatever the rank has started."""
     wait([caller.sentinel])
+    remove_shared_memory(port)
     _kill({os.getpid()})
 
 

@@ -24,13 +24,16 @@ import torch  # after OMP_NUM_THREADS
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from novoscale.integrations import deepspeed_operation as operation
+
+# Not torch's, which is one for all environments: they would make each other build again and again.
+os.environ.setdefault(operation.FOLDER, str(operation.own_folder()))
+
 
 @pytest.fixture(scope="session")
 def deepspeed_operation():
     """What every process group of DeepSpeed builds or loads, built before any rank asks for it."""
-    from novoscale.integrations import deepspeed_operation
-
-    deepspeed_operation.build()
+    operation.build()
 
 
 def pytest_collection_finish():

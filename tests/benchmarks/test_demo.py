@@ -27,6 +27,7 @@ def run(*arguments):
     )
 
 
+@pytest.mark.usefixtures("deepspeed_operation")
 def test_trains_three_optimizers_and_writes_what_it_measured(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("".join(f"{i} squared is {i * i}.\n" for i in range(4000)))

@@ -26,7 +26,10 @@ def changes_its_environment() -> str:
 
 def fails(how: str, folder: str) -> None:
     """Rank 1 fails, having started a process and said something; the others wait for it in a collective."""
-    Path(folder, str(os.getpid())).touch()
+    where = f"127.0.0.1_{os.environ['MASTER_PORT']}_{dist.get_rank()}"
+    buffer = f"deepspeed_allreduce_buffer_{os.getuid()}_{where}"
+    Path("/dev/shm", buffer).touch()  # as DeepSpeed does
+    Path(folder, str(os.getpid())).write_text(buffer)
     if dist.get_rank() == 1:
         started = subprocess.Popen(["sleep", "1000"])
         Path(folder, str(started.pid)).touch()

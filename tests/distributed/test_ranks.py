@@ -25,6 +25,13 @@ def left(folder):
     return [pid for pid in os.listdir(folder) if runs(pid)]
 
 
+def buffers(folder):
+    """The files in shared memory that those processes have made and that are still there."""
+    names = [file.read_text() for file in folder.iterdir()]
+    assert any(names)
+    return [name for name in names if name and Path("/dev/shm", name).exists()]
+
+
 def until(holds, seconds):
     deadline = time.monotonic() + seconds
     while not holds():
@@ -32,18 +39,20 @@ def until(holds, seconds):
         time.sleep(0.1)
 
 
+LAST_LINES = r"\| the last lines of rank 1:\n\| the last words of rank 1"
+
+
 @pytest.mark.parametrize(
     ("how", "says"),
     [
         ("raises", r"rank 1 of 3:\nTraceback[\s\S]*ValueError: no way to cut this"),
-        ("exits", r"rank 1 of 3 died: exit code 3\nits last lines were\n\| the last words of rank 1"),
-        ("is killed", r"rank 1 of 3 died: SIGKILL\nits last lines were\n\| the last words of rank 1"),
+        ("exits", rf"rank 1 of 3 died: exit code 3\n{LAST_LINES}"),
+        ("is killed", rf"rank 1 of 3 died: SIGKILL\n{LAST_LINES}"),
         (
             "hangs",
             r"ranks \[0, 1, 2\] of 3 did not end within 8 s\n"
-            r"rank 0 is in \(innermost first\)\n[\s\S]*in barrier\n[\s\S]*"
-            r"rank 1 is in \(innermost first\)\n\| File .* in hangs\n[\s\S]*"
-            r"its last lines were\n\| the last words of rank 1\n",
+            r"\| rank 0 is in \(innermost first\)\n[\s\S]*in barrier\n[\s\S]*"
+            r"\| rank 1 is in \(innermost first\)\n\| File .* in hangs\n[\s\S]*" + LAST_LINES,
         ),
     ],
     ids=["raises", "exits", "is killed", "hangs"],
@@ -57,6 +66,7 @@ def test_one_error_with_the_last_lines_of_the_rank_and_nothing_left(how, says, t
     assert len(re.findall(r"^rank \d+ of", str(error.value), re.MULTILINE)) == (0 if how == "hangs" else 1)
     assert len(os.listdir(tmp_path)) >= 2  # rank 1, and what it has started
     assert left(tmp_path) == []
+    assert buffers(tmp_path) == []
 
 
 def test_a_caller_that_is_killed_leaves_no_rank(tmp_path):
@@ -65,6 +75,7 @@ def test_a_caller_that_is_killed_leaves_no_rank(tmp_path):
     caller.kill()
     caller.wait()
     until(lambda: left(tmp_path) == [], 20)
+    assert buffers(tmp_path) == []
 
 
 def test_ranks_stay_for_many_calls_with_the_environment_they_had():
