@@ -1,4 +1,4 @@
-"""Run a function on several ranks of this machine, each in a process of its own, with a timeout.
+"""Run functions on several ranks of this machine, each in a process of its own, with a timeout.
 
 A collective that mismatches aborts its process, and a rank that is lost blocks the others: neither must
 take the caller with it. Ranks are forked from a server that has imported torch (and DeepSpeed, where it is
@@ -7,27 +7,54 @@ installed) once, so that starting one costs a tenth of a second and not ten.
 
 from __future__ import annotations
 
+import faulthandler
+import gc
+import io
 import multiprocessing
 import os
+import pickle
+import re
+import signal
 import socket
+import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
 import torch
 
 _context = multiprocessing.get_context("forkserver")
-# torch.optim and DeepSpeed import dynamo and inductor when first used, which takes seconds.
-_context.set_forkserver_preload(
-    [
-        "torch._dynamo",
-        "torch._inductor.compile_fx",
-        "torch.distributed.tensor",
-        "deepspeed.runtime.zero.muon.original_muon",
-    ]
+_preloaded: list[str] = []
+
+_LINES = 20  # of a rank that died or hangs, in the error
+# What gloo says on the ranks that have lost another one: it is not what went wrong.
+_LOST = re.compile("(closed|reset) by peer|Broken pipe|Connection refused")
+
+
+def preload(*modules: str) -> None:
+    """Have the server of this process import modules too, those that there are; before the first rank."""
+    _preloaded.extend(module for module in modules if module not in _preloaded)
+    _context.set_forkserver_preload(_preloaded)
+
+
+# torch.optim and DeepSpeed import dynamo and inductor when first used, and NovoGrad's integration imports
+# what of Accelerate and transformers there is: seconds, for each rank.
+preload(
+    __name__,
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.distributed.tensor",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "accelerate.accelerator",
+    "transformers.integrations.deepspeed",
 )
 
 
@@ -35,9 +62,12 @@ class RankError(RuntimeError):
     """A rank raised, died or did not end in time."""
 
     def brief(self) -> str:
-        """Of each rank's traceback the line that says what is wrong; of a single line, itself."""
+        """Of each rank's traceback the line that says what is wrong; of what else there is, all.
+
+        Lines that begin with "|" are what a rank has said, or where it was.
+        """
         lines = [line for line in str(self).splitlines() if line and not line.startswith(" ")]
-        errors = [line for line in lines if not line.startswith(("Traceback", "rank "))]
+        errors = [line for line in lines if not re.match(r"Traceback|rank \d+ of \d+:$", line)]
         return "\n".join(dict.fromkeys(errors or lines))
 
 
@@ -51,7 +81,7 @@ def run_ranks(
 ) -> list[Any]:
     """Call ``function(*args)`` on every rank, torch.distributed being initialised.
 
-    The environment of the first call holds for all ranks of this process.
+    What modules read of the environment when they are imported is of the first call of this process.
 
     Args:
         function: importable by its name.
@@ -65,27 +95,149 @@ def run_ranks(
         What each rank returned; it must be a thing that ``torch.save`` takes.
 
     Raises:
-        RankError: with the traceback of the ranks that failed.
+        RankError: with the traceback of the ranks that failed, or the last lines of one that died or hangs.
     """
-    with tempfile.TemporaryDirectory() as name:
-        folder, port = Path(name), _free_port()
-        processes = [
-            _context.Process(
-                target=_rank, args=(rank, world_size, port, backend, folder, quiet, function, args)
-            )
-            for rank in range(world_size)
-        ]
+    with Ranks(world_size, backend, quiet) as ranks:
+        return ranks.run(function, *args, timeout=timeout)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    text: str
+    lost: bool  # the rank has only lost another one
+
+
+class Ranks:
+    """Ranks that stay, with their process group, for one call after another.
+
+    A call finds the environment and the random numbers as they were when the ranks were started; what else
+    it changes in its process is left to the next one. Where a call fails, the ranks are closed.
+
+    Attributes:
+        closed: no rank is left.
+    """
+
+    def __init__(self, world_size: int, backend: str = "gloo", quiet: bool = False) -> None:
+        """Start ``world_size`` ranks; the arguments are those of ``run_ranks``."""
+        self.closed = False
+        self._quiet = quiet
+        self._folder = tempfile.TemporaryDirectory(prefix="novoscale-ranks-")
+        self._port = _free_port()
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+        self._shown = [0] * world_size  # bytes of what each rank has printed
+        # Before multiprocessing waits, when this process ends, for the ranks to end.
+        self._close = Finalize(
+            self, _close, (self._processes, self._connections, self._folder, self._port), exitpriority=100
+        )
         try:
-            for process in processes:
-                process.start()
-            _wait(processes, folder, timeout)
-            return [torch.load(folder / f"result{rank}", weights_only=False) for rank in range(world_size)]
-        finally:
-            for process in processes:
-                if process.pid is not None:
-                    process.kill()
-                    process.join()
-            remove_shared_memory(port)
+            for rank in range(world_size):
+                mine, its = _context.Pipe()
+                self._connections.append(mine)
+                where = (rank, world_size, self._port, backend, self._folder.name, dict(os.environ))
+                self._processes.append(_context.Process(target=_serve, args=(its, *where)))
+                self._processes[-1].start()
+                its.close()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Kill the ranks, and whatever they have started."""
+        self.closed = True
+        self._close()
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+        """Call ``function(*args)`` on every rank; the rest is as of ``run_ranks``."""
+        if self.closed:
+            raise ValueError("these ranks are closed")
+        call = pickle.dumps((function, args))
+        try:
+            for connection in self._connections:
+                with suppress(OSError):  # of a rank that is dead already: found when it does not answer
+                    connection.send_bytes(call)
+            results = self._results(timeout)
+            self._show()
+        except BaseException:
+            self.close()
+            raise
+        remove_shared_memory(self._port)  # every rank has it mapped by now
+        return [torch.load(io.BytesIO(results.pop(0)), weights_only=False) for _ in self._processes]
+
+    def _results(self, timeout: float) -> list[bytes]:
+        end = time.monotonic() + timeout
+        waiting = set(range(len(self._processes)))
+        results: dict[int, bytes] = {}
+        failures: dict[int, _Failure] = {}
+        while waiting:
+            ready = wait([of for rank in waiting for of in self._speaks(rank)], 0.1)
+            for rank in [rank for rank in waiting if any(of in ready for of in self._speaks(rank))]:
+                waiting.remove(rank)
+                try:
+                    done = self._connections[rank].recv()
+                    results[rank] = self._connections[rank].recv_bytes()
+                except (EOFError, OSError):
+                    failures[rank] = self._died(rank)
+                else:
+                    if not done:
+                        text = f"rank {rank} of {len(self._processes)}:\n{results[rank].decode()}"
+                        failures[rank] = _Failure(text, bool(_LOST.search(text)))
+            self._show()
+            # The rank that is lost is heard of a moment after those that have lost it.
+            end = min(end, time.monotonic() + 2) if failures else end
+            if any(not failure.lost for failure in failures.values()) or (waiting and time.monotonic() > end):
+                break
+        if failures:
+            causes = [failures[rank] for rank in sorted(failures) if not failures[rank].lost]
+            raise RankError("\n".join(f.text for f in causes or failures.values()))
+        if waiting:
+            raise RankError(self._late(sorted(waiting), timeout))
+        return [results[rank] for rank in range(len(results))]
+
+    def _speaks(self, rank: int) -> tuple[Connection, int]:
+        """What is readable when a rank has answered or died."""
+        return self._connections[rank], self._processes[rank].sentinel
+
+    def _died(self, rank: int) -> _Failure:
+        process = self._processes[rank]
+        process.join(5)
+        code = process.exitcode
+        how = f"exit code {code}" if code is None or code >= 0 else signal.Signals(-code).name
+        text = f"rank {rank} of {len(self._processes)} died: {how}"
+        return _Failure("\n| ".join([text, *self._last_lines(rank)]), lost=False)
+
+    def _late(self, ranks: list[int], timeout: float) -> str:
+        text = [f"ranks {ranks} of {len(self._processes)} did not end within {timeout:g} s"]
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)  # for them to write where they are
+        for rank in ranks:
+            stack = self._read(f"stack{rank}").decode(errors="replace").splitlines()[1:_LINES]
+            text += [f"rank {rank} is in (innermost first)", *map(str.strip, stack), *self._last_lines(rank)]
+        return "\n| ".join(text)
+
+    def _last_lines(self, rank: int) -> list[str]:
+        lines = self._read(f"printed{rank}").decode(errors="replace").splitlines()[-_LINES:]
+        return [f"the last lines of rank {rank}:", *lines] if lines else []
+
+    def _read(self, name: str, start: int = 0) -> bytes:
+        with suppress(FileNotFoundError), open(Path(self._folder.name, name), "rb") as file:
+            file.seek(start)
+            return file.read()
+        return b""
+
+    def _show(self) -> None:
+        for rank in range(0 if self._quiet else len(self._processes)):
+            printed = self._read(f"printed{rank}", self._shown[rank])
+            self._shown[rank] += len(printed)
+            sys.stderr.write(printed.decode(errors="replace"))
 
 
 def remove_shared_memory(port: int) -> None:
@@ -94,48 +246,94 @@ def remove_shared_memory(port: int) -> None:
         file.unlink(missing_ok=True)
 
 
-def _wait(processes: Sequence[Any], folder: Path, timeout: float) -> None:
-    end = time.monotonic() + timeout
-    while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in processes):
-        if time.monotonic() > end:
-            waiting = [rank for rank, p in enumerate(processes) if p.exitcode is None]
-            raise RankError(f"ranks {waiting} of {len(processes)} did not end within {timeout} s")
-        time.sleep(0.01)
-    if any(p.exitcode for p in processes):
-        errors = [e.read_text() for e in sorted(folder.glob("error*"))]
-        codes = [p.exitcode for p in processes]
-        raise RankError("\n".join(errors) or f"a rank died: exit codes {codes}")
+def _close(
+    processes: list[Any],
+    connections: list[Connection],
+    folder: tempfile.TemporaryDirectory[str],
+    port: int,
+) -> None:
+    started = [process for process in processes if process.pid is not None]
+    _kill({process.pid for process in started})
+    for process in started:
+        process.kill()  # it may not lead a session yet
+        process.join()
+    for connection in connections:
+        connection.close()
+    folder.cleanup()
+    remove_shared_memory(port)
 
 
-def _rank(
+def _serve(
+    connection: Connection,
     rank: int,
     world_size: int,
     port: int,
     backend: str,
-    folder: Path,
-    quiet: bool,
-    function: Callable[..., Any],
-    args: tuple[Any, ...],
+    folder: str,
+    environment: dict[str, str],
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_SIZE=str(world_size),  # else DeepSpeed probes the NUMA nodes of CPU ranks
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
-    if quiet:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    """What a rank does: calls that come, until the caller is gone."""
+    os.setsid()
+    caller = multiprocessing.parent_process()
+    threading.Thread(target=_die_with, args=(caller, port), daemon=True).start()
+    environment = environment | {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),  # else DeepSpeed probes the NUMA nodes of CPU ranks
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.dup2(os.open(Path(folder, f"printed{rank}"), os.O_CREAT | os.O_WRONLY | os.O_APPEND), 2)
     os.dup2(2, 1)  # what a rank prints is not the caller's output
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # there when the rank dies
+    faulthandler.enable()
+    stack = os.open(Path(folder, f"stack{rank}"), os.O_CREAT | os.O_WRONLY)
+    faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
+    gc.freeze()  # what the server has imported is no garbage, and looking at it copies its memory
     torch.set_num_threads(max((os.cpu_count() or 1) // world_size, 1))
-    try:
-        torch.distributed.init_process_group(backend)
-        torch.save(function(*args), folder / f"result{rank}")
-        torch.distributed.destroy_process_group()
-    except BaseException:
-        (folder / f"error{rank}").write_text(f"rank {rank} of {world_size}:\n{traceback.format_exc()}")
-        os._exit(1)
+    numbers = torch.get_rng_state()
+    while True:
+        try:
+            call = connection.recv_bytes()
+        except EOFError:
+            os._exit(0)
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.set_rng_state(numbers)
+        try:
+            if not torch.distributed.is_initialized():
+                torch.distributed.init_process_group(backend)
+            function, args = pickle.loads(call)
+            result = io.BytesIO()
+            torch.save(function(*args), result)
+        except BaseException:
+            connection.send(False)
+            connection.send_bytes(traceback.format_exc().encode())
+            os._exit(1)
+        connection.send(True)
+        connection.send_bytes(result.getbuffer())
+
+
+def _die_with(caller: Any, port: int) -> None:
+    """Also when it is killed, and this rank hangs: with whatever the rank has started."""
+    wait([caller.sentinel])
+    remove_shared_memory(port)
+    _kill({os.getpid()})
+
+
+def _kill(leaders: set[int]) -> None:
+    """Ranks, and whatever they have started: in groups of their own too, as ninja's compilers are."""
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            session = int(file.read_text().rsplit(")", 1)[1].split()[3])
+            if session in leaders and int(file.parent.name) not in leaders:
+                os.kill(int(file.parent.name), signal.SIGKILL)
+    for leader in leaders:
+        with suppress(ProcessLookupError):
+            os.killpg(leader, signal.SIGKILL)
 
 
 def _free_port() -> int:

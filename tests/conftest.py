@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -16,8 +17,26 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     ]
 )
 
+import pytest
 import torch  # after OMP_NUM_THREADS
 
 # Before anything imports Triton: without a GPU its kernels are run by its interpreter.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+from novoscale.integrations import deepspeed_operation as operation
+
+# Not torch's, which is one for all environments: they would make each other build again and again.
+os.environ.setdefault(operation.FOLDER, str(operation.own_folder()))
+
+
+@pytest.fixture(scope="session")
+def deepspeed_operation():
+    """What every process group of DeepSpeed builds or loads, built before any rank asks for it."""
+    operation.build()
+
+
+def pytest_collection_finish():
+    """What was imported is no garbage: a test that collects it need not look at all of torch, 50 times."""
+    gc.collect()
+    gc.freeze()

@@ -105,18 +105,22 @@ def test_a_step_is_off_by_no_more_than_the_spacing_of_the_format(momentum_dtype,
         assert torch.equal(params[1], others[1])
 
 
+@pytest.fixture(scope="module")
+def gpt2_124m():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config())
+
+
 @pytest.mark.parametrize(
     ("momentum_dtype", "most"), [("float32", 4.01), ("bfloat16", 2.01), ("int8", 1.03), ("int4", 0.54)]
 )
 @pytest.mark.parametrize("options", [{}, {"granularity": "row"}, {"preset": "adamw"}], ids=str)
-def test_bytes_of_state_of_gpt2_124m(momentum_dtype, most, options):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    model = GPT2LMHeadModel(GPT2Config())
-    numel = sum(p.numel() for p in model.parameters())
+def test_bytes_of_state_of_gpt2_124m(gpt2_124m, momentum_dtype, most, options):
+    numel = sum(p.numel() for p in gpt2_124m.parameters())
     assert round(numel / 1e6) == 124
-    optimizer = NovoGrad(model.parameters(), momentum_dtype=momentum_dtype, **options)
-    for p in model.parameters():
+    optimizer = NovoGrad(gpt2_124m.parameters(), momentum_dtype=momentum_dtype, **options)
+    for p in gpt2_124m.parameters():
         optimizer._init_state(p, optimizer._layouts[id(p)], optimizer.param_groups[0])
     # Of rows v and the number of steps; of what is factored rows, columns, and v of each element of vectors.
     more = {"row": 8 / 768, "factored": 0.0104}.get(optimizer.defaults["granularity"], 0)

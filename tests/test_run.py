@@ -4,6 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+from novoscale.ranks import remove_shared_memory
+
+PORT = 29613
 SCRIPT = """
 import sys, deepspeed, torch
 model = torch.nn.Linear(3, 2)
@@ -17,17 +22,21 @@ import helper
 
 def run(folder, *command):
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1"}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env={**os.environ, **ranks, **address},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(PORT)}
+    try:
+        return subprocess.run(
+            [sys.executable, *command],
+            cwd=folder,
+            env={**os.environ, **ranks, **address},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        remove_shared_memory(PORT)
 
 
+@pytest.mark.usefixtures("deepspeed_operation")
 def test_unchanged_script_finds_novograd_by_name(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "train.py").write_text(SCRIPT)

@@ -47,7 +47,7 @@ def _cell(job: Job, timeout: float) -> tuple[Measured | None, Row]:
     except MemoryToolError as error:
         return None, {**asdict(job), "why": str(error)}
     except RankError as error:
-        why = error.brief().splitlines()[-1][:200]
+        why = [line for line in error.brief().splitlines() if not line.startswith("|")][-1][:200]
         return None, {**asdict(job), "why": why}
     return found, found.to_dict()
 

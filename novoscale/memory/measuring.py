@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from dataclasses import asdict, dataclass
@@ -16,7 +17,10 @@ from novoscale.memory.cuts import CUTS, Training, set_up
 from novoscale.memory.models import MemoryToolError
 from novoscale.memory.optimizers import CANDIDATES
 from novoscale.memory.phases import Phase, Recorder
-from novoscale.ranks import run_ranks
+from novoscale.ranks import preload, run_ranks
+
+# What models.build imports for most models; half a second for each rank.
+preload("transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2")
 
 SAMPLED = 1024  # elements of a parameter, or a few more, by which two runs are compared
 
@@ -108,6 +112,8 @@ def measure(job: Job, timeout: float = 300) -> Measured:
     backend = "nccl" if torch.cuda.device_count() >= job.ranks else "gloo"
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
+        if CUTS[job.cut] is not None:
+            importlib.import_module("novoscale.integrations.deepspeed_operation").build(timeout)
     ranks = 1 if job.cut == "none" else job.ranks
     found = run_ranks(_on_rank, ranks, job, timeout=timeout, backend=backend, quiet=True)
     _, _, parameters, update = found[0]

@@ -65,7 +65,7 @@ class Recorder:
     """
 
     def __init__(self) -> None:
-        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._resident: list[tuple[Any, ...]] = []  # name, rss, uss, peak_rss
 
     def __enter__(self) -> Recorder:

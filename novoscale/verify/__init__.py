@@ -56,7 +56,7 @@ def verify(
         optimizer: ``package.module:Class`` of any torch optimizer; default: the config's, or NovoGrad.
         options: keyword arguments of ``optimizer``.
         bound: largest deviation of the training that passes; default: see ``findings.judged_by``.
-        timeout: seconds for the ranks, and again for the one process.
+        timeout: seconds for DeepSpeed's operation to be built, for the ranks, and again for the one process.
 
     Raises:
         VerifyError: something that cannot be put to the test; nothing has been run.
@@ -65,6 +65,8 @@ def verify(
     setup, notes = prepare(config, ranks, steps, model, optimizer, options)
     os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the ranks
+    if setup.cut == "deepspeed":
+        importlib.import_module("novoscale.integrations.deepspeed_operation").build(timeout)
     where = "novoscale.integrations.deepspeed" if setup.cut == "deepspeed" else "novoscale.verify.torch"
     train = importlib.import_module(f"{where}_training").train
     with tempfile.TemporaryDirectory() as name:

@@ -5,6 +5,7 @@ import pytest
 from benchmarks import cuts
 
 
+@pytest.mark.usefixtures("deepspeed_operation")
 @pytest.mark.parametrize(
     "name", ["ZeroRedundancyOptimizer", "tensor parallel, sequence parallel", "stage 1, fp16"]
 )

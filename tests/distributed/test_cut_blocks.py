@@ -4,8 +4,7 @@ import math
 
 import cut_block_ranks
 import pytest
-
-from novoscale.ranks import run_ranks
+from kept_ranks import run_ranks
 
 OPTIONS = [
     {"momentum_dtype": "int8"},

@@ -6,10 +6,11 @@ import fixed_gradients
 import pytest
 import torch
 import torch_ranks
+from kept_ranks import run_ranks
 from oracle import deviation
 from training import OddModel, reference
 
-from novoscale.ranks import run_ranks
+from novoscale.ranks import run_ranks as run_new_ranks
 
 BOUND = 2e-5  # float32, relative, after 10 steps
 
@@ -197,7 +198,7 @@ def test_fsdp1_is_refused_with_advice():
 
 
 def test_accelerate_with_fsdp2(tmp_path):
-    for result in run_ranks(torch_ranks.accelerate_fsdp2, 2, str(tmp_path)):
+    for result in run_new_ranks(torch_ranks.accelerate_fsdp2, 2, str(tmp_path)):
         assert worst(result["weights"], reference(torch_ranks.LR)) < BOUND
         assert result["dtensors"]
         assert result["names"] == sorted(n for n, _ in OddModel().named_parameters())

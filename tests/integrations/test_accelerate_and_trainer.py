@@ -7,7 +7,9 @@ import pytest
 import trainer_ranks
 
 from novoscale import NovoGrad
-from novoscale.ranks import run_ranks
+from novoscale.ranks import preload, run_ranks
+
+preload("transformers.trainer", "transformers.models.gpt2.modeling_gpt2")
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 

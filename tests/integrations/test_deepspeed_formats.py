@@ -4,11 +4,10 @@ import fixed_gradients
 import pytest
 import torch
 import zero_ranks
+from kept_ranks import run_ranks
 from oracle import deviation
 from training import reference
 from zero_ranks import config
-
-from novoscale.ranks import run_ranks
 
 ROWS = {"granularity": "row", "normalize": "rms"}
 BF16_MASTER = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}

@@ -4,11 +4,12 @@ import pytest
 import torch
 import wrapper_ranks
 import zero_ranks
+from kept_ranks import run_ranks
 from oracle import deviation
 from training import reference
 from zero_ranks import config
 
-from novoscale.ranks import run_ranks
+from novoscale.ranks import run_ranks as run_new_ranks
 
 BOUND = 2e-5  # float32, relative, after 10 steps
 BF16 = {"bf16": {"enabled": True}}
@@ -72,7 +73,7 @@ def test_factored_trajectory_is_that_of_one_process(stage, zero, world_size, opt
 
 def test_model_made_under_zero_init():
     ds = config(3, 3, sub_group_size=50)
-    for _, worst in run_ranks(wrapper_ranks.against_oracle, 3, ds, torch.float32, True):
+    for _, worst in run_new_ranks(wrapper_ranks.against_oracle, 3, ds, torch.float32, True):
         assert max(worst.values()) < BOUND, worst
 
 
@@ -101,7 +102,7 @@ def test_bfloat16_model_with_float32_master(wrapper, change, stage, world_size):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_float16_model_with_float32_master_and_loss_scale(stage):
     ds = {**config(stage, 2), **wrapper_ranks.FP16}
-    for _, worst in run_ranks(wrapper_ranks.against_oracle, 2, ds, torch.float16):
+    for _, worst in run_new_ranks(wrapper_ranks.against_oracle, 2, ds, torch.float16):
         assert max(worst.values()) < BOUND, worst
 
 
@@ -115,7 +116,7 @@ def test_bfloat16_master_weights(stage):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_torch_autocast(stage):
     ds = {**config(stage, 2), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
-    for _, worst in run_ranks(wrapper_ranks.against_oracle, 2, ds):
+    for _, worst in run_new_ranks(wrapper_ranks.against_oracle, 2, ds):
         assert max(worst.values()) < BOUND, worst
 
 
@@ -127,13 +128,13 @@ def test_dummy_step_at_construction_changes_nothing():
 
 @pytest.mark.parametrize(("stage", "world_size"), [(1, 4), (2, 2), (2, 3), (2, 4)])
 def test_expert_parallel_groups(stage, world_size):
-    for worst in run_ranks(wrapper_ranks.experts_against_oracle, world_size, config(stage, world_size)):
+    for worst in run_new_ranks(wrapper_ranks.experts_against_oracle, world_size, config(stage, world_size)):
         assert any("experts" in name for name in worst)
         assert max(worst.values()) < BOUND, worst
 
 
 def test_factored_experts():
-    for worst in run_ranks(wrapper_ranks.experts_against_oracle, 4, with_options(config(2, 4), **ADAMW)):
+    for worst in run_new_ranks(wrapper_ranks.experts_against_oracle, 4, with_options(config(2, 4), **ADAMW)):
         assert max(worst.values()) < BOUND, worst
 
 
@@ -143,13 +144,13 @@ def test_factored_experts():
 @pytest.mark.parametrize(("stage", "world_size"), [(1, 4), (2, 3)])
 def test_experts_in_blocks_have_the_bits_of_one_process(stage, world_size, options):
     ds = with_options(config(stage, world_size), **options)
-    assert run_ranks(wrapper_ranks.experts_with_other_bits, world_size, ds) == [[]] * world_size
+    assert run_new_ranks(wrapper_ranks.experts_with_other_bits, world_size, ds) == [[]] * world_size
 
 
 @pytest.mark.parametrize(("stage", "world_size"), [(1, 4), (2, 3)])
 def test_factored_matrices_cut_along_rows_and_columns_by_tensor_parallelism(stage, world_size):
     ds = with_options(wrapper_ranks.tensor_parallel_config(stage, world_size), **ADAMW)
-    for worst in run_ranks(wrapper_ranks.tensor_parallel_against_oracle, world_size, ds):
+    for worst in run_new_ranks(wrapper_ranks.tensor_parallel_against_oracle, world_size, ds):
         assert {"rows", "columns", "bias"} == worst.keys()
         assert max(worst.values()) < BOUND, worst
 
@@ -157,5 +158,5 @@ def test_factored_matrices_cut_along_rows_and_columns_by_tensor_parallelism(stag
 @pytest.mark.parametrize(("stage", "world_size"), [(1, 4), (2, 2), (2, 3), (2, 4)])
 def test_layer_over_the_tensor_parallel_group(stage, world_size):
     ds = wrapper_ranks.tensor_parallel_config(stage, world_size)
-    for worst in run_ranks(wrapper_ranks.tensor_parallel_against_oracle, world_size, ds):
+    for worst in run_new_ranks(wrapper_ranks.tensor_parallel_against_oracle, world_size, ds):
         assert max(worst.values()) < BOUND, worst

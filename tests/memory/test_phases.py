@@ -1,42 +1,15 @@
 """Phases: what was held before, at most and after; exact, temporaries inside of operators included."""
 
-import subprocess
-import sys
-
+import phases_ranks
 import pytest
+
+from novoscale.ranks import run_ranks
 
 MIB = 2**20
 
-# In a process of its own: a recorder has to start before the memory that it counts.
-CODE = """
-import json, sys, torch
-from dataclasses import asdict
-from novoscale.memory.optimizers import CANDIDATES
-from novoscale.memory.phases import Recorder
-with Recorder() as recorder:
-    with recorder.phase("keeps 1 MiB of 3"):
-        kept = torch.ones(2**18)
-        torch.ones(2**19)
-    with recorder.phase("frees"):
-        del kept
-    with recorder.phase("step"):
-        p = torch.nn.Parameter(torch.ones(2**18))
-        p.grad = torch.ones(2**18)
-        optimizer = CANDIDATES[sys.argv[1]].make([p])
-        optimizer.step()
-        optimizer.step()
-print(json.dumps([asdict(p) for p in recorder.phases()]))
-"""
-
 
 def phases(optimizer):
-    import json
-
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", CODE, optimizer], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    return {phase["name"]: phase for phase in json.loads(done.stdout.splitlines()[-1])}
+    return {phase["name"]: phase for phase in run_ranks(phases_ranks.phases, 1, optimizer)[0]}
 
 
 def test_peak_and_rest_of_a_phase():
