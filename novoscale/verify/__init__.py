@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from novoscale.ranks import run_ranks
-from novoscale.verify import findings
+from novoscale.verify import findings, runs
 from novoscale.verify.config import Setup, VerifyError, prepare
 from novoscale.verify.findings import Training, Verdict
 from novoscale.verify.recording import Bits
@@ -63,6 +63,7 @@ def verify(
         RankError: a rank failed; with its traceback.
     """
     setup, notes = prepare(config, ranks, steps, model, optimizer, options)
+    runs.check_model(setup)
     os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the ranks
     if setup.cut == "deepspeed":

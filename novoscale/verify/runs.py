@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
 
-from novoscale.verify.config import Setup, load
+from novoscale.verify.config import Setup, VerifyError, load
 
 
 def builtin_model() -> tuple[nn.Module, Callable[[int, int], dict[str, Tensor]]]:
@@ -64,6 +64,33 @@ def make_model(setup: Setup) -> tuple[nn.Module, Callable[[int], list[dict[str, 
         return [{k: v.chunk(parts)[i] for k, v in whole.items()} for i in range(parts)]
 
     return model.to(setup.dtype).eval(), micro_batches
+
+
+def check_model(setup: Setup) -> None:
+    """Find out whether the ranks and the one process can have the same model and the same data.
+
+    Raises:
+        VerifyError: the function that makes the model gives another one at the next call, or one without
+            parameters to train; or ``batch`` gives other data, or not as many rows as it was asked for.
+    """
+    (model, batch), (again, _) = load(setup.model)(), load(setup.model)()
+    what = f"the model of {setup.model}"
+    for (name, p), other in zip(model.named_parameters(), again.parameters(), strict=True):
+        if not torch.equal(p, other):
+            raise VerifyError(f"{what} has another {name} at the next call: set the seed in the function")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise VerifyError(f"{what} has no parameter that requires a gradient: there is nothing to train")
+    asked = f"batch(0, {setup.samples}) of {setup.model}"
+    first, second = batch(0, setup.samples), batch(0, setup.samples)
+    for key, value in first.items():
+        if not isinstance(value, Tensor) or value.shape[:1] != (setup.samples,):
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise VerifyError(
+                f"{asked} gave {key!r} as {got}: a tensor of {setup.samples} rows is needed, which "
+                f"{setup.ranks} ranks share"
+            )
+        if not torch.equal(value, second[key]):
+            raise VerifyError(f"{asked} gave other {key!r} at the next call: draw them by the step's number")
 
 
 def make_optimizer(setup: Setup, params: Any) -> torch.optim.Optimizer:

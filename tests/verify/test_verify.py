@@ -301,6 +301,11 @@ def test_a_given_bound_decides():
         (ds(2), {"optimizer": "nowhere:X"}, "nowhere:X: cannot be imported"),
         (ds(2), {"model": "novoscale:nothing"}, "novoscale:nothing: cannot be imported"),
         (ds(2, {"optimizer": {"type": "Lion"}}), {}, "no counterpart in torch.optim"),
+        ("ddp", {"model": "bad_models:other_weights"}, "has another weight at the next call"),
+        ("ddp", {"model": "bad_models:frozen"}, "has no parameter that requires a gradient"),
+        ("ddp", {"model": "bad_models:too_few_rows", "ranks": 3}, "'x' as shape .2, 5.*tensor of 12 rows"),
+        ("ddp", {"model": "bad_models:no_tensor"}, "'x' as list"),
+        ("ddp", {"model": "bad_models:other_data"}, "gave other 'x' at the next call"),
     ],
     ids=str,
 )
