@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -70,10 +71,17 @@ def check_model(setup: Setup) -> None:
     """Find out whether the ranks and the one process can have the same model and the same data.
 
     Raises:
-        VerifyError: the function that makes the model gives another one at the next call, or one without
-            parameters to train; or ``batch`` gives other data, or not as many rows as it was asked for.
+        VerifyError: the function that makes the model fails, or gives another one at the next call, or one
+            without parameters to train; or ``batch`` fails, gives other data, or not as many rows as it was
+            asked for.
     """
-    (model, batch), (again, _) = load(setup.model)(), load(setup.model)()
+    try:
+        (model, batch), (again, _) = load(setup.model)(), load(setup.model)()
+        first, second = batch(0, setup.samples), batch(0, setup.samples)
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        what = f"{type(error).__name__}: {error} ({where.filename}, line {where.lineno})"
+        raise VerifyError(f"{setup.model} cannot be called: {what}") from error
     what = f"the model of {setup.model}"
     for (name, p), other in zip(model.named_parameters(), again.parameters(), strict=True):
         if not torch.equal(p, other):
@@ -81,7 +89,6 @@ def check_model(setup: Setup) -> None:
     if not any(p.requires_grad for p in model.parameters()):
         raise VerifyError(f"{what} has no parameter that requires a gradient: there is nothing to train")
     asked = f"batch(0, {setup.samples}) of {setup.model}"
-    first, second = batch(0, setup.samples), batch(0, setup.samples)
     for key, value in first.items():
         if not isinstance(value, Tensor) or value.shape[:1] != (setup.samples,):
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

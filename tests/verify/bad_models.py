@@ -31,3 +31,7 @@ def no_tensor():
 
 def other_data():
     return made(rows=lambda step, samples: {"x": torch.randn(samples, 5)})
+
+
+def fails():
+    return made(rows=lambda step, samples: {"x": torch.ones(samples, 1 // 0)})
