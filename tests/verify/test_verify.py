@@ -305,7 +305,7 @@ def test_a_given_bound_decides():
         ("ddp", {"model": "bad_models:frozen"}, "has no parameter that requires a gradient"),
         ("ddp", {"model": "bad_models:too_few_rows", "ranks": 3}, "'x' as shape .2, 5.*tensor of 12 rows"),
         ("ddp", {"model": "bad_models:no_tensor"}, "'x' as list"),
-        ("ddp", {"model": "bad_models:fails"}, "ZeroDivisionError: division by zero .*bad_models.py, line"),
+        ("ddp", {"model": "bad_models:fails"}, "ZeroDivisionError: .*by zero .*bad_models.py, line"),
         ("ddp", {"model": "bad_models:other_data"}, "gave other 'x' at the next call"),
     ],
     ids=str,
