@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
@@ -89,9 +90,15 @@ def last_dimension(
     return [cut(p, shape, len(shape) - 1, world) for p, shape in zip(parameters, shapes, strict=True)]
 
 
+@cache
+def mesh_of(world: int) -> DeviceMesh:
+    """One for all parameters, as in training: they share its process group."""
+    return DeviceMesh("cpu", list(range(world)))
+
+
 def cut(parameter: Parameter, shape: Sequence[int], dim: int, world: int) -> Layout:
     """The layout on rank 0 of a parameter that is cut along one dimension."""
-    mesh = DeviceMesh("cpu", list(range(world)))
+    mesh = mesh_of(world)
     whole = torch.empty(shape, device="meta")
     local = whole.narrow(dim, 0, -(-shape[dim] // world))
     made = DTensor.from_local(

@@ -18,9 +18,9 @@ OPTIONS = [
 @pytest.mark.parametrize("mesh_shape", [(3,), (2, 2)], ids=str)
 def test_parameters_placed_in_any_way(options, mesh_shape):
     options = {"lr": 0.05, "weight_decay": 0.1, **options}
-    if "granularity" in options:
-        options["granularity"] = "tensor" if mesh_shape == (3,) else "row"
-    world = 3 if mesh_shape == (3,) else 4
+    if mesh_shape == (2, 2):
+        options["fused"] = None  # the reference takes its time, and there are many placements
+    world = math.prod(mesh_shape)
     assert run_ranks(cut_block_ranks.in_any_placement, world, options, mesh_shape) == [{}] * world
 
 

@@ -14,7 +14,7 @@ from novoscale.ranks import RankError, Ranks, run_ranks
 
 
 def left(folder):
-    """The processes that have written their number into a folder and still run."""
+    """The processes that have written their number into a folder and still run, after some seconds."""
 
     def runs(pid):
         try:
@@ -22,7 +22,10 @@ def left(folder):
         except FileNotFoundError:
             return False
 
-    return [pid for pid in os.listdir(folder) if runs(pid)]
+    end = time.monotonic() + 5  # one that is killed takes a moment
+    while (running := [pid for pid in os.listdir(folder) if runs(pid)]) and time.monotonic() < end:
+        time.sleep(0.05)
+    return running
 
 
 def buffers(folder):

@@ -102,7 +102,11 @@ class UnusedLayer(nn.Module):
 
 def model_with_an_unused_layer():
     torch.manual_seed(0)
-    return UnusedLayer(), lambda step, samples: {"x": torch.randn(samples, 5)}
+
+    def batch(step, samples):
+        return {"x": torch.randn(samples, 5, generator=torch.Generator().manual_seed(step))}
+
+    return UnusedLayer(), batch
 
 
 # ---- what is not -------------------------------------------------------------------------------------
