@@ -122,8 +122,8 @@ def one_process(setup: Setup, rounding: int | None = None) -> dict[str, Tensor]:
 
     Args:
         setup: of the cut run.
-        rounding: the gradients are those of a float32 model, at weights that are off by one unit in the last
-            place at most, drawn by this number. Such gradients are rounded as those of the ranks might be.
+        rounding: the gradients are those of a model in the ranks' dtype, at weights that are off by one unit
+            in the last place at most, drawn by this number: rounded as those of the ranks might be.
     """
     if setup.weights != torch.float32:
         return _one_process(setup, rounding, setup.weights)

@@ -223,6 +223,15 @@ def test_bfloat16_passes(more, rule):
     assert verdict.training.rule == rule
 
 
+def test_bfloat16_gradients_that_an_optimizer_enlarges_are_judged_by_other_rounding():
+    """Of gradients close to zero, which the preset divides by their own size; a wrong optimizer fails still."""
+    more = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
+    verdict = verify(ds(1, more), ranks=3, options={"lr": 0.003, "preset": "adamw"})
+    assert verdict.passed
+    assert verdict.training.rule == "1 times other rounding of gradients in one process"
+    assert not verify(ds(2, BF16), ranks=3, optimizer=PLAIN, options={"lr": 0.003}).passed
+
+
 def test_a_wrong_optimizer_that_takes_a_seed_fails():
     """Rounded by chance, and the norm of each flat partition taken for that of a layer."""
     options = {"lr": 0.003}
