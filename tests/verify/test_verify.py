@@ -224,7 +224,7 @@ def test_bfloat16_passes(more, rule):
 
 
 def test_bfloat16_gradients_that_an_optimizer_enlarges_are_judged_by_other_rounding():
-    """Of gradients close to zero, which the preset divides by their own size; a wrong optimizer fails still."""
+    """Gradients close to zero, which the preset divides by their own size; a wrong optimizer still fails."""
     more = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
     verdict = verify(ds(1, more), ranks=3, options={"lr": 0.003, "preset": "adamw"})
     assert verdict.passed
