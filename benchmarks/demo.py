@@ -28,9 +28,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import plots, text  # noqa: E402
 from benchmarks.language_models import gpt2  # noqa: E402
 from novoscale import NovoGrad  # noqa: E402
+from novoscale.integrations import deepspeed_operation  # noqa: E402
 from novoscale.memory import optimizer_state_bytes  # noqa: E402
 from novoscale.provenance import provenance  # noqa: E402
-from novoscale.ranks import remove_shared_memory  # noqa: E402
+from novoscale.ranks import RankError, remove_shared_memory  # noqa: E402
 
 PORT = 29577
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "novograd": NovoGrad}
@@ -64,6 +65,12 @@ def main(
         console.print(
             f"[yellow]{ranks} ranks on {os.cpu_count()} cores: the times will be those of a busy machine"
         )
+    if not gpus:
+        try:
+            deepspeed_operation.build()
+        except RankError as error:
+            console.print(error.brief(), style="red", markup=False)
+            raise typer.Exit(1) from None
     results = {name: launch(console, name, ranks, steps, seed, text_path) for name in OPTIMIZERS}
     for name, result in results.items():
         result["state_bytes_uncut"] = uncut_state_bytes(name, result["config"]["optimizer"]["params"])
