@@ -25,10 +25,11 @@ from rich.table import Table
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from novoscale.integrations import deepspeed_operation  # noqa: E402
+
 from benchmarks import plots, text  # noqa: E402
 from benchmarks.language_models import gpt2  # noqa: E402
 from novoscale import NovoGrad  # noqa: E402
-from novoscale.integrations import deepspeed_operation  # noqa: E402
 from novoscale.memory import optimizer_state_bytes  # noqa: E402
 from novoscale.provenance import provenance  # noqa: E402
 from novoscale.ranks import RankError, remove_shared_memory  # noqa: E402
