@@ -44,17 +44,21 @@ class CutBlocks:
 
     def lookup(self) -> Callable[[Tensor, Tensor], Tensor]:
         """A function that finds blocks: their places, or -1, from their parameters and numbers."""
-        order = torch.argsort(keys := self.parameter * _NUMBERS + self.number)
-        keys = keys[order]
+        find = finder(self.parameter * _NUMBERS + self.number)
+        return lambda parameter, number: find(parameter * _NUMBERS + number)
 
-        def find(parameter: Tensor, number: Tensor) -> Tensor:
-            if not len(keys):
-                return torch.full_like(number, -1)
-            wanted = parameter * _NUMBERS + number
-            place = torch.searchsorted(keys, wanted).clamp(max=len(keys) - 1)
-            return torch.where(keys[place] == wanted, order[place], -1)
 
-        return find
+def finder(keys: Tensor) -> Callable[[Tensor], Tensor]:
+    """A function that finds integers among ``keys``, int64 ``[keys]``: the place of each, or -1."""
+    ordered, order = torch.sort(keys)
+
+    def find(wanted: Tensor) -> Tensor:
+        if not len(ordered):
+            return torch.full_like(wanted, -1)
+        place = torch.searchsorted(ordered, wanted).clamp(max=len(ordered) - 1)
+        return torch.where(ordered[place] == wanted, order[place], -1)
+
+    return find
 
 
 def _int64(values: Sequence[int]) -> Tensor:

@@ -131,7 +131,7 @@ class Plan:
         self._reductions = [_indexed(r, device) for r in merged.values()]
         self._shares = [_indexed(r, device) for r in shares.values()]
         self.cut_blocks = sum(len(p.cut_blocks) for p in placed)
-        self._blocks = [(r, places.to(device)) for r, places in _blocks_in_stages(placed)]
+        self._blocks = [(r, places.to(device)) for r, places in blocks_in_stages(placed)]
         for index, groups in enumerate(scattered):
             for key, reduction in merged.items():
                 if key in ((group, dist.ReduceOp.SUM) for group in groups):
@@ -211,9 +211,7 @@ class Plan:
         Args:
             largest: int32 ``[2, cut_blocks]``: see ``kernels.reference.largest``; changed in place.
         """
-        for reduction, places in self._blocks:
-            largest[:, places] = reduction.all_reduce(largest[:, places])
-        return largest
+        return agree_on_blocks(largest, self._blocks)
 
     @property
     def bytes_of_blocks(self) -> int:
@@ -260,7 +258,7 @@ class Plan:
         return {name: math.sqrt(value) if is_square else value for name, value, is_square in rows}
 
 
-def _blocks_in_stages(placed: Sequence[Placed]) -> list[tuple[_Reduction, Tensor]]:
+def blocks_in_stages(placed: Sequence[Placed]) -> list[tuple[_Reduction, Tensor]]:
     """The reductions of cut blocks and their places, each after those before it in a tensor's stages."""
     found: dict[int, tuple[_Reduction, list[Tensor]]] = {}
     after: TopologicalSorter[int] = TopologicalSorter()
@@ -275,6 +273,13 @@ def _blocks_in_stages(placed: Sequence[Placed]) -> list[tuple[_Reduction, Tensor
     ordered = [found[key] for key in after.static_order()]
     together = [(reduction, torch.cat(places)) for reduction, places in ordered]
     return [(reduction, places) for reduction, places in together if len(places)]
+
+
+def agree_on_blocks(largest: Tensor, stages: Iterable[tuple[_Reduction, Tensor]]) -> Tensor:
+    """See :meth:`Plan.agree_on_blocks`; of :func:`blocks_in_stages`."""
+    for reduction, places in stages:
+        largest[:, places] = reduction.all_reduce(largest[:, places])
+    return largest
 
 
 def _indexed(reduction: _Reduction, device: torch.device) -> tuple[_Reduction, Tensor, Tensor]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from novoscale.blocks import BLOCK, CutBlocks
-from novoscale.collectives import all_reduce
+from novoscale.collectives import Placed, agree_on_blocks, blocks_in_stages
 from novoscale.kernels.shards import at_cut_blocks
 from novoscale.layout import Layout
 from novoscale.momentum import Format, Stored, format_of, pieces, read, stored, unpacked, write
@@ -68,10 +67,7 @@ def _round_to_nearest(flat: Tensor, made: Mapping[str, Tensor], target: Format, 
         if cut >= 0:
             largest[0, cut] = torch.maximum(largest[0, cut], flat[start:stop].abs().amax())
     agreed = largest.view(torch.int32)  # which orders as float32 does, with NaN above all
-    for process_group, places in cut_blocks.stages:
-        if len(places):
-            places = places.to(agreed.device)
-            agreed[:, places] = all_reduce(agreed[:, places], dist.ReduceOp.MAX, process_group)
+    agreed = agree_on_blocks(agreed, blocks_in_stages([Placed(layout, 0, cut_blocks=cut_blocks)]))
     half = torch.tensor(0x7FFF, device=flat.device)
     for part, (start, stop, _, position, _, place, _, cut) in _rows(layout, target, cut_blocks):
         scale = made["exp_avg_scale"] if part.in_blocks else None

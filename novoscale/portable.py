@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from novoscale import momentum
-from novoscale.blocks import BLOCK
+from novoscale.blocks import BLOCK, finder
 from novoscale.collectives import all_reduce
 from novoscale.dtensors import from_local
 from novoscale.layout import Layout, local_tensor, repeated
@@ -209,10 +209,9 @@ def _of_rows(rows: _Rows, part: Stored, scale: Tensor) -> Tensor:
     wanted = rows.blocks()
     if not len(number):
         return torch.zeros(wanted.shape, dtype=torch.int32, device=scale.device)
-    number, order = torch.sort(number)
-    found = torch.searchsorted(number, wanted).clamp(max=len(number) - 1)
-    bits = scale.view(torch.int16).int()[place[order][found].to(scale.device)]
-    return torch.where((number[found] == wanted).to(scale.device), bits, 0)
+    at = finder(number)(wanted)
+    bits = scale.view(torch.int16).int()[place[at].to(scale.device)]
+    return torch.where((at >= 0).to(scale.device), bits, 0)
 
 
 def _gathered(p: Tensor, rows: _Rows, bits: Tensor) -> Tensor:
