@@ -279,6 +279,14 @@ def unknown_layers(name: str, tensor: Tensor, known: Layout | None, wrapper: str
     )
 
 
+def wrapped_and_released(wrapper: str) -> str:
+    """What to say of ``release_gradients`` under a wrapper that steps the parameters."""
+    return (
+        f"release_gradients cannot be used with {wrapper}, which reduces gradients and steps by itself. Use "
+        "ZeRO stage 2 or 3, which free gradients in the backward pass, and leave release_gradients out"
+    )
+
+
 def check_fused(group: Mapping[str, Any], where: str) -> None:
     """Check ``foreach`` and ``fused`` of a param group against its parameters, as torch does.
 

@@ -76,7 +76,7 @@ class Plan:
     """What one step needs to know of the layouts of its tensors; built once and reused.
 
     The vector of a step has the statistic of each layer, then of each column of factored parameters, then
-    ``sums`` numbers of each parameter: the first of all parameters, the second of all, ...
+    ``numbers`` of each parameter: the first of all parameters, the second of all, ...
 
     Holds integers only, no parameter. Building it is a collective where layers are cut: the ranks make
     sure once that they mean the same layers.
@@ -85,6 +85,8 @@ class Plan:
         placed: the layouts.
         device: where the vector of statistics lives.
         sums: how many numbers of each parameter are added up over the ranks that have parts of it.
+        apart: whether a gradient that is not finite keeps its own parameter from a step only, and not all.
+            That is one number more for each parameter, the last.
 
     Raises:
         LayoutError: on every rank, if the ranks of a process group have different layers.
@@ -94,18 +96,22 @@ class Plan:
         layers: how many layers the vector has.
         columns: how many columns.
         parameters: how many parameters.
-        sums: how many numbers of each.
+        sums: how many numbers of each are added up, without the verdict.
+        apart: whether each parameter has its own verdict.
         cut_blocks: how many blocks of first moments are cut: see :meth:`agree_on_blocks`.
         device: where the vector of statistics lives.
     """
 
-    def __init__(self, placed: Sequence[Placed], device: torch.device, sums: int = 0) -> None:
+    def __init__(
+        self, placed: Sequence[Placed], device: torch.device, sums: int = 0, apart: bool = False
+    ) -> None:
         self.placed = placed
         self._held = [(p.layout.held[i], p.op) for p in placed for i in p.layout.in_order()]
         self.layers = sum(h.count for h, _ in self._held)
         self.columns = sum(h.columns for h, _ in self._held)
         self.parameters = len(self._held)
         self.sums = sums
+        self.apart = apart
         self.device = device
         merged: dict[tuple[int, dist.ReduceOp.RedOpType], _Reduction] = {}
         shares: dict[int, _Reduction] = {}
@@ -120,7 +126,7 @@ class Plan:
                 reduction = merged.setdefault(key, _Reduction(completion.process_group, p.op))
                 reduction.add(completion.spans, p.first)
                 reduction.add(completion.columns, self.layers + p.first_column)
-                for nth in range(sums):
+                for nth in range(self.numbers):
                     first = self.layers + self.columns + nth * self.parameters + p.first_parameter
                     reduction.add(completion.cut, first, order)
                 reduction.parameters += completion.parameters
@@ -139,11 +145,19 @@ class Plan:
         self._scattered = [_index(ranges, device) for ranges in scattered.values()]
         alike = [range(p.first, p.first + p.layout.layers) for p in placed if not p.layout.scattered]
         self._everywhere = _index(alike, device)
+        self._layers_of = torch.tensor([h.count for h, _ in self._held], device=device)
+        self._columns_of = torch.tensor([h.columns for h, _ in self._held], device=device)
         # What the last steps have shown: see NovoGrad.layer_norms and skipped_layers.
         self._statistic = torch.zeros(self.layers, dtype=torch.float64, device=device)
         self._bad = torch.zeros(self.layers, dtype=torch.bool, device=device)
+        self._bad_at = torch.full((), -1, dtype=torch.int64, device=device)
         for reduction, _, _ in self._reductions:
             self._agree(reduction)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers of each parameter the vector of a step has."""
+        return self.sums + self.apart
 
     @property
     def reductions(self) -> int:
@@ -156,7 +170,7 @@ class Plan:
         return sum(8 * (r.length + 1 + len(r.scattered)) for r, _, _ in self._reductions)
 
     def complete(self, statistic: Tensor, veto: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Complete, in place, what is cut; say whether all ranks may step, and the sum of all layers.
+        """Complete, in place, what is cut; say what may be stepped, and the sum of all layers.
 
         One all-reduce per process group. One element of each carries the ranks' verdict, so that a non-finite
         gradient on one rank is known to all; and where each rank has other rows of a matrix, one their sum.
@@ -166,9 +180,12 @@ class Plan:
             veto: 0-dim bool: this rank has another reason to skip the step.
 
         Returns:
-            0-dim, bool: every layer of every rank is finite (in float32's range). 0-dim, float64: the sum
-            over all layers of the model; of the layers that this rank has, where a wrapper has cut them.
+            0-dim, bool: every layer of every rank is finite (in float32's range); ``apart`` ``[parameters]``,
+            the same of each parameter. 0-dim, float64: the sum over all layers of the model; of the layers
+            that this rank has, where a wrapper has cut them.
         """
+        if self.apart:
+            statistic[-self.parameters :] = self._bad_parameters(statistic)
         sums = [statistic[rows].sum() for rows in self._scattered]
         bad = (~_fits_float32(statistic)).any().to(statistic.dtype)
         if veto is not None:
@@ -189,9 +206,23 @@ class Plan:
             bad = torch.maximum(buffer[length], (~_fits_float32(buffer[:length])).any().to(buffer.dtype))
             for place, index in enumerate(reduction.scattered, length + 1):
                 sums[index] = buffer[place]
+            if self.apart:  # the layers that are complete now count for the next group's ranks too
+                statistic[-self.parameters :] = self._bad_parameters(statistic)
         # Not with the rows of this rank, for every rank has to come to the same bits.
         total = statistic[self._everywhere].sum() if sums else statistic[: self.layers].sum()
-        return bad == 0, torch.stack([total, *sums]).sum() if sums else total
+        finite = statistic[-self.parameters :] == 0 if self.apart else bad == 0
+        return finite, torch.stack([total, *sums]).sum() if sums else total
+
+    def _bad_parameters(self, statistic: Tensor) -> Tensor:
+        """How much of each parameter is not finite, as far as it is known here: float64 ``[parameters]``."""
+        bad = (~_fits_float32(statistic)).double()
+        of_numbers = bad[self.layers + self.columns :].view(-1, self.parameters).sum(0)
+        of_layers, of_columns, _ = torch.split(
+            bad, [self.layers, self.columns, self.numbers * self.parameters]
+        )
+        parts = ((of_layers, self._layers_of), (of_columns, self._columns_of))
+        counted = [torch.segment_reduce(x, "sum", lengths=n, unsafe=True) for x, n in parts if len(x)]
+        return torch.stack([statistic[-self.parameters :], of_numbers, *counted]).sum(0)
 
     def share(self, sums: Tensor) -> Tensor:
         """Add up a number of each parameter over the ranks that have different layers of it.
@@ -235,20 +266,32 @@ class Plan:
                 else "the ranks have different layers; this rank has none"
             )
 
-    def record(self, statistic: Tensor, finite: Tensor) -> None:
-        """Note the completed statistic of a step, and which layers had it skipped."""
+    def record(self, statistic: Tensor, finite: Tensor, step: int) -> None:
+        """Note the completed statistic of a step, and which layers had it skipped.
+
+        Args:
+            statistic: the vector of the step.
+            finite: see :meth:`complete`.
+            step: the number of the step.
+        """
         # In place: a CUDA graph replays into the same tensors.
         of_layers = statistic[: self.layers]
+        finite = finite.all() if finite.ndim else finite
         self._statistic.copy_(of_layers)
         self._bad.copy_(torch.where(finite, self._bad, ~_fits_float32(of_layers)))
+        self._bad_at.copy_(torch.where(finite, self._bad_at, step))
 
     def names(self) -> Iterator[str]:
         """The name of each layer in the vector."""
         for held, _ in self._held:
             yield from map(held.parameter.layer_name, range(held.first, held.stop))
 
+    def bad_at(self) -> int:
+        """The number of the last step that was skipped, -1 if there was none. Waits for the device."""
+        return int(self._bad_at)
+
     def bad(self) -> list[str]:
-        """Names of the layers that had the last skipped step skipped. Waits for the device."""
+        """Names of the layers that had that step skipped. Waits for the device."""
         return [name for name, bad in zip(self.names(), self._bad.tolist(), strict=True) if bad]
 
     def norms(self) -> dict[str, float]:

@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
-from novoscale import checkpoint, checks, momentum, prepared, presets, second_moment
+from novoscale import checkpoint, checks, presets, second_moment
 from novoscale.collectives import Plan
-from novoscale.dtensors import sharded
-from novoscale.layer_tables import Group, Groups, counts_steps
-from novoscale.layout import Layout, describe, whole
-from novoscale.prepared import Prepared
-
-# Tables kept: one for each set of tensors that is stepped together. A wrapper that steps its param groups
-# one by one has one for each; a model of which other parts get gradients at each step has many.
-MAX_PREPARED = 256
+from novoscale.known_layers import KnowsLayers
+from novoscale.telemetry import Telemetry
 
 
-class NovoGrad(Optimizer):
+class NovoGrad(KnowsLayers):
     r"""Stochastic gradients normalised by one second moment per layer.
 
     For each layer (by default one parameter tensor), with gradient g and weight w::
@@ -112,12 +103,8 @@ class NovoGrad(Optimizer):
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves the scale to the step
 
-    # Caches: private, not copied, rebuilt from param_groups.
-    _layouts: dict[int, Layout]  # by id(tensor)
-    _sharded: dict[int, tuple[DeviceMesh, Any, Layout]]  # of DTensors: mesh, placements; by id(tensor)
-    _prepared: dict[Any, Prepared]  # by prepared.key(), last used last
-    _skipped: dict[int, Tensor]  # by id(layout) of a step's first tensor
-    _wrapper: str | None  # what replaced the parameters, if anything did; copied
+    # Private, not copied.
+    _telemetry: Telemetry
     _veto: Tensor | None  # see veto()
     _loading: dict[str, Any] | None  # the state dict, while it is loaded
 
@@ -204,7 +191,22 @@ class NovoGrad(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self._groups_with_gradients()
+        self.step_some((index, group["params"]) for index, group in enumerate(self.param_groups))
+        self._telemetry.end_step(by_groups=self._wrapper is not None)
+        return loss
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def step_some(self, tensors: Iterable[tuple[int, Sequence[Tensor]]]) -> None:
+        """Step some of the tensors of ``param_groups``, if they have a gradient; :meth:`step` ends the step.
+
+        Args:
+            tensors: by the index of their param group.
+
+        Raises:
+            RuntimeError: see :meth:`step`.
+        """
+        groups = self._with_gradients(tensors)
         if groups:
             ready = self._prepare(groups)
             inverse_scale, veto = self._amp()
@@ -212,17 +214,9 @@ class NovoGrad(Optimizer):
             finite, total = ready.plan.complete(statistic, veto)
             clip = second_moment.clip_coefficient(total, checks.one_max_grad_norm(self.param_groups))
             coefficients = ready.second_moments(groups, statistic, finite, clip, inverse_scale)
-            self._count(ready, statistic, finite)
+            self._telemetry.record(ready, statistic, finite, total)
             ready.update(coefficients)
             ready.release()
-        return loss
-
-    def _count(self, ready: Prepared, statistic: Tensor, finite: Tensor) -> None:
-        """Note what the step has shown: see ``skipped_steps`` and ``layer_norms``."""
-        ready.plan.record(statistic, finite)
-        if ready.first_layout not in self._skipped:
-            self._skipped[ready.first_layout] = torch.zeros_like(finite, dtype=torch.int64)
-        self._skipped[ready.first_layout].add_(~finite)  # in place, for CUDA graphs
 
     # ---- mixed precision ------------------------------------------------------------------------
 
@@ -232,96 +226,20 @@ class NovoGrad(Optimizer):
         veto = self._veto if found_inf is None else found_inf.reshape(()) > 0
         return None if scale is None else 1 / scale.double().reshape(()), veto
 
-    # ---- which tensors, which layers ------------------------------------------------------------
+    # ---- param groups -----------------------------------------------------------------------------
 
-    def _groups_with_gradients(self) -> Groups:
-        """The tensors to step, by param group."""
-        found: Groups = []
-        for index, group in enumerate(self.param_groups):
-            checks.check_options(group, f"param group {index}")
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                found.append((group, params))
-        return found
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``.
 
-    def _prepare(self, groups: Groups) -> Prepared:
-        """The tables of a set of tensors; made anew if anything but the gradients has moved.
-
-        Refuses by name what cannot be stepped, before anything is changed.
+        Raises:
+            ValueError: ``set_to_none=False`` where gradients are released, which has parameters without a
+                gradient stepped as if it were zero.
         """
-        gradients = prepared.local_gradients(groups)
-        key = prepared.key(groups)
-        ready = self._prepared.pop(key, None)
-        if ready is None or not ready.serves(groups, gradients, self.state):
-            layouts = self._check(groups)
-            for (group, params), known in zip(groups, layouts, strict=True):
-                for p, layout in zip(params, known, strict=True):
-                    self._init_state(p, layout, group)
-            ready = prepared.build(groups, layouts, gradients, self.state, before=ready)
-        self._prepared[key] = ready
-        if len(self._prepared) > MAX_PREPARED:
-            del self._prepared[next(iter(self._prepared))]
-        return ready
-
-    def _check(self, groups: Groups) -> list[list[Layout]]:
-        """The layouts of the tensors of a step, by param group; raises if one cannot be stepped."""
-        stepped = {id(group): set(map(id, params)) for group, params in groups}
-        layouts: list[list[Layout]] = [[] for _ in self.param_groups]
-        for index, position, number, p in self._numbered():
-            if id(p) in stepped.get(id(self.param_groups[index]), ()):
-                name, group = self._name(index, position), self.param_groups[index]
-                checks.check_gradient(name, p)
-                layout = self._find_layout(index, position, number, p)
-                if self._wrapper is None:  # a wrapper's tensors have not the parameters' shapes
-                    checks.check_structure(name, self.state.get(p, {}), p.shape, layout, group)
-                layouts[index].append(layout)
-        return [known for known in layouts if known]
-
-    def _find_layout(self, index: int, position: int, number: int, p: Tensor) -> Layout:
-        """The layout of a tensor of ``param_groups``; raises if its layers are not known."""
-        if isinstance(p, DTensor):
-            # It says itself how it is cut. Accelerate puts them in place of the parameters that were given.
-            mesh, placements, layout = self._sharded.get(id(p), (None, None, None))
-            cut = (p.device_mesh, p.placements)
-            if layout is None or (mesh, placements) != cut or layout.held[0].parameter.numel != p.numel():
-                name = self._name(index, position)
-                granularity = self.param_groups[index]["granularity"]
-                layout = sharded(describe(name, p.shape, granularity, number), p)
-                self._sharded[id(p)] = (*cut, layout)
-                self._prepared.clear()  # they know layouts by id
-            return layout
-        known = self._layouts.get(id(p))
-        if known is None or known.numel != p.numel() or _is_fsdp1(p):
-            name = self._name(index, position)
-            raise RuntimeError(checks.unknown_layers(name, p, known, self._wrapper))
-        return known
-
-    def _init_state(self, p: Tensor, layout: Layout, group: Group) -> None:
-        state = self.state[p]
-        if "exp_avg_sq" not in state and "exp_avg_sq_row" not in state:
-            state.update(second_moment.allocate(p, layout))
-        if "exp_avg" not in state and group["betas"][0] != 0:
-            state.update(momentum.allocate(p, layout, group["momentum_dtype"]))
-        if "step" not in state and counts_steps(group):
-            state["step"] = second_moment.allocate_steps(p, layout)
-
-    def _numbered(self) -> Iterator[tuple[int, int, int, Tensor]]:
-        """Every tensor of ``param_groups``: index of the group, position in it, number, tensor.
-
-        The number is that of the trainable parameters before it, the same however parameters are cut.
-        """
-        number = 0
-        for index, group in enumerate(self.param_groups):
-            for position, p in enumerate(group["params"]):
-                yield index, position, number, p
-                number += p.requires_grad
-
-    def _name(self, group: int, position: int) -> str:
-        """The name of a parameter for an error message."""
-        names = self.param_groups[group].get("param_names")
-        if names is not None and position < len(names):
-            return str(names[position])
-        return f"parameter {position} of param group {group}"
+        if self._released is not None and not set_to_none:
+            raise ValueError(
+                "zero_grad(set_to_none=False): released gradients are None. Use set_to_none=True"
+            )
+        super().zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; refuses by name what cannot be optimised.
@@ -349,46 +267,6 @@ class NovoGrad(Optimizer):
             self.param_groups.pop()
             raise
 
-    # ---- for wrappers that cut parameters -------------------------------------------------------
-
-    def bind(self, wrapper: str, layouts: Sequence[tuple[int, Tensor, Layout]]) -> None:
-        """Tell the optimizer that a wrapper has replaced the parameters by tensors cut otherwise.
-
-        From here on only these tensors are accepted; their state is allocated at once (a wrapper may
-        step them one by one and link their states after the first).
-
-        Args:
-            wrapper: the wrapper's name, for messages.
-            layouts: for every tensor that will be stepped, the index of its param group, the tensor
-                and its layout.
-
-        Raises:
-            ValueError: a layout of another size than its tensor, a tensor of ``param_groups``
-                without a layout, or ``max_grad_norm`` in use: a wrapper that steps its groups one by
-                one never shows the norm of the whole gradient.
-        """
-        given = {id(tensor): layout for _, tensor, layout in layouts}
-        self.refuse_clipping(wrapper)
-        for index, group in enumerate(self.param_groups):
-            for position, p in enumerate(group["params"]):
-                if id(p) not in given or given[id(p)].numel != p.numel():
-                    raise ValueError(f"{wrapper}: no layout of {self._name(index, position)}")
-        self._wrapper = wrapper
-        self._layouts = given
-        self._prepared = {}
-        for index, tensor, layout in layouts:
-            self._init_state(tensor, layout, self.param_groups[index])
-
-    def refuse_clipping(self, wrapper: str) -> None:
-        """Raise ValueError if ``max_grad_norm`` is in use, for a wrapper under which it cannot be right."""
-        for index, group in enumerate(self.param_groups):
-            if group["max_grad_norm"]:
-                raise ValueError(
-                    f"param group {index}: max_grad_norm={group['max_grad_norm']} cannot be used under "
-                    f"{wrapper}, which clips by itself: set gradient_clipping in the DeepSpeed config and "
-                    "leave max_grad_norm out"
-                )
-
     def veto(self, skip: Tensor | None) -> None:
         """Have the coming steps changed nothing, on any rank that shares a layer's process group.
 
@@ -400,21 +278,25 @@ class NovoGrad(Optimizer):
         """
         self._veto = skip
 
+    def squares_of_gradients(self) -> Tensor | None:
+        """The sum of the squares of the gradients that :meth:`step_some` has used in this step; 0-dim."""
+        return self._telemetry.squares
+
     # ---- what a step has shown ------------------------------------------------------------------
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps changed nothing because a gradient was not finite. Waits for the device."""
-        counts = [int(count) for count in self._skipped.values()]
-        # A wrapper's step is one of this optimizer for each param group, skipped together.
-        return max(counts, default=0) if self._wrapper else sum(counts)
+        """How many steps changed nothing because a gradient was not finite; under
+        :func:`novoscale.release_gradients` how many left out some parameters. Waits for the device.
+        """
+        return self._telemetry.skipped_steps(by_groups=self._wrapper is not None)
 
     def skipped_layers(self) -> list[str]:
         """Names of the layers, among those this rank holds, that had the last skipped step skipped.
 
         Waits for the device.
         """
-        return [name for plan in self._plans() for name in plan.bad()]
+        return self._telemetry.skipped_layers(self._plans())
 
     def layer_norms(self) -> dict[str, float]:
         """The gradient norm of each layer that this rank holds, whole, before clipping, at its last step.
@@ -501,24 +383,8 @@ class NovoGrad(Optimizer):
                 self._know(index)
 
     def _forget(self) -> None:
-        """Start with empty caches."""
-        self._layouts, self._sharded, self._prepared, self._skipped = {}, {}, {}, {}
-        self._wrapper = self._veto = self._loading = None
-
-    def _know(self, group: int) -> None:
-        """Note the layouts of the tensors of a param group, which lie whole on this rank."""
-        granularity = self.param_groups[group]["granularity"]
-        for index, position, number, p in self._numbered():
-            if index == group:
-                name = self._name(index, position)
-                parameter = describe(name, p.shape, granularity, number)
-                if not isinstance(p, DTensor):
-                    self._layouts[id(p)] = whole(parameter)
-        self._prepared = {}
+        super()._forget()
+        self._telemetry, self._veto, self._loading = Telemetry(), None, None
 
 
 _OPTIONS = inspect.signature(NovoGrad.__init__).parameters
-
-
-def _is_fsdp1(tensor: Tensor) -> bool:
-    return getattr(tensor, "_fsdp_flattened", False) or hasattr(tensor, "_fqns")

@@ -93,9 +93,9 @@ class Prepared:
                 of_statistic = second_moment.power(inverse_scale, group)
                 S.mul_(of_statistic)
                 of_columns.mul_(of_statistic)
-        if not self.plan.sums:
+        if not self.plan.numbers:
             return statistic
-        numbers = statistic.new_zeros(second_moment.SUMS, self.plan.parameters)
+        numbers = statistic.new_zeros(self.plan.numbers, self.plan.parameters)
         if self.weights is not None:
             numbers[second_moment.WEIGHTS] = self.weights.sum_of_squares()
         statistic = torch.cat((statistic, numbers.view(-1)))
@@ -118,15 +118,18 @@ class Prepared:
         Args:
             groups: the tensors, by param group.
             statistic: the complete vector of the step.
-            finite: 0-dim bool: whether there is a step at all.
+            finite: bool: whether there is a step at all; 0-dim, or one for each parameter.
             clip: 0-dim: what clipping multiplies the gradients by; None: nothing.
             inverse_scale: the same of a loss scale.
         """
         scale = clip if inverse_scale is None else inverse_scale if clip is None else clip * inverse_scale
         steps = []
-        for (group, _), layers, sums in zip(groups, self.layers, self.by_group(statistic), strict=True):
+        counts = [len(layers.here) for layers in self.layers]
+        verdicts = torch.split(finite, counts) if finite.ndim else [finite] * len(counts)
+        given = zip(groups, self.layers, self.by_group(statistic), verdicts, strict=True)
+        for (group, _), layers, sums, verdict in given:
             S, of_columns, totals = sums if clip is None else second_moment.clipped(*sums, clip, group)
-            active = second_moment.advance(layers, S, of_columns, totals, finite, group)
+            active = second_moment.advance(layers, S, of_columns, totals, verdict, group)
             steps.append((S, totals, active))
         parts = []
         rows = zip(groups, self.layers, steps, self._mean_square_updates(groups, steps), strict=True)
@@ -172,8 +175,7 @@ class Prepared:
         counts = [(len(x.v), 0 if x.columns is None else len(x.columns), len(x.here)) for x in self.layers]
         layers, columns, parameters = ([*n] for n in zip(*counts, strict=True))
         first = self.plan.layers + self.plan.columns
-        rows = self.plan.sums if len(vector) == first + self.plan.sums * self.plan.parameters else 0
-        numbers = vector[first:].view(rows, self.plan.parameters)
+        numbers = vector[first:].view(-1, self.plan.parameters)
         return list(
             zip(
                 torch.split(vector[: self.plan.layers], layers),
@@ -206,6 +208,7 @@ def build(
     gradients: list[Tensor],
     state: State,
     before: Prepared | None,
+    apart: bool = False,
 ) -> Prepared:
     """Make the tables of a set of tensors.
 
@@ -215,13 +218,15 @@ def build(
         gradients: see :func:`local_gradients`.
         state: of the optimizer, which has one for every tensor; see :class:`Kept`.
         before: what was made for the same tensors earlier.
+        apart: see ``collectives.Plan``.
     """
     device = local_tensor(groups[0][1][0]).device
     kept = [Kept(group, params, state, device) for group, params in groups]
     known = zip(groups, layouts, kept, strict=True)
     layers = [layers_of_group(group, of_group, k, device) for (group, _), of_group, k in known]
     # The ranks compare their layers when a plan is made: not again when a tensor has moved.
-    planned = before.plan if before and before.agreed == agreed(groups) else plan(groups, layouts, device)
+    rests_on = agreed(groups, apart)
+    planned = before.plan if before and before.agreed == rests_on else plan(groups, layouts, device, apart)
     made, tensors = shards(groups, planned.placed, gradients, state)
     columns = sum(len(x.columns) for x in layers if x.columns is not None)
     tables = Kernels(made, device, sum(len(x.v) for x in layers), columns, planned.cut_blocks)
@@ -232,7 +237,7 @@ def build(
     reusable = tables.reusable and (weights is None or weights.reusable)
     return Prepared(
         plan=planned,
-        agreed=agreed(groups),
+        agreed=rests_on,
         kernels=tables,
         weights=weights,
         layers=layers,
@@ -246,9 +251,9 @@ def build(
     )
 
 
-def key(groups: Groups) -> tuple[Any, ...]:
+def key(groups: Groups, apart: bool) -> tuple[Any, ...]:
     """Which tensors are stepped, and what their statistic is. Tensors by id: no reference is kept."""
-    return tuple((group["norm_type"], *map(id, params)) for group, params in groups)
+    return (apart, *((group["norm_type"], *map(id, params)) for group, params in groups))
 
 
 def local_gradients(groups: Groups) -> list[Tensor]:
@@ -273,8 +278,8 @@ def facts(groups: Groups, gradients: list[Tensor], state: State) -> list[Any]:
         found += [p.dtype for p in params]
     found += [g.dtype for g in gradients]
     found += map(Tensor.is_contiguous, gradients)
-    found += map(id, state)
-    found += _addresses([t for s in state.values() for t in s.values() if isinstance(t, Tensor)])
+    states = [state[p] for _, params in groups for p in params if p in state]
+    found += _addresses([t for s in states for t in s.values() if isinstance(t, Tensor)])
     return found
 
 
@@ -349,7 +354,7 @@ def of_weights(
     return list(shown.values())
 
 
-def plan(groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.device) -> Plan:
+def plan(groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.device, apart: bool) -> Plan:
     """The plan of the layers of a step."""
     ops = {2: dist.ReduceOp.SUM, 0: dist.ReduceOp.MAX}
     placed = []
@@ -363,12 +368,12 @@ def plan(groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.devi
             column += layout.columns
             parameter += len(layout.held)
             block += len(cut_blocks)
-    return Plan(placed, device, sums(groups))
+    return Plan(placed, device, sums(groups), apart)
 
 
-def agreed(groups: Groups) -> list[Any]:
+def agreed(groups: Groups, apart: bool) -> list[Any]:
     """What a plan rests on, beside the tensors."""
-    return [sums(groups), *(momentum.in_blocks(group) for group, _ in groups)]
+    return [apart, sums(groups), *(momentum.in_blocks(group) for group, _ in groups)]
 
 
 def sums(groups: Groups) -> int:

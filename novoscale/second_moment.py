@@ -8,7 +8,7 @@ matrix, and it has second moments of its columns too: an element's is their prod
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,7 +168,7 @@ def advance(
         S: the complete statistic of each layer.
         of_columns: of each column.
         totals: the complete :func:`sums`, if there are any.
-        finite: 0-dim bool: whether there is a step at all.
+        finite: bool: whether there is a step at all; 0-dim, or one for each parameter.
         options: of the group.
 
     Returns:
@@ -177,13 +177,19 @@ def advance(
     if layers.columns is not None:
         S = torch.where(layers.by_layer(layers.factored), S / layers.by_layer(layers.numel), S)
         c = averaged(layers.columns, of_columns / layers.by_column(layers.layers), options)
-        layers.columns.copy_(torch.where(finite, c, layers.columns))
-    v = torch.where(finite, averaged(layers.v, S, options), layers.v)
+        layers.columns.copy_(torch.where(_spread(finite, layers.by_column), c, layers.columns))
+    stepped = _spread(finite, layers.by_layer)
+    v = torch.where(stepped, averaged(layers.v, S, options), layers.v)
     layers.v.copy_(v)
-    active = finite & (v > 0)
+    active = stepped & (v > 0)
     if layers.t is not None:
         layers.t.add_(finite & (totals[FRESH] + totals[KEPT] > 0) if layers.counts_once else active)
     return active
+
+
+def _spread(verdict: Tensor, over: Callable[[Tensor], Tensor]) -> Tensor:
+    """A verdict on all parameters as it is; one on each, over their layers or columns."""
+    return verdict if verdict.ndim == 0 else over(verdict)
 
 
 def averaged(v: Tensor, S: Tensor, options: Options) -> Tensor:

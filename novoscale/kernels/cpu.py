@@ -16,6 +16,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,6 +83,20 @@ class _Shard(ctypes.Structure):
     )
 
 
+class _Scratch(threading.local):
+    """The sums of panels, while a statistic is made: one buffer for all tables, of which there are many."""
+
+    buffer = torch.empty(0, dtype=torch.float64, device="cpu")
+
+    def of(self, sums: int) -> Tensor:
+        if len(self.buffer) < sums:
+            self.buffer = torch.empty(sums, dtype=torch.float64, device="cpu")
+        return self.buffer
+
+
+_scratch = _Scratch()
+
+
 class BuildError(RuntimeError):
     """This kernel cannot be built or loaded on this machine; the message says why."""
 
@@ -123,9 +138,8 @@ class Kernels:
         self._factored = bool(factored.any())
         plain = table[~factored]
         self._plain = _with_ends(plain, plain[:, STOP] - plain[:, START]) if self._factored else self._chunks
-        self._panels, sums = panel_table(shards)
+        self._panels, self._sums = panel_table(shards)
         self._ends = torch.empty((len(self._plain), 2), dtype=torch.float64, device="cpu")
-        self._partial = torch.empty(sums, dtype=torch.float64, device="cpu")
 
     def moved(self, gradients: Sequence[int]) -> None:
         """Go on with gradients at other addresses."""
@@ -146,7 +160,7 @@ class Kernels:
             self._panels.data_ptr(),
             len(self._panels),
             self._ends.data_ptr(),
-            self._partial.data_ptr(),
+            _scratch.of(self._sums).data_ptr(),
             result.data_ptr(),
             *self._counts,
             torch.get_num_threads(),

@@ -182,16 +182,16 @@ class Panels:
         self._from_grad = start * itemsize[self._shard_of]
         self._strips = to_device(device, strips)
         self.moved([s.grad.data_ptr() for s in shards])
-        partials = torch.empty(parts.partials, dtype=torch.float64, device=device)
+        self._partials = parts.partials
         launches: list[tuple[int, Any]] = []
         for (wave, dtype, width), a, b in _runs(torch.stack((parts.wave, parts.dtype, parts.width), 1)[part]):
             kind = {"grad_type": list(FORMATS.values())[dtype], "width": width, "tile": tile, **options}
             table = self._strips[a:b]
-            launches.append((wave, partial(strip_statistic[(b - a,)], table, partials, **kind)))
+            launches.append((wave, partial(strip_statistic[(b - a,)], table, **kind)))
         destinations, wave_of, sources = _sums(parts, layers)
         destinations, sources = to_device(device, destinations), to_device(device, sources)
         for (wave,), a, b in _runs(wave_of[:, None]):
-            tables = (destinations[a:b], sources, partials)
+            tables = (destinations[a:b], sources)
             launches.append((wave, partial(panel_statistic[(b - a,)], *tables, tile=tile, **options)))
         # In each wave the strips first, whose partials the sums are of.
         self._launches = [launch for _, launch in sorted(launches, key=lambda x: x[0])]
@@ -204,8 +204,10 @@ class Panels:
 
     def add_to(self, statistic: Tensor) -> None:
         """Add the sums to those of the statistic."""
+        # Made here: there may be many tables, of which one is in use.
+        partials = torch.empty(self._partials, dtype=torch.float64, device=self._device)
         for launch in self._launches:
-            launch(statistic)
+            launch(partials, statistic)
 
 
 class _Parts(NamedTuple):

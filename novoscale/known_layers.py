@@ -1,0 +1,202 @@
+"""Which layers the tensors of an optimizer hold, and the tables of the sets that are stepped together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from novoscale import checks, momentum, prepared, second_moment
+from novoscale.dtensors import sharded
+from novoscale.layer_tables import Group, Groups, counts_steps
+from novoscale.layout import Layout, describe, whole
+from novoscale.prepared import Prepared
+
+# Tables kept, one for each set of tensors that is stepped together, beside one for each tensor: a model of
+# which other parts get gradients at each step has many.
+MAX_PREPARED = 256
+
+
+class KnowsLayers(Optimizer):
+    """An optimizer that knows which layers the tensors of its param groups hold, however they are cut."""
+
+    # Caches: private, not copied, rebuilt from param_groups.
+    _layouts: dict[int, Layout]  # by id(tensor)
+    _sharded: dict[int, tuple[DeviceMesh, Any, Layout]]  # of DTensors: mesh, placements; by id(tensor)
+    _prepared: dict[Any, Prepared]  # by prepared.key(), last used last
+    _wrapper: str | None  # what replaced the parameters, if anything did; copied
+    _released: object | None  # the handle of release_gradients, if it is in use
+
+    def _forget(self) -> None:
+        """Start with empty caches."""
+        self._layouts, self._sharded, self._prepared = {}, {}, {}
+        self._wrapper = self._released = None
+
+    # ---- a set of tensors ---------------------------------------------------------------------------
+
+    def _with_gradients(self, tensors: Iterable[tuple[int, Sequence[Tensor]]]) -> Groups:
+        """The tensors to step, by param group."""
+        found: Groups = []
+        for index, members in tensors:
+            group = self.param_groups[index]
+            checks.check_options(group, f"param group {index}")
+            params = [p for p in members if p.grad is not None]
+            if params:
+                found.append((group, params))
+        return found
+
+    def _prepare(self, groups: Groups) -> Prepared:
+        """The tables of a set of tensors; made anew if anything but the gradients has moved.
+
+        Refuses by name what cannot be stepped, before anything is changed.
+        """
+        gradients = prepared.local_gradients(groups)
+        apart = self._released is not None
+        key = prepared.key(groups, apart)
+        ready = self._prepared.pop(key, None)
+        if ready is None or not ready.serves(groups, gradients, self.state):
+            layouts = self._check(groups)
+            for (group, params), known in zip(groups, layouts, strict=True):
+                for p, layout in zip(params, known, strict=True):
+                    self._init_state(p, layout, group)
+            ready = prepared.build(groups, layouts, gradients, self.state, ready, apart)
+        self._prepared[key] = ready
+        if len(self._prepared) > MAX_PREPARED + sum(len(group["params"]) for group in self.param_groups):
+            del self._prepared[next(iter(self._prepared))]
+        return ready
+
+    def _check(self, groups: Groups) -> list[list[Layout]]:
+        """The layouts of the tensors of a step, by param group; raises if one cannot be stepped."""
+        stepped = {id(group): set(map(id, params)) for group, params in groups}
+        layouts: list[list[Layout]] = [[] for _ in self.param_groups]
+        for index, position, number, p in self._numbered():
+            if id(p) in stepped.get(id(self.param_groups[index]), ()):
+                name, group = self._name(index, position), self.param_groups[index]
+                checks.check_gradient(name, p)
+                layout = self._find_layout(index, position, number, p)
+                if self._wrapper is None:  # a wrapper's tensors have not the parameters' shapes
+                    checks.check_structure(name, self.state.get(p, {}), p.shape, layout, group)
+                layouts[index].append(layout)
+        return [known for known in layouts if known]
+
+    def _find_layout(self, index: int, position: int, number: int, p: Tensor) -> Layout:
+        """The layout of a tensor of ``param_groups``; raises if its layers are not known."""
+        if isinstance(p, DTensor):
+            # It says itself how it is cut. Accelerate puts them in place of the parameters that were given.
+            mesh, placements, layout = self._sharded.get(id(p), (None, None, None))
+            cut = (p.device_mesh, p.placements)
+            if layout is None or (mesh, placements) != cut or layout.held[0].parameter.numel != p.numel():
+                name = self._name(index, position)
+                granularity = self.param_groups[index]["granularity"]
+                layout = sharded(describe(name, p.shape, granularity, number), p)
+                self._sharded[id(p)] = (*cut, layout)
+                self._prepared.clear()  # they know layouts by id
+            return layout
+        known = self._layouts.get(id(p))
+        if known is None or known.numel != p.numel() or _is_fsdp1(p):
+            name = self._name(index, position)
+            raise RuntimeError(checks.unknown_layers(name, p, known, self._wrapper))
+        return known
+
+    def _init_state(self, p: Tensor, layout: Layout, group: Group) -> None:
+        state = self.state[p]
+        if "exp_avg_sq" not in state and "exp_avg_sq_row" not in state:
+            state.update(second_moment.allocate(p, layout))
+        if "exp_avg" not in state and group["betas"][0] != 0:
+            state.update(momentum.allocate(p, layout, group["momentum_dtype"]))
+        if "step" not in state and counts_steps(group):
+            state["step"] = second_moment.allocate_steps(p, layout)
+
+    def _numbered(self) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Every tensor of ``param_groups``: index of the group, position in it, number, tensor.
+
+        The number is that of the trainable parameters before it, the same however parameters are cut.
+        """
+        number = 0
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                yield index, position, number, p
+                number += p.requires_grad
+
+    def _name(self, group: int, position: int) -> str:
+        """The name of a parameter for an error message."""
+        names = self.param_groups[group].get("param_names")
+        if names is not None and position < len(names):
+            return str(names[position])
+        return f"parameter {position} of param group {group}"
+
+    def _know(self, group: int) -> None:
+        """Note the layouts of the tensors of a param group, which lie whole on this rank."""
+        granularity = self.param_groups[group]["granularity"]
+        for index, position, number, p in self._numbered():
+            if index == group:
+                name = self._name(index, position)
+                parameter = describe(name, p.shape, granularity, number)
+                if not isinstance(p, DTensor):
+                    self._layouts[id(p)] = whole(parameter)
+        self._prepared = {}
+
+    # ---- for wrappers that cut parameters -------------------------------------------------------
+
+    def bind(self, wrapper: str, layouts: Sequence[tuple[int, Tensor, Layout]]) -> None:
+        """Tell the optimizer that a wrapper has replaced the parameters by tensors cut otherwise.
+
+        From here on only these tensors are accepted; their state is allocated at once (a wrapper may
+        step them one by one and link their states after the first).
+
+        Args:
+            wrapper: the wrapper's name, for messages.
+            layouts: for every tensor that will be stepped, the index of its param group, the tensor
+                and its layout.
+
+        Raises:
+            ValueError: a layout of another size than its tensor, a tensor of ``param_groups``
+                without a layout, or ``max_grad_norm`` in use: a wrapper that steps its groups one by
+                one never shows the norm of the whole gradient.
+        """
+        given = {id(tensor): layout for _, tensor, layout in layouts}
+        self.refuse_clipping(wrapper)
+        if self._released is not None:
+            raise ValueError(checks.wrapped_and_released(wrapper))
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                if id(p) not in given or given[id(p)].numel != p.numel():
+                    raise ValueError(f"{wrapper}: no layout of {self._name(index, position)}")
+        self._wrapper = wrapper
+        self._layouts = given
+        self._prepared = {}
+        for index, tensor, layout in layouts:
+            self._init_state(tensor, layout, self.param_groups[index])
+
+    def refuse_clipping(self, wrapper: str) -> None:
+        """Raise ValueError if ``max_grad_norm`` is in use, for a wrapper under which it cannot be right."""
+        for index, group in enumerate(self.param_groups):
+            if group["max_grad_norm"]:
+                raise ValueError(
+                    f"param group {index}: max_grad_norm={group['max_grad_norm']} cannot be used under "
+                    f"{wrapper}, which clips by itself: set gradient_clipping in the DeepSpeed config and "
+                    "leave max_grad_norm out"
+                )
+
+    def released_by(self, handle: object | None) -> None:
+        """Note that :func:`novoscale.release_gradients` steps parameters in the backward pass; None: no more.
+
+        A gradient that is not finite then keeps its own parameter from a step, and no other.
+
+        Raises:
+            RuntimeError: it does already.
+            ValueError: a wrapper steps the parameters.
+        """
+        if handle is not None and self._wrapper is not None:
+            raise ValueError(checks.wrapped_and_released(self._wrapper))
+        if handle is not None and self._released is not None:
+            raise RuntimeError("release_gradients is in use for this optimizer: remove() that handle first")
+        self._released = handle
+
+
+def _is_fsdp1(tensor: Tensor) -> bool:
+    return getattr(tensor, "_fsdp_flattened", False) or hasattr(tensor, "_fqns")
