@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: a NovoGrad is not dropped without a word.
+"""The Hugging Face Trainer: gradients are released in it, and a NovoGrad is not dropped without a word.
 
 Under DeepSpeed the Trainer drops ``optimizers=`` and trains with AdamW, and an ``optimizer`` in the DeepSpeed
 config wins over ``optimizer_cls_and_kwargs``, both silently (transformers 5.23, ``deepspeed_init``; its
@@ -13,8 +13,9 @@ import sys
 from typing import Any
 
 import transformers.integrations.deepspeed as hf_deepspeed
+from transformers import TrainerCallback
 
-from novoscale import NovoGrad
+from novoscale import NovoGrad, ReleasedGradients, release_gradients
 
 from .accelerate import OptimizerReplacedError
 
@@ -22,6 +23,41 @@ ADVICE = (
     'Name it in the DeepSpeed config, "optimizer": {"type": "NovoGrad", ...}, or leave the config without an '
     'optimizer and pass optimizer_cls_and_kwargs=(NovoGrad, {"lr": ...}) to the Trainer'
 )
+
+
+class ReleaseGradients(TrainerCallback):  # type: ignore[misc]
+    """Releases gradients in the backward pass: ``Trainer(..., callbacks=[ReleaseGradients()])``.
+
+    See :func:`novoscale.release_gradients`. ``gradient_accumulation_steps`` is followed. The Trainer clips by
+    default: set ``max_grad_norm=0``.
+    """
+
+    def __init__(self) -> None:
+        self._handle: ReleasedGradients | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Before the first step.
+
+        Raises:
+            ValueError: the Trainer is to clip, or something that ``release_gradients`` refuses.
+            RuntimeError: an earlier training has failed in the middle of a step.
+        """
+        if args.max_grad_norm:
+            raise ValueError(
+                f"max_grad_norm={args.max_grad_norm} (the Trainer's default is 1.0) needs the gradients of "
+                "the whole model, which are never there when they are released: set max_grad_norm=0 in "
+                "TrainingArguments, and clip_threshold=1.0 of NovoGrad, which clips each parameter's update"
+            )
+        if self._handle is not None:
+            self._handle.refuse_half_a_step()
+            self._handle.remove()
+        self._handle = release_gradients(given["model"], given["optimizer"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """After the last step."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
 
 
 def register() -> None:

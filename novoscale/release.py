@@ -120,6 +120,11 @@ class ReleasedGradients:
         finally:
             self._depth -= 1
 
+    def refuse_half_a_step(self) -> None:
+        """Raise RuntimeError if some parameters have been stepped and ``step()`` was not called since."""
+        if self._stepped:
+            raise RuntimeError(self._half_done())
+
     def parameters(self) -> list[Tensor]:
         """The parameters whose gradients are released."""
         return [p for unit in dict.fromkeys(self._units.values()) for _, p in unit.members]

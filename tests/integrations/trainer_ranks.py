@@ -63,6 +63,40 @@ def trainer(folder: str, ds: dict[str, Any] | None, route: dict[str, Any]) -> di
     }
 
 
+def trained(folder: str, release: bool, **options: Any) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The weights after a training by the Trainer with NovoGrad, and the gradient norms that it logged."""
+    from novoscale.integrations.transformers import ReleaseGradients
+    from transformers import Trainer, TrainingArguments
+
+    from novoscale import NovoGrad
+
+    arguments = TrainingArguments(
+        output_dir=folder,
+        **{
+            "max_steps": 4,
+            "per_device_train_batch_size": 4,
+            "max_grad_norm": 0.0,
+            "warmup_steps": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": [],
+            "disable_tqdm": True,
+            "use_cpu": True,
+            **options,
+        },
+    )
+    made = Trainer(
+        model(),
+        arguments,
+        train_dataset=rows(),
+        callbacks=[ReleaseGradients()] if release else [],
+        optimizer_cls_and_kwargs=(NovoGrad, {"lr": 0.02, "preset": "adamw", "momentum_dtype": "int4"}),
+    )
+    made.train()
+    norms = [entry["grad_norm"] for entry in made.state.log_history if "grad_norm" in entry]
+    return made.model.state_dict(), norms
+
+
 def accelerate(config: str, lr: float) -> dict[str, Any]:
     """Train by Accelerate with a DeepSpeed JSON and a DummyOptim."""
     import novoscale.integrations.deepspeed  # noqa: F401
