@@ -112,6 +112,7 @@ class Plan:
         self.parameters = len(self._held)
         self.sums = sums
         self.apart = apart
+        self._verdicts = slice(self.layers + self.columns + sums * self.parameters, None)
         self.device = device
         merged: dict[tuple[int, dist.ReduceOp.RedOpType], _Reduction] = {}
         shares: dict[int, _Reduction] = {}
@@ -185,7 +186,7 @@ class Plan:
             that this rank has, where a wrapper has cut them.
         """
         if self.apart:
-            statistic[-self.parameters :] = self._bad_parameters(statistic)
+            statistic[self._verdicts] = self._bad_parameters(statistic)
         sums = [statistic[rows].sum() for rows in self._scattered]
         bad = (~_fits_float32(statistic)).any().to(statistic.dtype)
         if veto is not None:
@@ -207,22 +208,22 @@ class Plan:
             for place, index in enumerate(reduction.scattered, length + 1):
                 sums[index] = buffer[place]
             if self.apart:  # the layers that are complete now count for the next group's ranks too
-                statistic[-self.parameters :] = self._bad_parameters(statistic)
+                statistic[self._verdicts] = self._bad_parameters(statistic)
         # Not with the rows of this rank, for every rank has to come to the same bits.
         total = statistic[self._everywhere].sum() if sums else statistic[: self.layers].sum()
-        finite = statistic[-self.parameters :] == 0 if self.apart else bad == 0
+        finite = statistic[self._verdicts] == 0 if self.apart else bad == 0
         return finite, torch.stack([total, *sums]).sum() if sums else total
 
     def _bad_parameters(self, statistic: Tensor) -> Tensor:
         """How much of each parameter is not finite, as far as it is known here: float64 ``[parameters]``."""
         bad = (~_fits_float32(statistic)).double()
-        of_numbers = bad[self.layers + self.columns :].view(-1, self.parameters).sum(0)
-        of_layers, of_columns, _ = torch.split(
+        of_layers, of_columns, of_numbers = torch.split(
             bad, [self.layers, self.columns, self.numbers * self.parameters]
         )
+        of_numbers = of_numbers.view(self.numbers, self.parameters).sum(0)
         parts = ((of_layers, self._layers_of), (of_columns, self._columns_of))
         counted = [torch.segment_reduce(x, "sum", lengths=n, unsafe=True) for x, n in parts if len(x)]
-        return torch.stack([statistic[-self.parameters :], of_numbers, *counted]).sum(0)
+        return torch.stack([statistic[self._verdicts], of_numbers, *counted]).sum(0)
 
     def share(self, sums: Tensor) -> Tensor:
         """Add up a number of each parameter over the ranks that have different layers of it.

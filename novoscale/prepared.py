@@ -175,7 +175,8 @@ class Prepared:
         counts = [(len(x.v), 0 if x.columns is None else len(x.columns), len(x.here)) for x in self.layers]
         layers, columns, parameters = ([*n] for n in zip(*counts, strict=True))
         first = self.plan.layers + self.plan.columns
-        numbers = vector[first:].view(-1, self.plan.parameters)
+        rows = (len(vector) - first) // max(self.plan.parameters, 1)
+        numbers = vector[first:].view(rows, self.plan.parameters)
         return list(
             zip(
                 torch.split(vector[: self.plan.layers], layers),

@@ -1,15 +1,18 @@
 """torch.compile: a training step with NovoGrad in it, and the reference captured as one graph."""
 
+import pytest
 import torch
 from torch import nn
 
-from novoscale import NovoGrad
+from novoscale import NovoGrad, release_gradients
 
 
-def train(compiled):
+def train(compiled, release=False):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
     optimizer = NovoGrad(model.parameters(), lr=0.1)
+    if release:
+        release_gradients(model, optimizer)
 
     def step(x):
         loss = model(x).square().mean()
@@ -23,8 +26,21 @@ def train(compiled):
     return losses, [p.detach() for p in model.parameters()]
 
 
-def test_a_compiled_training_step_gives_the_same_bits():
-    losses, weights = train(compiled=True)
+@pytest.mark.parametrize("release", [False, True])
+def test_a_compiled_training_step_gives_the_same_bits(release):
+    losses, weights = train(True, release)
     expected_losses, expected = train(compiled=False)
     assert losses == expected_losses
     assert all(torch.equal(a, b) for a, b in zip(weights, expected, strict=True))
+
+
+def test_a_compiled_model_has_its_gradients_released():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    release_gradients(model, optimizer)
+    compiled = torch.compile(model, backend="aot_eager")
+    for _ in range(2):
+        compiled(torch.randn(5, 8)).square().mean().backward()
+        assert all(p.grad is None for p in model.parameters())
+        optimizer.step()
