@@ -90,7 +90,7 @@ class ReleasedGradients:
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
             self._optimizer.register_load_state_dict_post_hook(lambda _: self._begin_step()),
-            checks.at_first_forward(model),
+            *checks.at_first_forward(model),
         ]
         checks.guard(self)
 

@@ -6,7 +6,7 @@ import functools
 import math
 import sys
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Protocol
 
@@ -105,25 +105,35 @@ def _refuse_wrapper(module: Any) -> None:
         raise ValueError(wrapped_and_released(type(module).__name__))
 
 
-def at_first_forward(model: nn.Module) -> Any:
+def at_first_forward(model: nn.Module) -> list[Any]:
     """Have the first forward pass of a model look for wrappers that were put around it later.
 
     Returns:
-        What has a method ``remove``.
+        The handles of hooks.
     """
 
     def look(*_: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             if isinstance(frame.f_locals.get("self"), nn.Module):
                 _refuse_wrapper(frame.f_locals["self"])
             frame = frame.f_back
 
-    handle = model.register_forward_pre_hook(look)
-    return handle
+    handles = [module.register_forward_pre_hook(look) for module in _called(model)]
+    return handles
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """The module, or, of a list of modules, each of them."""
+    if type(module).forward is not nn.Module.forward:
+        yield module
+    else:
+        for child in module.children():
+            yield from _called(child)
 
 
 # ---- a step ----------------------------------------------------------------------------------------------

@@ -178,7 +178,7 @@ def refused_ddp(wrapped_first: bool) -> str:
         if wrapped_first:
             release_gradients(nn.parallel.DistributedDataParallel(model), optimizer)
         else:
-            release_gradients(model, optimizer)
+            release_gradients(nn.ModuleList([model]), optimizer)
             wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
             wrapped(inputs(0, dist.get_rank())).sum().backward()
     except ValueError as error:
