@@ -40,6 +40,13 @@ _ELSEWHERE = {
 }
 
 
+# What to do without the norm of all gradients.
+NOT_CLIPPED = (
+    "the gradient of the whole model is never there. Leave the clipping out and give NovoGrad "
+    "clip_threshold=1.0, which clips the update of each parameter"
+)
+
+
 def refuse_unknown_options(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise TypeError for an option that NovoGrad does not have, with the nearest that it has."""
     for name in unknown:
@@ -285,6 +292,11 @@ def wrapped_and_released(wrapper: str) -> str:
         f"release_gradients cannot be used with {wrapper}, which reduces gradients and steps by itself. Use "
         "ZeRO stage 2 or 3, which free gradients in the backward pass, and leave release_gradients out"
     )
+
+
+def clipped_and_released(max_grad_norm: float) -> str:
+    """What to say of ``max_grad_norm`` where gradients are released."""
+    return f"max_grad_norm={max_grad_norm} cannot be used with release_gradients: {NOT_CLIPPED}"
 
 
 def check_fused(group: Mapping[str, Any], where: str) -> None:

@@ -207,12 +207,15 @@ class NovoGrad(KnowsLayers):
             RuntimeError: see :meth:`step`.
         """
         groups = self._with_gradients(tensors)
+        limit = checks.one_max_grad_norm(self.param_groups)
+        if limit and self._released is not None:
+            raise RuntimeError(checks.clipped_and_released(limit))
         if groups:
             ready = self._prepare(groups)
             inverse_scale, veto = self._amp()
             statistic = ready.statistic(groups, inverse_scale)
             finite, total = ready.plan.complete(statistic, veto)
-            clip = second_moment.clip_coefficient(total, checks.one_max_grad_norm(self.param_groups))
+            clip = second_moment.clip_coefficient(total, limit)
             coefficients = ready.second_moments(groups, statistic, finite, clip, inverse_scale)
             self._telemetry.record(ready, statistic, finite, total)
             ready.update(coefficients)

@@ -289,8 +289,12 @@ def _units(model: nn.Module, optimizer: NovoGrad) -> tuple[dict[int, _Unit], set
     keys: dict[int, Any] = {}
     number = waiting = 0
     for p in reversed(params):  # about the order in which their gradients come
-        keys[id(p)] = of_fsdp.get(id(p), (p.device, number if p.numel() < enough else p))
-        if id(p) not in of_fsdp and p.numel() < enough:
+        if id(p) in of_fsdp:
+            keys[id(p)] = ("FSDP", of_fsdp[id(p)])
+        elif p.numel() >= enough:
+            keys[id(p)] = ("alone", id(p))
+        else:
+            keys[id(p)] = (p.device, number)
             waiting += p.numel()
             if waiting >= enough:
                 number, waiting = number + 1, 0

@@ -20,13 +20,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad
 
-from novoscale.checks import wrapped_and_released
+from novoscale.checks import (
+    NOT_CLIPPED,
+    clipped_and_released,
+    one_max_grad_norm,
+    wrapped_and_released,
+)
 from novoscale.novograd import NovoGrad
 
-CLIPPING = (
-    "the gradient of the whole model is never there. Leave the clipping out and give NovoGrad "
-    "clip_threshold=1.0, which clips the update of each parameter"
-)
 DDP = (
     "DistributedDataParallel adds up gradients after they have been released, in buckets that hold all of "
     "them. Use FSDP2 (torch.distributed.fsdp.fully_shard)"
@@ -59,12 +60,9 @@ def novograd(optimizer: Any) -> NovoGrad:
             f"release_gradients needs a NovoGrad, got {type(optimizer).__name__}: other optimizers have no "
             "step for one parameter"
         )
-    for index, group in enumerate(inner.param_groups):
-        if group["max_grad_norm"]:
-            raise ValueError(
-                f"param group {index}: max_grad_norm={group['max_grad_norm']} cannot be used with "
-                f"release_gradients: {CLIPPING}"
-            )
+    limit = one_max_grad_norm(inner.param_groups)
+    if limit:
+        raise ValueError(clipped_and_released(limit))
     return inner
 
 
@@ -239,7 +237,9 @@ def _guarded_clipping(original: Any) -> Any:
             limit = args[0] if args else kwargs.get("max_norm")
             of_all = limit == math.inf and released <= ids and kwargs.get("norm_type", 2) == 2
             if not of_all or len(args) > 1:
-                raise RuntimeError(f"{original.__name__} cannot be used with release_gradients: {CLIPPING}")
+                raise RuntimeError(
+                    f"{original.__name__} cannot be used with release_gradients: {NOT_CLIPPED}"
+                )
             return _norm(handle, original(params, math.inf))
         return original(params, *args, **kwargs)
 

@@ -404,6 +404,11 @@ def test_max_grad_norm_is_refused_with_what_to_use_instead():
         release_gradients(model, optimizer)
     loss_of(model, 0).backward()
     optimizer.step()
+    model, optimizer, _ = released()
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    unchanged(
+        model, lambda: loss_of(model, 0).backward(), RuntimeError, r"max_grad_norm=1.0 .*clip_threshold"
+    )
 
 
 @pytest.mark.parametrize("clip", ["clip_grad_norm_", "clip_grad_value_"])
