@@ -13,6 +13,10 @@ from novoscale.memory.cuts import TITLES
 from novoscale.memory.planning import Plan
 
 GIB, MIB = 2**30, 2**20
+RELEASED = (
+    " Released: the most gradients that are alive at once; under FSDP2 the largest unit's shards, where each "
+    "block of layers is a unit and the rest is one."
+)
 
 
 def write(report: dict[str, Any], folder: Path, command: str) -> dict[str, Any]:
@@ -84,9 +88,10 @@ def plan(report: dict[str, Any]) -> Table:
         f"ranks, {report['precision']}; GiB on the rank that holds most",
         caption="Model states only: activations, buckets of collectives and gathered layers come on top. "
         "Transient: gradients that DeepSpeed holds for a moment besides. State by rules that are tested "
-        "against measurement; novoscale memory measures, and shows which optimizers a cut changes.",
+        "against measurement; novoscale memory measures, and shows which optimizers a cut changes."
+        + (RELEASED if report["release"] else ""),
     )
-    for column in ("optimizer", "cut"):
+    for column in ("optimizer", "cut", *(["gradients\nreleased"] if report["release"] else [])):
         table.add_column(column)
     parts = ("parameters", "gradients", "master_weights", "state", "transient", "on_host", "on_device")
     for part in parts:
@@ -95,5 +100,10 @@ def plan(report: dict[str, Any]) -> Table:
     for row in report["rows"]:
         fits = "never" if row["smallest_world"] is None else f"{row['smallest_world']:,}"
         sizes = [f"{row[part] / GIB:.2f}" for part in parts]
-        table.add_row(row["optimizer"], TITLES[row["cut"]], *sizes, fits)
+        released = [_released(row)] if report["release"] else []
+        table.add_row(row["optimizer"], TITLES[row["cut"]], *released, *sizes, fits)
     return table
+
+
+def _released(row: dict[str, Any]) -> str:
+    return "yes" if row["released"] else f"no: {row['why_not_released']}"

@@ -45,6 +45,27 @@ def test_plan_shows_each_part_and_the_smallest_world():
     assert "12.32" in done.stdout
 
 
+def test_plan_of_released_gradients_says_which_rows_it_holds_for():
+    chosen = ["--optimizer", "novograd-int4", "--optimizer", "adamw-fused", "--cut", "none", "--cut", "zero2"]
+    arguments = ["plan", "gpt2-1m", *chosen, "--precision", "bfloat16", "--release"]
+    done = run(*arguments)
+    assert done.exit_code == 0, done.stderr
+    says = " ".join(done.stdout.split())
+    assert "the most gradients that are alive at once" in says
+    assert "no: not NovoGrad" in says
+    report = json.loads(run(*arguments, "--json").stdout)
+    assert report["release"] is True
+    rows = {(row["optimizer"], row["cut"]): row for row in report["rows"]}
+    assert [row["why_not_released"] for row in rows.values()] == [
+        *(None, "not NovoGrad"),
+        *("not under ZeRO-2", "not NovoGrad"),
+    ]
+    assert [row["released"] for row in rows.values()] == [True, False, False, False]
+    released, adamw = rows["NovoGrad, int4", "none"], rows["torch AdamW, fused", "none"]
+    assert released["gradients"] < adamw["gradients"] / 2
+    assert released["on_device"] == released["parameters"] + released["gradients"] + released["state"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
