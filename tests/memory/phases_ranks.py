@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Any
 
@@ -9,6 +10,23 @@ import torch
 
 from novoscale.memory.optimizers import CANDIDATES
 from novoscale.memory.phases import Recorder
+
+MIB = 2**20
+
+
+def timeline(slices: int) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """A phase that rises to 1 MiB, after a while for a moment to 5, then to 2; and one that frees it."""
+    with Recorder() as recorder:
+        with recorder.phase("rises"):
+            kept = [torch.empty(MIB // 4)]
+            time.sleep(0.05)
+            torch.empty(MIB)
+            kept.append(torch.empty(MIB // 4))
+            time.sleep(0.05)
+        with recorder.phase("frees"):
+            kept.clear()
+            time.sleep(0.05)
+    return [asdict(p) for p in recorder.phases()], [line["cpu"] for line in recorder.timelines(slices)]
 
 
 def phases(optimizer: str) -> list[dict[str, Any]]:
