@@ -22,18 +22,26 @@ from novoscale.ranks import preload, run_ranks
 # What models.build imports for most models; half a second for each rank.
 preload("transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2")
 
+SLICES = 100
 SAMPLED = 1024  # elements of a parameter, or a few more, by which two runs are compared
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured: names of a model, an optimizer, a cut and a precision; and the number of ranks."""
+    """What is measured: names of a model, an optimizer, a cut and a precision; and the number of ranks.
+
+    Attributes:
+        tokens: of the sample.
+        checkpointing: activations are computed again in the backward pass (of transformers' models).
+    """
 
     model: str
     optimizer: str
     cut: str
     ranks: int = 1
     precision: str = "float32"
+    tokens: int = models.TOKENS
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Measured:
         accounts: of each rank, after the backward pass of the second step, where everything is held.
         phases: of each rank: the model, and forward, backward and step of two steps, the first being the
             warm-up that makes the state.
+        timelines: of each rank and phase, by device: the most bytes in each of ``SLICES`` parts of its time.
         parameters: elements of the model.
         update: what two steps changed, by parameter: a sample of its elements, float32, on the CPU.
     """
@@ -51,6 +60,7 @@ class Measured:
     job: Job
     accounts: list[Account]
     phases: list[list[Phase]]
+    timelines: list[list[dict[str, list[int]]]]
     parameters: int
     update: dict[str, Tensor]
 
@@ -64,7 +74,7 @@ class Measured:
         return self.phases[rank][-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the update, for JSON; and in short, of the rank that has most.
+        """All of it but timelines and update, for JSON; and in short, of the rank that has most.
 
         ``transient_bytes``: what the optimizer's second step allocates besides what it leaves.
         """
@@ -116,8 +126,9 @@ def measure(job: Job, timeout: float = 300) -> Measured:
             importlib.import_module("novoscale.integrations.deepspeed_operation").build(timeout)
     ranks = 1 if job.cut == "none" else job.ranks
     found = run_ranks(_on_rank, ranks, job, timeout=timeout, backend=backend, quiet=True)
-    _, _, parameters, update = found[0]
-    return Measured(job, [f[0] for f in found], [f[1] for f in found], parameters, update)
+    *_, parameters, update = found[0]
+    accounts, phases, timelines = ([f[k] for f in found] for k in range(3))
+    return Measured(job, accounts, phases, timelines, parameters, update)
 
 
 def deviation(found: Measured, uncut: Measured) -> float:
@@ -130,22 +141,26 @@ def deviation(found: Measured, uncut: Measured) -> float:
     return float(difference.norm() / torch.cat(list(uncut.update.values())).norm())
 
 
-def _on_rank(job: Job) -> tuple[Account, list[Phase], int, dict[str, Tensor]]:
+def _on_rank(
+    job: Job,
+) -> tuple[Account, list[Phase], list[dict[str, list[int]]], int, dict[str, Tensor]]:
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     if device == "cuda":
         torch.cuda.set_device(torch.distributed.get_rank())
     with Recorder() as recorder:
         with recorder.phase("model"):
-            model = models.build(job.model, device).eval()
+            model = models.build(job.model, device).train(job.checkpointing)  # it is for training only
+            if job.checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             parameters = sum(p.numel() for p in model.parameters())
             before = {name: _sample(p) for name, p in model.named_parameters()}
             training = set_up(model, CANDIDATES[job.optimizer], job.cut, job.precision)
-        sample = models.batch(job.model, model, device)
+        sample = models.batch(job.model, model, device, job.tokens)
         for when in ("warm-up ", ""):
             held = _one_step(training, recorder, sample, when)
     trained = getattr(training.model, "module", training.model).named_parameters()
     update = {name: _sample(training.whole(p)) - before[name] for name, p in trained}
-    return held, recorder.phases(), parameters, update
+    return held, recorder.phases(), recorder.timelines(SLICES), parameters, update
 
 
 def _one_step(training: Training, recorder: Recorder, sample: dict[str, Tensor], when: str) -> Account:
