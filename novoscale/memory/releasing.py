@@ -13,6 +13,7 @@ from torch import nn
 
 from novoscale.memory.cuts import CUTS, TITLES
 from novoscale.memory.optimizers import CANDIDATES
+from novoscale.verify import runs
 
 # Elements of gradients that wait for each other, so that small parameters are stepped together: at most so
 # many, and at most this part of the model's.
@@ -46,19 +47,13 @@ def alive_at_once(model: nn.Module, cut: str, world: int) -> int:
 
 
 def fsdp2_units(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """The parameters of each unit, as FSDP2 is commonly used: each block of layers; and the rest."""
+    """The parameters of each unit that ``runs.cut`` makes: each block of layers; and the rest."""
     inside: set[int] = set()
-    for block in blocks(model):
+    for block in runs.blocks(model):
         unit = list(block.parameters())
         inside.update(map(id, unit))
         yield unit
     yield [p for p in model.parameters() if id(p) not in inside]
-
-
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of each ``nn.ModuleList`` that is in no other."""
-    for child in model.children():
-        yield from child if isinstance(child, nn.ModuleList) else blocks(child)
 
 
 def _shard(shape: Iterable[int], world: int) -> int:
