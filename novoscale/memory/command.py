@@ -54,6 +54,7 @@ def memory(
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 2,
     precision: Precision = "float32",
+    release: Release = False,
     out: Annotated[Path, typer.Option(help="Folder for memory.json, memory.png, memory.svg.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
@@ -71,12 +72,14 @@ def memory(
     except MemoryToolError as error:
         _refuse(console, error)
     _warn(console, ranks)
-    cells = compare(model, optimizers, cuts, precision)
+    cells = compare(model, optimizers, cuts, precision, release=release)
     total = len(optimizers) * len(cuts)
     shown = console.is_terminal
     rows = list(track(cells, "measuring", total, console=console, disable=not shown, transient=True))
     found = report.write(
-        {"model": model, "precision": precision, "rows": rows}, out, _command("memory", sys.argv)
+        {"model": model, "precision": precision, "release": release, "rows": rows},
+        out,
+        _command("memory", sys.argv),
     )
     if as_json:
         print(json.dumps(found, indent=1))

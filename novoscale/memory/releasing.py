@@ -6,18 +6,14 @@ With ``novoscale.release_gradients`` a parameter is stepped, and its gradient fr
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from torch import nn
 
 from novoscale.memory.cuts import CUTS, TITLES
 from novoscale.memory.optimizers import CANDIDATES
+from novoscale.release import stepped_together, tied
 from novoscale.verify import runs
-
-# Elements of gradients that wait for each other, so that small parameters are stepped together: at most so
-# many, and at most this part of the model's.
-UNIT, PART = 8_000_000, 16
 
 
 def why_not(optimizer: str, cut: str) -> str | None:
@@ -32,18 +28,22 @@ def why_not(optimizer: str, cut: str) -> str | None:
 def alive_at_once(model: nn.Module, cut: str, world: int) -> int:
     """The most elements of gradients on the rank that holds most.
 
-    In one process the largest parameter, or those that wait for each other if they are more. A tied parameter
-    comes on top: what autograd has of its gradient waits in the backward pass from its last use in the
-    forward pass to its first. Under FSDP2 the shards of the largest unit.
+    In one process a large parameter, and the small ones that wait for each other then. The gradient of a tied
+    parameter comes on top: what autograd has of it waits in the backward pass from the parameter's last use
+    in the forward pass to its first. Under FSDP2 the shards of the largest unit.
     """
     if cut == "fsdp2":
         return max(sum(_shard(p.shape, world) for p in unit) for unit in fsdp2_units(model))
-    sizes = {id(p): p.numel() for p in model.parameters()}
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    tied = sum(size for p, size in sizes.items() if uses[p] > 1)
-    once = [size for p, size in sizes.items() if uses[p] == 1]
-    unit = min(UNIT, sum(sizes.values()) // PART, sum(once))
-    return tied + max([unit, *once])
+    params = list(model.parameters())
+    sizes: dict[int, int] = {id(p): p.numel() for p in params}
+    always = sum(sizes.pop(id(p)) for p in tied(model))
+    last = {id(unit[-1]): sum(sizes.get(id(p), 0) for p in unit) for unit in stepped_together(params)}
+    alive = most = 0
+    for p in reversed(params):
+        alive += sizes.get(id(p), 0)
+        most = max(most, alive)
+        alive -= last.get(id(p), 0)
+    return always + most
 
 
 def fsdp2_units(model: nn.Module) -> Iterator[list[nn.Parameter]]:

@@ -35,31 +35,37 @@ def measured(report: dict[str, Any]) -> Table:
     """A row for each optimizer and cut."""
     device = next((row["device"] for row in report["rows"] if "device" in row), "cpu")
     table = Table(
-        title=f"{report['model']}, {report['precision']}, measured on {device}",
-        caption="State: of the storages that are held. Transient: what the optimizer's step allocates "
-        "besides what it leaves, on the rank with most of it. Peak: of all phases, warm-up included. "
-        "Update: distance from that of one process, over its length.",
+        title=f"{report['model']}, {report['precision']}{_how(report)}, measured on {device}",
+        caption="State: of the storages that are held. Gradients: those that wait for the step, or the most "
+        "that are alive at once if they are released. Transient: what the optimizer's step allocates besides "
+        "what it leaves, on the rank with most of it. Peak: of all phases, warm-up included. Update: "
+        "distance from that of one process, over its length.",
     )
     table.add_column("optimizer")
     table.add_column("cut")
-    columns = ("state\nB/param", "state\nMiB/rank", "transient\nB/param", "peak\nMiB/rank")
-    for column in (*columns, "RSS\nMiB/rank", "update"):
+    columns = ("state\nB/param", "state\nMiB/rank", "gradients\nMiB/rank", "transient\nB/param")
+    for column in (*columns, "peak\nMiB/rank", "RSS\nMiB/rank", "update"):
         table.add_column(column, justify="right")
     for row in report["rows"]:
         if "why" in row:
-            table.add_row(row["optimizer"], _cut(row), *[""] * 5, row["why"], style="dim")
+            table.add_row(row["optimizer"], _cut(row), *[""] * 6, row["why"], style="dim")
             continue
         table.add_row(
             row["optimizer"],
             _cut(row),
             f"{row['state_bytes_per_parameter']:.3f}",
             f"{row['state_bytes_per_rank'] / MIB:.2f}",
-            f"{row['transient_bytes'] / row['parameters']:.3f}",
+            f"{row['gradient_bytes_per_rank'] / MIB:.2f}",
+            "in backward" if row["release"] else f"{row['transient_bytes'] / row['parameters']:.3f}",
             f"{row['peak_bytes_per_rank'] / MIB:.1f}",
             f"{row['rss_bytes_per_rank'] / MIB:.0f}",
             _update(row),
         )
     return table
+
+
+def _how(report: dict[str, Any]) -> str:
+    return ", gradients released in the backward pass" if report.get("release") else ""
 
 
 def _cut(row: dict[str, Any]) -> str:

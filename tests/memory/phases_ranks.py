@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from dataclasses import asdict
 from typing import Any
@@ -43,3 +44,17 @@ def phases(optimizer: str) -> list[dict[str, Any]]:
             candidate.step()
             candidate.step()
     return [asdict(phase) for phase in recorder.phases()]
+
+
+def tied() -> tuple[int, int, int]:
+    """Bytes of a tied embedding's gradient; bytes before the backward pass, and amid it."""
+    embedding, layer = torch.nn.Embedding(5000, 64), torch.nn.Linear(64, 64)
+    layer.weight.register_hook(lambda _: time.sleep(0.1))
+    with Recorder() as recorder:
+        with recorder.phase("forward"):
+            x = layer(embedding(torch.ones(2, dtype=torch.int64)))
+            loss = (x @ embedding.weight.T).sum()
+        with recorder.phase("backward"):
+            loss.backward()
+    line = recorder.timelines(100)[1]["cpu"]
+    return 4 * 5000 * 64, recorder.phases()[1].allocated["cpu"].before, statistics.mode(line)

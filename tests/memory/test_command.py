@@ -36,6 +36,18 @@ def test_memory_of_a_config_file_as_json(tmp_path):
     assert row["parameters"] == 64 * 32 + 1024 * 32 + 12 * 32 * 32 + 13 * 32 + 2 * 32
 
 
+def test_memory_with_released_gradients_says_so_in_table_picture_and_json(tmp_path):
+    arguments = ["--release", "--optimizer", "novograd", "--cut", "none", "--out", tmp_path]
+    done = run("memory", "builtin", *arguments)
+    assert done.exit_code == 0, done.stderr
+    assert "gradients released in the backward pass" in done.stdout
+    report = json.loads((tmp_path / "memory.json").read_text())
+    (row,) = report["rows"]
+    assert report["release"] is row["release"] is True
+    assert f"{row['gradient_bytes_per_rank'] / 2**20:.2f}" in done.stdout
+    assert "the most at once" in (tmp_path / "memory.svg").read_text()
+
+
 def test_plan_shows_each_part_and_the_smallest_world():
     arguments = ["--world", 64, "--optimizer", "novograd", "--cut", "zero3", "--device-memory", 80]
     done = run("plan", "llama-70b", *arguments)
