@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts speed memory quality format clean
+.PHONY: demo test lint cuts speed memory step-memory quality format clean
 
 demo: $(VENV)/.installed
 	$(RUN) python benchmarks/demo.py $(ARGS)
@@ -30,6 +30,9 @@ quality: $(VENV)/.rivals
 
 memory: $(VENV)/.rivals
 	$(RUN) python benchmarks/memory.py $(ARGS)
+
+step-memory: $(VENV)/.rivals
+	$(RUN) python benchmarks/step_memory.py $(ARGS)
 
 format: $(VENV)/.installed
 	$(RUN) ruff check --fix .

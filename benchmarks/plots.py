@@ -167,6 +167,65 @@ def quality(results: dict[str, dict[str, Any]], steps: int, source: dict[str, An
     save(figure, path, source)
 
 
+def step_memory(report: dict[str, Any], path: Path) -> None:
+    """Bytes over the time of one training step: a column for each model, a line for each optimizer."""
+    rows = [row for row in report["rows"] if "why" not in row]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure, axes = plt.subplots(1, len(models), figsize=(6 * len(models), 6.2), squeeze=False)
+    for model, axis in zip(models, axes[0], strict=True):
+        of_model = [row for row in rows if row["model"] == model]
+        for row in sorted(of_model, key=lambda row: -row["peak_bytes"]):
+            dashed = row["optimizer"].startswith("NovoGrad") and not row["release"]
+            axis.plot(
+                *zip(*_levels(row), strict=True),
+                color=STEP_COLORS[row["optimizer"]],
+                ls=(0, (3, 1.5)) if dashed else "-",
+                lw=1.5,
+                label=f"{step_title(row)}: peak {row['peak_bytes'] / 2**30:.2f} GiB",
+            )
+        first = of_model[0]
+        _phases(axis, [phase["name"] for phase in first["phases"]])
+        how = ", activation checkpointing" if first["checkpointing"] else ""
+        tokens = f"{first['tokens']} tokens{how}"
+        axis.set_title(f"{model}, {first['parameters'] / 1e6:,.0f}M parameters, {tokens}", size=10)
+        axis.set(ylabel="GiB", xlabel="phases of one step, drawn equally wide", ylim=(0, None))
+        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12))
+    figure.suptitle("Weights, gradients, state and activations in one training step, bfloat16", size=11)
+    save(figure, path, report["provenance"], bottom=0.03)
+
+
+SLICES = "most_in_each_slice_of_time"
+STEP_COLORS = {
+    "torch AdamW, fused": COLORS["AdamW"],
+    "torchao AdamW8bit": COLORS["Adafactor"],
+    "NovoGrad, int8": "#6fb3e0",
+    "NovoGrad, int4": COLORS["NovoGrad"],
+}
+
+
+def step_title(row: dict[str, Any]) -> str:
+    """The optimizer of a cell of ``make step-memory``, and whether gradients are released."""
+    return str(row["optimizer"]) + (", gradients released" if row["release"] else "")
+
+
+def _levels(row: dict[str, Any]) -> list[tuple[float, float]]:
+    """Times, in phases, and GiB."""
+    return [
+        (number + (k + 0.5) / len(phase[SLICES]), level / 2**30)
+        for number, phase in enumerate(row["phases"])
+        for k, level in enumerate(phase[SLICES])
+    ]
+
+
+def _phases(axis: Any, names: list[str]) -> None:
+    """Shade every other phase, and name each."""
+    for number in range(1, len(names), 2):
+        axis.axvspan(number, number + 1, color="#f0f0f0", lw=0, zorder=0)
+    axis.set_xticks([number + 0.5 for number in range(len(names))], names)
+    axis.tick_params(axis="x", length=0)
+    axis.set_xlim(0, len(names))
+
+
 def _bars(axis: Any, values: list[dict[str, float]]) -> None:
     """Horizontal bars of every optimizer, one group for each entry of ``values``, on a logarithmic scale."""
     names = [n for n in dict.fromkeys(n for v in values for n in v) if n != "NovoGrad, reference"]

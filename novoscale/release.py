@@ -79,7 +79,7 @@ class ReleasedGradients:
             self._optimizer.released_by(None)
             raise
         self._units, self._alone = _units(model, self._optimizer)
-        self._doubtful = set(map(id, _tied(model)))  # parameters whose gradient may come in parts
+        self._doubtful = set(map(id, tied(model)))  # parameters whose gradient may come in parts
         self._came_whole: set[int] = set()  # those whose gradient has come in one
         self._in_parts: set[int] = set()  # those whose gradient has come in several
         self._depth = 0  # of accumulate()
@@ -284,20 +284,9 @@ def _units(model: nn.Module, optimizer: NovoGrad) -> tuple[dict[int, _Unit], set
     params = list(model.parameters())
     sharded = any(isinstance(p, DTensor) for p in params)
     alone = {id(p) for p in params if sharded and not isinstance(p, DTensor)}
-    of_fsdp = _fsdp_units(model)
-    enough = min(ENOUGH, sum(p.numel() for p in params) // PARTS)
-    keys: dict[int, Any] = {}
-    number = waiting = 0
-    for p in reversed(params):  # about the order in which their gradients come
-        if id(p) in of_fsdp:
-            keys[id(p)] = ("FSDP", of_fsdp[id(p)])
-        elif p.numel() >= enough:
-            keys[id(p)] = ("alone", id(p))
-        else:
-            keys[id(p)] = (p.device, number)
-            waiting += p.numel()
-            if waiting >= enough:
-                number, waiting = number + 1, 0
+    keys: dict[int, Any] = dict(_fsdp_units(model))
+    for number, together in enumerate(stepped_together([p for p in params if id(p) not in keys])):
+        keys |= {id(p): (p.device, number) for p in together}
     made: dict[Any, _Unit] = {}
     units = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -305,6 +294,26 @@ def _units(model: nn.Module, optimizer: NovoGrad) -> tuple[dict[int, _Unit], set
             unit = units[id(p)] = made.setdefault(keys[id(p)], _Unit([]))
             unit.members.append((index, p))
     return units, alone
+
+
+def stepped_together(params: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Which parameters are stepped together where no FSDP unit says it, each list as gradients come.
+
+    Args:
+        params: in the order of the model. Gradients are taken to come in the reverse order, more or less.
+    """
+    enough = min(ENOUGH, sum(p.numel() for p in params) // PARTS)
+    found: list[list[Tensor]] = []
+    small: list[Tensor] = []
+    for p in reversed(params):
+        if p.numel() >= enough:
+            found.append([p])
+            continue
+        small.append(p)
+        if sum(s.numel() for s in small) >= enough:
+            found.append(small)
+            small = []
+    return [*found, small] if small else found
 
 
 def _fsdp_units(model: nn.Module) -> dict[int, int]:
@@ -319,7 +328,7 @@ def _fsdp_units(model: nn.Module) -> dict[int, int]:
     return found
 
 
-def _tied(model: nn.Module) -> list[Tensor]:
+def tied(model: nn.Module) -> list[Tensor]:
     """The parameters that several modules have."""
     times: defaultdict[Tensor, int] = defaultdict(int)
     for _, p in model.named_parameters(remove_duplicate=False):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 
 
@@ -104,6 +105,30 @@ def account(model: nn.Module, optimizer: Any = None, *, by_layer: bool = False) 
     other = counter.add(tensor for _, tensor in held)
     layers = _layers(model, inner) if by_layer and inner is not None else {}
     return Account(parameters, state, master_weights, gradients, model_buffers, other, layers)
+
+
+class AliveGradients:
+    """Counts the gradients of some parameters that are alive at once, whoever holds them.
+
+    It sees a gradient when it is added to its parameter: what autograd has of it before is not counted. Make
+    it before anything else that has hooks on the parameters.
+
+    Attributes:
+        most: bytes of their storages.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.most = 0
+        self._alive: dict[StorageWeakRef, int] = {}
+        for p in params:
+            p.register_post_accumulate_grad_hook(self._count)  # type: ignore[no-untyped-call]
+
+    def _count(self, p: Tensor) -> None:
+        self._alive = {seen: held for seen, held in self._alive.items() if not seen.expired()}  # type: ignore[no-untyped-call]
+        for part in parts(p.grad) if p.grad is not None else ():
+            storage = part.untyped_storage()
+            self._alive[StorageWeakRef(storage)] = storage.nbytes()  # type: ignore[no-untyped-call]
+        self.most = max(self.most, sum(self._alive.values()))
 
 
 def wrapped(optimizer: Any) -> list[Any]:

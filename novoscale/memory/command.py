@@ -9,20 +9,21 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 
-from novoscale.memory import models, report
+from novoscale.memory import models, releasing, report
 from novoscale.memory.comparison import compare
 from novoscale.memory.cuts import CUTS, PRECISIONS
 from novoscale.memory.models import MemoryToolError, unknown
 from novoscale.memory.optimizers import CANDIDATES, COMPARED
 from novoscale.memory.planning import plan as planned
 from novoscale.memory.planning import smallest_world
+from novoscale.memory.rules import Rule
 
 # The state of AdamW is the same with foreach.
 PLANNED = [n for n in COMPARED if CANDIDATES[n].state is not None and n != "torch AdamW, foreach"]
@@ -31,6 +32,13 @@ Names = Annotated[
     typer.Option("--optimizer", help="Of the catalogue, as adamw-fused; repeat. Default: one of each kind."),
 ]
 Precision = Annotated[str, typer.Option(help=f"One of: {', '.join(PRECISIONS)}.")]
+Release = Annotated[
+    bool,
+    typer.Option(
+        "--release",
+        help="Step and free each gradient in the backward pass: NovoGrad, in one process or under FSDP2.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
 
@@ -46,6 +54,7 @@ def memory(
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 2,
     precision: Precision = "float32",
+    release: Release = False,
     out: Annotated[Path, typer.Option(help="Folder for memory.json, memory.png, memory.svg.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
@@ -63,12 +72,14 @@ def memory(
     except MemoryToolError as error:
         _refuse(console, error)
     _warn(console, ranks)
-    cells = compare(model, optimizers, cuts, precision)
+    cells = compare(model, optimizers, cuts, precision, release=release)
     total = len(optimizers) * len(cuts)
     shown = console.is_terminal
     rows = list(track(cells, "measuring", total, console=console, disable=not shown, transient=True))
     found = report.write(
-        {"model": model, "precision": precision, "rows": rows}, out, _command("memory", sys.argv)
+        {"model": model, "precision": precision, "release": release, "rows": rows},
+        out,
+        _command("memory", sys.argv),
     )
     if as_json:
         print(json.dumps(found, indent=1))
@@ -87,6 +98,7 @@ def plan(
         typer.Option(help=f"One of: {', '.join(CUTS)}; repeat. Default: zero2, zero3, fsdp2."),
     ] = None,
     precision: Precision = "bf16-mixed",
+    release: Release = False,
     as_json: Json = False,
 ) -> None:
     """Bytes on each rank for a MODEL that does not fit here: model states, without activations.
@@ -104,23 +116,22 @@ def plan(
         built = models.build(model, "meta")
     except MemoryToolError as error:
         _refuse(console, error)
-    rows = [
-        report.plan_row(
-            name,
-            c,
-            planned(built, rule, c, world, precision),
-            smallest_world(built, rule, c, precision, device_memory * report.GIB),
-        )
-        for c in cuts
-        for name, rule in rules.items()
-        if rule is not None
-    ]
+
+    def row(name: str, rule: Rule, c: str) -> dict[str, Any]:
+        why_not = releasing.why_not(name, c) if release else None
+        released = release and why_not is None
+        smallest = smallest_world(built, rule, c, precision, device_memory * report.GIB, released)
+        found = report.plan_row(name, c, planned(built, rule, c, world, precision, released), smallest)
+        return {**found, "released": released, "why_not_released": why_not} if release else found
+
+    rows = [row(name, rule, c) for c in cuts for name, rule in rules.items() if rule is not None]
     found = {
         "model": model,
         "parameters": sum(p.numel() for p in built.parameters()),
         "world": world,
         "precision": precision,
         "device_memory_GiB": device_memory,
+        "release": release,
         "rows": rows,
     }
     if as_json:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from novoscale.memory import measuring
@@ -24,6 +25,7 @@ def compare(
     cuts: Sequence[tuple[str, int]],
     precision: str,
     timeout: float = 600,
+    release: bool = False,
 ) -> Iterator[Row]:
     """Measure each optimizer under each cut and number of ranks, a row for each, in this order.
 
@@ -31,13 +33,24 @@ def compare(
     the distance of the update from that of one process, relative; ``same_training``: whether that is within
     ``OTHER_TRAINING``. Both are None in bfloat16, where the rounding of the weights is as large, and where
     one process could not be measured.
+
+    Args:
+        model: of ``models.build``.
+        optimizers: names of the catalogue.
+        cuts: of ``CUTS``, each with a number of ranks.
+        precision: of ``PRECISIONS``.
+        timeout: seconds for each.
+        release: gradients are released in the backward pass; one process is compared with what it does
+            without that.
     """
     for optimizer in optimizers:
-        uncut, row = _cell(Job(model, optimizer, "none", 1, precision), timeout)
+        cell = functools.cache(functools.partial(_cell, timeout=timeout))  # one process is asked for again
+        plain = Job(model, optimizer, "none", 1, precision)
         for cut, ranks in cuts:
-            if cut != "none":
-                job = Job(model, optimizer, cut, ranks, precision)
-                row = _against(uncut, *_cell(job, timeout))
+            job = replace(plain, cut=cut, ranks=ranks, release=release)
+            found, row = cell(job)
+            if found is not None and job != plain:
+                row = _against(cell(plain)[0], found, row)
             yield row
 
 
@@ -52,9 +65,7 @@ def _cell(job: Job, timeout: float) -> tuple[Measured | None, Row]:
     return found, found.to_dict()
 
 
-def _against(uncut: Measured | None, found: Measured | None, row: Row) -> Row:
-    if found is None:
-        return row
+def _against(uncut: Measured | None, found: Measured, row: Row) -> Row:
     if uncut is None or found.job.precision != "float32":
         return {**row, "deviation": None, "same_training": None}
     deviation = measuring.deviation(found, uncut)

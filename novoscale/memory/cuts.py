@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from novoscale.memory.accounting import AliveGradients
 from novoscale.memory.optimizers import Candidate
+from novoscale.release import release_gradients
 from novoscale.verify import runs
 
 # name: the ZeRO section of a DeepSpeed config; None: torch's own
@@ -48,6 +50,7 @@ class Training:
         model: what ``account`` takes: the module or the engine.
         optimizer: the optimizer, with its wrappers if there are some.
         whole: a parameter's weight, gathered from all ranks.
+        alive: counts the gradients that are alive at once; None unless they are released.
     """
 
     model: Any
@@ -56,9 +59,12 @@ class Training:
     backward: Callable[[Tensor], Any]
     step: Callable[[], Any]
     whole: Callable[[Any], Tensor]
+    alive: AliveGradients | None = None
 
 
-def set_up(model: nn.Module, optimizer: Candidate, cut: str, precision: str) -> Training:
+def set_up(
+    model: nn.Module, optimizer: Candidate, cut: str, precision: str, release: bool = False
+) -> Training:
     """Cut a float32 model over the ranks of the process group.
 
     Args:
@@ -67,10 +73,11 @@ def set_up(model: nn.Module, optimizer: Candidate, cut: str, precision: str) -> 
         cut: of ``CUTS``.
         precision: "float32"; "bf16-mixed": computed in bfloat16, updated in float32 (DeepSpeed's ``bf16``,
             FSDP2's mixed precision, autocast); or "bfloat16" throughout.
+        release: with ``release_gradients``, where ``releasing.why_not`` has nothing against it.
     """
     section = CUTS[cut]
     if section is None:
-        return _torch(model, optimizer, cut, precision)
+        return _torch(model, optimizer, cut, precision, release)
     training = importlib.import_module("novoscale.integrations.deepspeed_training")
     config = deepspeed_config(section, precision)
     if precision != "float32":
@@ -101,7 +108,7 @@ def deepspeed_config(section: dict[str, Any], precision: str) -> dict[str, Any]:
     }
 
 
-def _torch(model: nn.Module, candidate: Candidate, cut: str, precision: str) -> Training:
+def _torch(model: nn.Module, candidate: Candidate, cut: str, precision: str, release: bool) -> Training:
     if precision == "bfloat16":
         model = model.bfloat16()
     mixed = precision == "bf16-mixed"
@@ -111,6 +118,9 @@ def _torch(model: nn.Module, candidate: Candidate, cut: str, precision: str) -> 
     device = next(model.parameters()).device.type
     trained = runs.cut(model, cut, **policy)
     optimizer = candidate.make(model)
+    alive = AliveGradients(trained.parameters()) if release else None  # before what frees them
+    if release:
+        release_gradients(trained, optimizer)
 
     def forward(batch: dict[str, Tensor]) -> Tensor:
         with torch.autocast(device, torch.bfloat16, enabled=mixed and cut != "fsdp2"):
@@ -120,4 +130,7 @@ def _torch(model: nn.Module, candidate: Candidate, cut: str, precision: str) -> 
         optimizer.step()
         optimizer.zero_grad()
 
-    return Training(trained, optimizer, forward, lambda loss: loss.backward(), step, runs.whole)  # type: ignore[no-untyped-call]
+    def backward(loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    return Training(trained, optimizer, forward, backward, step, runs.whole, alive)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from novoscale.memory import models
+from novoscale.memory import models, releasing
 from novoscale.memory.accounting import Account, account
 from novoscale.memory.cuts import CUTS, Training, set_up
 from novoscale.memory.models import MemoryToolError
@@ -22,18 +22,28 @@ from novoscale.ranks import preload, run_ranks
 # What models.build imports for most models; half a second for each rank.
 preload("transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2")
 
+SLICES = 100
 SAMPLED = 1024  # elements of a parameter, or a few more, by which two runs are compared
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured: names of a model, an optimizer, a cut and a precision; and the number of ranks."""
+    """What is measured: names of a model, an optimizer, a cut and a precision; and the number of ranks.
+
+    Attributes:
+        tokens: of the sample.
+        release: gradients are released in the backward pass.
+        checkpointing: activations are computed again in the backward pass (of transformers' models).
+    """
 
     model: str
     optimizer: str
     cut: str
     ranks: int = 1
     precision: str = "float32"
+    release: bool = False
+    tokens: int = models.TOKENS
+    checkpointing: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,9 @@ class Measured:
         accounts: of each rank, after the backward pass of the second step, where everything is held.
         phases: of each rank: the model, and forward, backward and step of two steps, the first being the
             warm-up that makes the state.
+        timelines: of each rank and phase, by device: the most bytes in each of ``SLICES`` parts of its time.
+        alive: of each rank: the most bytes of gradients alive at once in the second step; None unless they
+            are released.
         parameters: elements of the model.
         update: what two steps changed, by parameter: a sample of its elements, float32, on the CPU.
     """
@@ -51,6 +64,8 @@ class Measured:
     job: Job
     accounts: list[Account]
     phases: list[list[Phase]]
+    timelines: list[list[dict[str, list[int]]]]
+    alive: list[int | None]
     parameters: int
     update: dict[str, Tensor]
 
@@ -64,9 +79,10 @@ class Measured:
         return self.phases[rank][-1]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but the update, for JSON; and in short, of the rank that has most.
+        """All of it but timelines and update, for JSON; and in short, of the rank that has most.
 
-        ``transient_bytes``: what the optimizer's second step allocates besides what it leaves.
+        ``transient_bytes``: what the optimizer's second step allocates besides what it leaves; None where it
+        is part of the backward pass, since gradients are released.
         """
         device = "cuda" if "cuda" in self.step(0).allocated else "cpu"
         updates = [u[device] for rank in range(len(self.phases)) for u in self.step(rank).updates]
@@ -79,7 +95,11 @@ class Measured:
             "peak_bytes_per_rank": max(
                 p.allocated[device].peak for phases in self.phases for p in phases if device in p.allocated
             ),
-            "transient_bytes": max(update.transient for update in updates),
+            "gradient_bytes_per_rank": max(
+                a.gradients if alive is None else alive
+                for a, alive in zip(self.accounts, self.alive, strict=True)
+            ),
+            "transient_bytes": None if self.job.release else max(update.transient for update in updates),
             "rss_bytes_per_rank": max(p.rss for phases in self.phases for p in phases),
             "ranks_measured": [
                 {"bytes": asdict(a), "phases": [asdict(p) for p in phases]}
@@ -89,7 +109,10 @@ class Measured:
 
 
 def check(job: Job) -> None:
-    """Raise MemoryToolError where a package is not installed; it says how to install it."""
+    """Raise MemoryToolError where a package is not installed, or gradients cannot be released."""
+    why_not = releasing.why_not(job.optimizer, job.cut) if job.release else None
+    if why_not is not None:
+        raise MemoryToolError(f"gradients are not released: {why_not}")
     if not CANDIDATES[job.optimizer].installed():
         raise MemoryToolError(f"not installed: pip install {CANDIDATES[job.optimizer].package}")
     if CUTS[job.cut] is not None and importlib.util.find_spec("deepspeed") is None:
@@ -104,7 +127,7 @@ def measure(job: Job, timeout: float = 300) -> Measured:
         timeout: seconds.
 
     Raises:
-        MemoryToolError: a package that is not installed.
+        MemoryToolError: see ``check``.
         RankError: a rank failed, or did not end in time.
     """
     check(job)
@@ -116,8 +139,9 @@ def measure(job: Job, timeout: float = 300) -> Measured:
             importlib.import_module("novoscale.integrations.deepspeed_operation").build(timeout)
     ranks = 1 if job.cut == "none" else job.ranks
     found = run_ranks(_on_rank, ranks, job, timeout=timeout, backend=backend, quiet=True)
-    _, _, parameters, update = found[0]
-    return Measured(job, [f[0] for f in found], [f[1] for f in found], parameters, update)
+    *_, parameters, update = found[0]
+    accounts, phases, timelines, alive = ([f[k] for f in found] for k in range(4))
+    return Measured(job, accounts, phases, timelines, alive, parameters, update)
 
 
 def deviation(found: Measured, uncut: Measured) -> float:
@@ -130,25 +154,31 @@ def deviation(found: Measured, uncut: Measured) -> float:
     return float(difference.norm() / torch.cat(list(uncut.update.values())).norm())
 
 
-def _on_rank(job: Job) -> tuple[Account, list[Phase], int, dict[str, Tensor]]:
+def _on_rank(job: Job) -> tuple[Any, ...]:
+    """What ``Measured`` has of one rank, in its order."""
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
     if device == "cuda":
         torch.cuda.set_device(torch.distributed.get_rank())
     with Recorder() as recorder:
         with recorder.phase("model"):
-            model = models.build(job.model, device).eval()
+            model = models.build(job.model, device).train(job.checkpointing)  # it is for training only
+            if job.checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             parameters = sum(p.numel() for p in model.parameters())
             before = {name: _sample(p) for name, p in model.named_parameters()}
-            training = set_up(model, CANDIDATES[job.optimizer], job.cut, job.precision)
-        sample = models.batch(job.model, model, device)
+            training = set_up(model, CANDIDATES[job.optimizer], job.cut, job.precision, job.release)
+        sample = models.batch(job.model, model, device, job.tokens)
         for when in ("warm-up ", ""):
             held = _one_step(training, recorder, sample, when)
     trained = getattr(training.model, "module", training.model).named_parameters()
     update = {name: _sample(training.whole(p)) - before[name] for name, p in trained}
-    return held, recorder.phases(), parameters, update
+    alive = training.alive.most if training.alive is not None else None
+    return held, recorder.phases(), recorder.timelines(SLICES), alive, parameters, update
 
 
 def _one_step(training: Training, recorder: Recorder, sample: dict[str, Tensor], when: str) -> Account:
+    if training.alive is not None:
+        training.alive.most = 0
     with recorder.phase(f"{when}forward"):
         loss = training.forward(sample)
     with recorder.phase(f"{when}backward"):

@@ -17,7 +17,7 @@ from novoscale.verify import runs
 
 FOLDER = Path(__file__).parent / "models"
 BUILTIN = "builtin"
-TOKENS = 32  # of a sample: state is what is measured here, not activations
+TOKENS = 32  # of a sample, unless told otherwise: state is what is measured here, not activations
 
 
 class MemoryToolError(ValueError):
@@ -53,14 +53,14 @@ def build(name: str, device: str = "cpu") -> nn.Module:
     return model
 
 
-def batch(name: str, model: nn.Module, device: str) -> dict[str, Tensor]:
-    """One sample of random tokens, the same on every rank."""
+def batch(name: str, model: nn.Module, device: str, length: int = TOKENS) -> dict[str, Tensor]:
+    """One sample of so many random tokens, the same on every rank."""
     generator = torch.Generator().manual_seed(0)
     if name == BUILTIN:
-        tokens = {"tokens": torch.randint(61, (1, TOKENS), generator=generator)}
+        tokens = {"tokens": torch.randint(61, (1, length), generator=generator)}
     else:
         vocabulary: Any = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        ids = torch.randint(vocabulary, (1, TOKENS), generator=generator)
+        ids = torch.randint(vocabulary, (1, length), generator=generator)
         tokens = {"input_ids": ids, "labels": ids}
     return {key: value.to(device) for key, value in tokens.items()}
 

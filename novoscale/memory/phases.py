@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from typing import Any
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
+
+Span = tuple[int, int]  # nanoseconds
 
 
 @dataclass(frozen=True)
@@ -93,35 +96,60 @@ class Recorder:
 
     def phases(self) -> list[Phase]:
         """The phases in the order in which they ran; call it after the recorder has been left."""
+        spans, histories = self._read()
+        updates = [span for name, span in spans if name.startswith("Optimizer.step#")]  # torch records it
+
+        def allocated(start: int, stop: int) -> dict[str, Allocated]:
+            return {device: history.within(start, stop) for device, history in histories.items()}
+
+        found = []
+        for (start, stop), (name, *resident) in zip(self._of_phases(spans), self._resident, strict=True):
+            inside = [allocated(*span) for span in updates if start <= span[0] <= stop]
+            found.append(Phase(name, allocated(start, stop), inside, *resident))
+        return found
+
+    def timelines(self, slices: int) -> list[dict[str, list[int]]]:
+        """Of each phase, by type of device: the most bytes in each of so many equal slices of its time."""
+        spans, histories = self._read()
+        found = []
+        for start, stop in self._of_phases(spans):
+            edges = [start + (stop - start) * k // slices for k in range(slices + 1)]
+            found.append(
+                {
+                    device: [history.within(*of_slice).peak for of_slice in itertools.pairwise(edges)]
+                    for device, history in histories.items()
+                }
+            )
+        return found
+
+    def _read(self) -> tuple[list[tuple[str, Span]], dict[str, _History]]:
+        """The names and times of what ran, and what was allocated on each type of device."""
         recorded: Any = self._profile.profiler
         events = recorded.kineto_results.events()
         spans = [(e.name(), (e.start_ns(), e.start_ns() + e.duration_ns())) for e in events]
+        changes: dict[str, list[tuple[int, int]]] = {"cpu": []}
+        for e in events:
+            if e.name() == "[memory]":
+                changes.setdefault(_device(e), []).append((e.start_ns(), e.nbytes()))
+        return spans, {device: _History(changes[device]) for device in sorted(changes)}
+
+    def _of_phases(self, spans: list[tuple[str, Span]]) -> list[Span]:
         named = dict(spans)
-        updates = [span for name, span in spans if name.startswith("Optimizer.step#")]  # torch records it
-        memory = [(_device(e), e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        memory.sort(key=lambda event: event[1])
-        devices = {"cpu", *(device for device, _, _ in memory)}
-        changes = {
-            device: [(at, change) for d, at, change in memory if d == device] for device in sorted(devices)
-        }
-
-        def allocated(span: tuple[int, int]) -> dict[str, Allocated]:
-            return {device: _allocated(changes[device], span) for device in changes}
-
-        found = []
-        for index, (name, *resident) in enumerate(self._resident):
-            start, stop = named[_mark(index)]
-            inside = [allocated(span) for span in updates if start <= span[0] <= stop]
-            found.append(Phase(name, allocated((start, stop)), inside, *resident))
-        return found
+        return [named[_mark(index)] for index in range(len(self._resident))]
 
 
-def _allocated(changes: list[tuple[int, int]], span: tuple[int, int]) -> Allocated:
-    start, stop = span
-    before = sum(change for at, change in changes if at < start)
-    inside = [change for at, change in changes if start <= at <= stop]
-    running = list(itertools.accumulate(inside, initial=before))
-    return Allocated(before, max(running), running[-1])
+class _History:
+    """What was allocated at each time."""
+
+    def __init__(self, changes: list[tuple[int, int]]) -> None:
+        changes = sorted(changes, key=lambda change: change[0])
+        self._times = [at for at, _ in changes]
+        self._levels = list(itertools.accumulate((change for _, change in changes), initial=0))
+
+    def within(self, start: int, stop: int) -> Allocated:
+        first, last = bisect_left(self._times, start), bisect_right(self._times, stop)
+        levels = self._levels[first : last + 1]
+        return Allocated(levels[0], max(levels), levels[-1])
 
 
 def _mark(index: int) -> str:

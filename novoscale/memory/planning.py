@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from novoscale.memory import releasing
 from novoscale.memory.rules import FLOAT32, Piece, Rule, Stepped
 
 BFLOAT16 = 2
@@ -28,7 +29,8 @@ class Plan:
 
     Attributes:
         parameters: the weights that forward and backward use, or the rank's shards of them.
-        gradients: after the backward pass, as they wait for the step.
+        gradients: after the backward pass, as they wait for the step; released ones: the most of them that
+            is alive at once.
         state: of the optimizer.
         master_weights: the copies that DeepSpeed gives to the optimizer.
         transient: gradients that DeepSpeed holds for a moment besides: under stage 1 all of them until the
@@ -45,7 +47,7 @@ class Plan:
 
     @property
     def total(self) -> int:
-        """Bytes held between the backward pass and the step, host and device."""
+        """Bytes held between the backward pass and the step, or while it releases gradients."""
         return self.parameters + self.gradients + self.state + self.master_weights
 
     @property
@@ -54,7 +56,7 @@ class Plan:
         return self.total + self.transient - self.on_host
 
 
-def plan(model: nn.Module, rule: Rule, cut: str, world: int, precision: str) -> Plan:
+def plan(model: nn.Module, rule: Rule, cut: str, world: int, precision: str, release: bool = False) -> Plan:
     """Plan the memory of the rank that holds most.
 
     Args:
@@ -64,16 +66,23 @@ def plan(model: nn.Module, rule: Rule, cut: str, world: int, precision: str) -> 
         cut: of ``novoscale.memory.cuts.CUTS``.
         world: number of ranks.
         precision: of ``novoscale.memory.cuts.PRECISIONS``.
+        release: with ``novoscale.release_gradients``; where ``releasing.why_not`` has nothing against it.
     """
     shapes = [tuple(p.shape) for p in model.parameters()]
-    return _CUTS[cut](shapes, rule, world, precision)
+    planned = _CUTS[cut](shapes, rule, world, precision)
+    if release:
+        alive = releasing.alive_at_once(model, cut, world)
+        return replace(planned, gradients=_torch_size(precision) * alive)
+    return planned
 
 
-def smallest_world(model: nn.Module, rule: Rule, cut: str, precision: str, device_bytes: float) -> int | None:
+def smallest_world(
+    model: nn.Module, rule: Rule, cut: str, precision: str, device_bytes: float, release: bool = False
+) -> int | None:
     """The fewest ranks on which the model states fit the device; None if no number of ranks is enough."""
 
     def fits(world: int) -> bool:
-        return plan(model, rule, cut, world, precision).on_device <= device_bytes
+        return plan(model, rule, cut, world, precision, release).on_device <= device_bytes
 
     low, high = 0, 1  # does not fit, may fit
     while not fits(high):
@@ -90,14 +99,14 @@ Shapes = Sequence[tuple[int, ...]]
 
 
 def _uncut(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
-    size = BFLOAT16 if precision == "bfloat16" else FLOAT32  # autocast keeps float32 weights
+    size = _torch_size(precision)
     weights = size * _elements(shapes)
     return Plan(weights, weights, rule([_whole(shape) for shape in shapes], size))
 
 
 def _fsdp2(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
     """Slices along dimension 0; the first rank has the largest."""
-    size = BFLOAT16 if precision == "bfloat16" else FLOAT32
+    size = _torch_size(precision)
     tensors = []
     for shape in shapes:
         rows, *rest = shape or (1,)
@@ -147,6 +156,11 @@ _CUTS: dict[str, Callable[[Shapes, Rule, int, str], Plan]] = {
     "offload": _zero_1_and_2(2, offload=True),
     "fsdp2": _fsdp2,
 }
+
+
+def _torch_size(precision: str) -> int:
+    """Bytes of an element without DeepSpeed: autocast and FSDP2's mixed precision keep float32 weights."""
+    return BFLOAT16 if precision == "bfloat16" else FLOAT32
 
 
 def _sizes(precision: str) -> tuple[int, int]:

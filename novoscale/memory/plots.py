@@ -1,4 +1,4 @@
-"""The picture of ``novoscale memory``: what an optimizer keeps, and what its step takes besides."""
+"""The picture of ``novoscale memory``: what an optimizer keeps, and what a step takes besides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WRONG = "#c0392b"
 
 
 def memory(report: dict[str, Any], path: Path) -> None:
-    """Bars of state and of the step's transient, for each optimizer and cut; most state on top.
+    """Bars of state and of the step's transient, or of released gradients; most state on top.
 
     Args:
         report: what ``novoscale memory`` writes as JSON.
@@ -32,11 +32,15 @@ def memory(report: dict[str, Any], path: Path) -> None:
         found = {row["optimizer"]: row for row in rows if (row["cut"], row["ranks"]) == cut}
         _bars(axes, names, found, place=0.4 - 0.8 * (k + 0.5) / len(cuts), height=0.74 / len(cuts), shade=k)
     state, transient = axes
+    released = report.get("release", False)
     state.set_yticks(range(len(names)), names, size=9)
     state.set(
         xlabel="bytes per parameter, of all ranks", title="Optimizer state, and what it saves of AdamW's"
     )
-    transient.set(xlabel="bytes per parameter, on one rank", title="What a step takes for a moment besides")
+    transient.set(
+        xlabel="bytes per parameter, on one rank",
+        title="Gradients, the most at once" if released else "What a step takes for a moment besides",
+    )
     state.margins(x=0.42, y=0.01)
     transient.margins(x=0.25)
     model = f"{report['model']}, {rows[0]['parameters'] / 1e6:.4g}M parameters" if rows else report["model"]
@@ -48,7 +52,7 @@ def memory(report: dict[str, Any], path: Path) -> None:
 def _bars(
     axes: Any, names: list[str], found: dict[str, Row], *, place: float, height: float, shade: int
 ) -> None:
-    for axis, value in zip(axes, (_state, _transient), strict=True):
+    for axis, value in zip(axes, (_state, _besides), strict=True):
         for y, row in ((y, found[name]) for y, name in enumerate(names) if name in found):
             wrong = row.get("same_training") is False
             bar = axis.barh(
@@ -70,8 +74,9 @@ def _state(row: Row) -> float:
     return float(row["state_bytes_per_parameter"])
 
 
-def _transient(row: Row) -> float:
-    return float(row["transient_bytes"] / row["parameters"])
+def _besides(row: Row) -> float:
+    held = row["gradient_bytes_per_rank"] if row.get("release") else row["transient_bytes"]
+    return float(held / row["parameters"])
 
 
 def _saving(held: float) -> str:

@@ -13,6 +13,10 @@ from novoscale.memory.cuts import TITLES
 from novoscale.memory.planning import Plan
 
 GIB, MIB = 2**30, 2**20
+RELEASED = (
+    " Released: the most gradients that are alive at once; under FSDP2 the largest unit's shards, where each "
+    "block of layers is a unit and the rest is one."
+)
 
 
 def write(report: dict[str, Any], folder: Path, command: str) -> dict[str, Any]:
@@ -31,31 +35,37 @@ def measured(report: dict[str, Any]) -> Table:
     """A row for each optimizer and cut."""
     device = next((row["device"] for row in report["rows"] if "device" in row), "cpu")
     table = Table(
-        title=f"{report['model']}, {report['precision']}, measured on {device}",
-        caption="State: of the storages that are held. Transient: what the optimizer's step allocates "
-        "besides what it leaves, on the rank with most of it. Peak: of all phases, warm-up included. "
-        "Update: distance from that of one process, over its length.",
+        title=f"{report['model']}, {report['precision']}{_how(report)}, measured on {device}",
+        caption="State: of the storages that are held. Gradients: those that wait for the step, or the most "
+        "that are alive at once if they are released. Transient: what the optimizer's step allocates besides "
+        "what it leaves, on the rank with most of it. Peak: of all phases, warm-up included. Update: "
+        "distance from that of one process, over its length.",
     )
     table.add_column("optimizer")
     table.add_column("cut")
-    columns = ("state\nB/param", "state\nMiB/rank", "transient\nB/param", "peak\nMiB/rank")
-    for column in (*columns, "RSS\nMiB/rank", "update"):
+    columns = ("state\nB/param", "state\nMiB/rank", "gradients\nMiB/rank", "transient\nB/param")
+    for column in (*columns, "peak\nMiB/rank", "RSS\nMiB/rank", "update"):
         table.add_column(column, justify="right")
     for row in report["rows"]:
         if "why" in row:
-            table.add_row(row["optimizer"], _cut(row), *[""] * 5, row["why"], style="dim")
+            table.add_row(row["optimizer"], _cut(row), *[""] * 6, row["why"], style="dim")
             continue
         table.add_row(
             row["optimizer"],
             _cut(row),
             f"{row['state_bytes_per_parameter']:.3f}",
             f"{row['state_bytes_per_rank'] / MIB:.2f}",
-            f"{row['transient_bytes'] / row['parameters']:.3f}",
+            f"{row['gradient_bytes_per_rank'] / MIB:.2f}",
+            "in backward" if row["release"] else f"{row['transient_bytes'] / row['parameters']:.3f}",
             f"{row['peak_bytes_per_rank'] / MIB:.1f}",
             f"{row['rss_bytes_per_rank'] / MIB:.0f}",
             _update(row),
         )
     return table
+
+
+def _how(report: dict[str, Any]) -> str:
+    return ", gradients released in the backward pass" if report.get("release") else ""
 
 
 def _cut(row: dict[str, Any]) -> str:
@@ -84,9 +94,10 @@ def plan(report: dict[str, Any]) -> Table:
         f"ranks, {report['precision']}; GiB on the rank that holds most",
         caption="Model states only: activations, buckets of collectives and gathered layers come on top. "
         "Transient: gradients that DeepSpeed holds for a moment besides. State by rules that are tested "
-        "against measurement; novoscale memory measures, and shows which optimizers a cut changes.",
+        "against measurement; novoscale memory measures, and shows which optimizers a cut changes."
+        + (RELEASED if report["release"] else ""),
     )
-    for column in ("optimizer", "cut"):
+    for column in ("optimizer", "cut", *(["gradients\nreleased"] if report["release"] else [])):
         table.add_column(column)
     parts = ("parameters", "gradients", "master_weights", "state", "transient", "on_host", "on_device")
     for part in parts:
@@ -95,5 +106,10 @@ def plan(report: dict[str, Any]) -> Table:
     for row in report["rows"]:
         fits = "never" if row["smallest_world"] is None else f"{row['smallest_world']:,}"
         sizes = [f"{row[part] / GIB:.2f}" for part in parts]
-        table.add_row(row["optimizer"], TITLES[row["cut"]], *sizes, fits)
+        released = [_released(row)] if report["release"] else []
+        table.add_row(row["optimizer"], TITLES[row["cut"]], *released, *sizes, fits)
     return table
+
+
+def _released(row: dict[str, Any]) -> str:
+    return "yes" if row["released"] else f"no: {row['why_not_released']}"

@@ -173,7 +173,10 @@ def _round_otherwise(weights: Iterable[Tensor], generator: torch.Generator) -> N
 
 
 def cut(model: nn.Module, kind: str, **fsdp2: Any) -> nn.Module:
-    """The model under "ddp" or "fsdp2" (with options of ``fully_shard``), or as it is under "none"."""
+    """The model under "ddp" or "fsdp2" (with options of ``fully_shard``), or as it is under "none".
+
+    Units of FSDP2 are, as is usual, each block of layers (see ``blocks``), and what is left.
+    """
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
     if kind == "fsdp2":
@@ -181,8 +184,16 @@ def cut(model: nn.Module, kind: str, **fsdp2: Any) -> nn.Module:
         from torch.distributed.fsdp import fully_shard
 
         device = next(model.parameters()).device.type
-        fully_shard(model, mesh=init_device_mesh(device, (dist.get_world_size(),)), **fsdp2)
+        mesh = init_device_mesh(device, (dist.get_world_size(),))
+        for unit in (*blocks(model), model):
+            fully_shard(unit, mesh=mesh, **fsdp2)
     return model
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules of each ``nn.ModuleList`` that is in no other."""
+    for child in model.children():
+        yield from child if isinstance(child, nn.ModuleList) else blocks(child)
 
 
 def whole(weight: Tensor) -> Tensor:

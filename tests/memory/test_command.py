@@ -36,6 +36,18 @@ def test_memory_of_a_config_file_as_json(tmp_path):
     assert row["parameters"] == 64 * 32 + 1024 * 32 + 12 * 32 * 32 + 13 * 32 + 2 * 32
 
 
+def test_memory_with_released_gradients_says_so_in_table_picture_and_json(tmp_path):
+    arguments = ["--release", "--optimizer", "novograd", "--cut", "none", "--out", tmp_path]
+    done = run("memory", "builtin", *arguments)
+    assert done.exit_code == 0, done.stderr
+    assert "gradients released in the backward pass" in done.stdout
+    report = json.loads((tmp_path / "memory.json").read_text())
+    (row,) = report["rows"]
+    assert report["release"] is row["release"] is True
+    assert f"{row['gradient_bytes_per_rank'] / 2**20:.2f}" in done.stdout
+    assert "the most at once" in (tmp_path / "memory.svg").read_text()
+
+
 def test_plan_shows_each_part_and_the_smallest_world():
     arguments = ["--world", 64, "--optimizer", "novograd", "--cut", "zero3", "--device-memory", 80]
     done = run("plan", "llama-70b", *arguments)
@@ -43,6 +55,27 @@ def test_plan_shows_each_part_and_the_smallest_world():
     assert "70.55 billion parameters on 64 ranks" in done.stdout
     assert "activations" in done.stdout
     assert "12.32" in done.stdout
+
+
+def test_plan_of_released_gradients_says_which_rows_it_holds_for():
+    chosen = ["--optimizer", "novograd-int4", "--optimizer", "adamw-fused", "--cut", "none", "--cut", "zero2"]
+    arguments = ["plan", "gpt2-1m", *chosen, "--precision", "bfloat16", "--release"]
+    done = run(*arguments)
+    assert done.exit_code == 0, done.stderr
+    says = " ".join(done.stdout.split())
+    assert "the most gradients that are alive at once" in says
+    assert "no: not NovoGrad" in says
+    report = json.loads(run(*arguments, "--json").stdout)
+    assert report["release"] is True
+    rows = {(row["optimizer"], row["cut"]): row for row in report["rows"]}
+    assert [row["why_not_released"] for row in rows.values()] == [
+        *(None, "not NovoGrad"),
+        *("not under ZeRO-2", "not NovoGrad"),
+    ]
+    assert [row["released"] for row in rows.values()] == [True, False, False, False]
+    released, adamw = rows["NovoGrad, int4", "none"], rows["torch AdamW, fused", "none"]
+    assert released["gradients"] < adamw["gradients"] / 2
+    assert released["on_device"] == released["parameters"] + released["gradients"] + released["state"]
 
 
 @pytest.mark.parametrize(

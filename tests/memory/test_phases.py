@@ -1,5 +1,7 @@
 """Phases: what was held before, at most and after; exact, temporaries inside of operators included."""
 
+import itertools
+
 import phases_ranks
 import pytest
 
@@ -20,6 +22,19 @@ def test_peak_and_rest_of_a_phase():
     assert all(p["rss"] >= p["uss"] > 0 for p in found.values())
     peak = found["step"]["peak_rss"]
     assert peak is None or peak > 100 * MIB
+
+
+@pytest.mark.parametrize("slices", [1, 2, 40])
+def test_bytes_over_the_time_of_a_phase_keep_its_peak(slices):
+    (rises, frees), (rising, freeing) = run_ranks(phases_ranks.timeline, 1, slices)[0]
+    assert len(rising) == len(freeing) == slices
+    assert max(rising) == rises["allocated"]["cpu"]["peak"] == 5 * MIB
+    assert max(freeing) == frees["allocated"]["cpu"]["peak"] == freeing[0] == 2 * MIB
+    if slices == 40:  # each level for a while, in this order; and one of them for a moment
+        order = [level for level, _ in itertools.groupby(rising)]
+        assert order == [MIB, 5 * MIB, 2 * MIB]
+        assert rising.count(5 * MIB) <= 2
+        assert freeing[-1] == 0
 
 
 @pytest.mark.parametrize(

@@ -146,6 +146,7 @@ def test_shipped_shapes_are_those_of_the_models():
     assert elements == {
         "gpt2-1m": 842_496,
         "gpt2-124m": 124_439_808,
+        "llama-1b": 1_235_814_400,
         "llama-8b": 8_030_261_248,
         "llama-70b": 70_553_706_496,
         "llama-405b": 405_853_388_800,
