@@ -27,17 +27,17 @@ from torch.distributed.tensor import DTensor
 from novoscale import release_checks as checks
 from novoscale.novograd import NovoGrad
 
-# A step has its price, whatever the number of elements. Parameters smaller than this wait for others, until
-# they are as many together; in a small model a part of it.
-ENOUGH = 1 << 23
-PARTS = 16
+# A step has its price, whatever the number of elements: so many are stepped together, in a small model a part
+# of it, and a larger parameter alone.
+ENOUGH = 1 << 24
+PARTS = 8
 
 
 def release_gradients(model: nn.Module, optimizer: Any) -> ReleasedGradients:
     """Step each parameter in the backward pass, as soon as its gradient is whole, and free the gradient.
 
     The training loop stays as it is: ``optimizer.step()`` and ``zero_grad()`` do nothing more to what has
-    been stepped. Small parameters are stepped together, 8M elements (or a 16th of the model) at a time; under
+    been stepped. Small parameters are stepped together, up to 16M elements (or an eighth of the model); under
     FSDP2 those of an FSDP unit, with one collective. A gradient that is not finite leaves its parameter as
     it is, and no other: see ``NovoGrad.skipped_steps``.
 
@@ -78,7 +78,13 @@ class ReleasedGradients:
         except ValueError:
             self._optimizer.released_by(None)
             raise
-        self._units, self._alone = _units(model, self._optimizer)
+        self._params = list(model.parameters())
+        self._of_fsdp = _fsdp_units(model)
+        # Of plain parameters among DTensors nobody knows here who adds up the gradients, before step().
+        sharded = any(isinstance(p, DTensor) for p in self._params)
+        self._alone = {id(p) for p in self._params if sharded and not isinstance(p, DTensor)}
+        self._units = self._form_units()
+        self._formed = False  # by the order in which gradients come
         self._doubtful = set(map(id, tied(model)))  # parameters whose gradient may come in parts
         self._came_whole: set[int] = set()  # those whose gradient has come in one
         self._in_parts: set[int] = set()  # those whose gradient has come in several
@@ -235,11 +241,29 @@ class ReleasedGradients:
             used = {id(p) for _, p in unit.members if p.requires_grad} - late
             unit.expected, unit.whole = used & came if came else used, set()
 
+    def _form_units(self) -> dict[int, _Unit]:
+        """The units by the ids of their members."""
+        keys: dict[int, Any] = dict(self._of_fsdp)
+        for number, together in enumerate(stepped_together([p for p in self._params if id(p) not in keys])):
+            keys |= {id(p): (p.device, number) for p in together}
+        made: dict[Any, _Unit] = {}
+        units = {}
+        for index, group in enumerate(self._optimizer.param_groups):
+            for p in group["params"]:
+                if id(p) in keys:
+                    unit = units[id(p)] = made.setdefault(keys[id(p)], _Unit([]))
+                    unit.members.append((index, p))
+        return units
+
     def _before_step(self, optimizer: NovoGrad, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         checks.before_step(optimizer, (*arguments[1:], *named.values()), self._names, self._options)
 
     def _after_step(self, *_: Any) -> None:
         self._came_whole |= {key for key, times in self._came.items() if times == 1} - self._in_parts
+        if self._came and not self._formed:
+            order = {key: number for number, key in enumerate(reversed(self._came))}  # the first ones last
+            self._params.sort(key=lambda p: order.get(id(p), -1))
+            self._units, self._formed = self._form_units(), True
         self._begin_step(self._came.keys())
 
     # ---- what is said -------------------------------------------------------------------------------
@@ -275,32 +299,11 @@ class _Unit:
     whole: set[int] = field(default_factory=set)
 
 
-def _units(model: nn.Module, optimizer: NovoGrad) -> tuple[dict[int, _Unit], set[int]]:
-    """The units by the ids of their members, and the ids of parameters that are not stepped early.
-
-    Those are the plain ones where others are DTensors: their gradients may not be complete before
-    ``step()``, for nobody knows here who adds them up.
-    """
-    params = list(model.parameters())
-    sharded = any(isinstance(p, DTensor) for p in params)
-    alone = {id(p) for p in params if sharded and not isinstance(p, DTensor)}
-    keys: dict[int, Any] = dict(_fsdp_units(model))
-    for number, together in enumerate(stepped_together([p for p in params if id(p) not in keys])):
-        keys |= {id(p): (p.device, number) for p in together}
-    made: dict[Any, _Unit] = {}
-    units = {}
-    for index, group in enumerate(optimizer.param_groups):
-        for p in group["params"]:
-            unit = units[id(p)] = made.setdefault(keys[id(p)], _Unit([]))
-            unit.members.append((index, p))
-    return units, alone
-
-
 def stepped_together(params: Sequence[Tensor]) -> list[list[Tensor]]:
     """Which parameters are stepped together where no FSDP unit says it, each list as gradients come.
 
     Args:
-        params: in the order of the model. Gradients are taken to come in the reverse order, more or less.
+        params: in the order of the model. Gradients are taken to come in the reverse order.
     """
     enough = min(ENOUGH, sum(p.numel() for p in params) // PARTS)
     found: list[list[Tensor]] = []
@@ -309,10 +312,10 @@ def stepped_together(params: Sequence[Tensor]) -> list[list[Tensor]]:
         if p.numel() >= enough:
             found.append([p])
             continue
-        small.append(p)
-        if sum(s.numel() for s in small) >= enough:
+        if small and sum(s.numel() for s in (*small, p)) > enough:
             found.append(small)
             small = []
+        small.append(p)
     return [*found, small] if small else found
 
 

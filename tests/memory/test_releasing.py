@@ -38,10 +38,15 @@ class Blocks(nn.Module):
     [
         (nn.ModuleList([linear(1, 5), linear(30, 30), linear(5, 5)]), "none", 1, 900 + 25),  # 25 wait for 5
         (nn.ModuleList([linear(30, 30), linear(30, 3)]), "none", 1, 900),
-        (nn.ModuleList(linear(1, 10) for _ in range(100)), "none", 1, 70),  # more than a 16th
-        (nn.ModuleList(linear(1000, 3000) for _ in range(100)), "none", 1, 9_000_000),  # more than 2**23
+        (nn.ModuleList(linear(1, 10) for _ in range(100)), "none", 1, 120),  # an eighth is 125
+        (
+            nn.ModuleList(linear(1000, 3000) for _ in range(100)),
+            "none",
+            1,
+            15_000_000,
+        ),  # 2**24 are not reached
         (nn.ModuleList([linear(7, 1)]), "none", 1, 7),
-        (Blocks(), "none", 1, 30),
+        (Blocks(), "none", 1, 30 + 12),  # 12 wait for less
         (Blocks(tied=True), "none", 1, 30 + 18),  # the tied one waits for the embedding
         (Blocks(), "fsdp2", 2, 3 * 6 + 1 + 1 * 7),
         (Blocks(), "fsdp2", 1, 45),
@@ -91,10 +96,9 @@ def test_plan_agrees_with_measurement(job):
     expected = plan(model, CANDIDATES[job.optimizer].state, job.cut, job.ranks, job.precision, release=True)
     found = measure(job, timeout=200)
     assert [account.gradients for account in found.accounts] == [0] * job.ranks  # none waits for the step
-    seen = expected.gradients
-    if (job.model, job.cut) == ("gpt2-1m", "none"):
-        seen -= 2 * 256 * 128  # the embedding is tied: not seen before all of its gradient is there
-    assert max(found.alive) == pytest.approx(seen, rel=0.01)
+    # The gradient of a tied parameter is not seen before all of it is there.
+    unseen = 2 * 256 * 128 if (job.model, job.cut) == ("gpt2-1m", "none") else 0
+    assert 0.99 * (expected.gradients - unseen) < max(found.alive) < 1.01 * expected.gradients
     for kind in ("parameters", "state"):
         held = [getattr(a, kind) if kind != "state" else a.state.total for a in found.accounts]
         assert getattr(expected, kind) == pytest.approx(max(held), rel=0.01), kind
