@@ -215,15 +215,15 @@ class Plan:
         return finite, torch.stack([total, *sums]).sum() if sums else total
 
     def _bad_parameters(self, statistic: Tensor) -> Tensor:
-        """How much of each parameter is not finite, as far as it is known here: float64 ``[parameters]``."""
-        bad = (~_fits_float32(statistic)).double()
-        of_layers, of_columns, of_numbers = torch.split(
-            bad, [self.layers, self.columns, self.numbers * self.parameters]
-        )
-        of_numbers = of_numbers.view(self.numbers, self.parameters).sum(0)
+        """1 for each parameter that is not finite, as far as it is known here, else 0: float64."""
+        sizes = [self.layers, self.columns, self.numbers * self.parameters]
+        of_layers, of_columns, numbers = torch.split(statistic, sizes)
         parts = ((of_layers, self._layers_of), (of_columns, self._columns_of))
-        counted = [torch.segment_reduce(x, "sum", lengths=n, unsafe=True) for x, n in parts if len(x)]
-        return torch.stack([statistic[self._verdicts], of_numbers, *counted]).sum(0)
+        # None is negative: what is not finite, or too large, shows in the sum.
+        sums = [torch.segment_reduce(x, "sum", lengths=n, unsafe=True) for x, n in parts if len(x)]
+        sums.append(numbers.view(self.numbers, self.parameters).sum(0))
+        known = statistic[self._verdicts] > 0
+        return (known | ~_fits_float32(torch.stack(sums).sum(0))).double()
 
     def share(self, sums: Tensor) -> Tensor:
         """Add up a number of each parameter over the ranks that have different layers of it.

@@ -124,6 +124,8 @@ class Prepared:
         """
         scale = clip if inverse_scale is None else inverse_scale if clip is None else clip * inverse_scale
         steps = []
+        if finite.ndim and finite.device.type == "cpu" and bool(finite.all()):
+            finite = finite.all()  # which a GPU would have to be asked for
         counts = [len(layers.here) for layers in self.layers]
         verdicts = torch.split(finite, counts) if finite.ndim else [finite] * len(counts)
         given = zip(groups, self.layers, self.by_group(statistic), verdicts, strict=True)
