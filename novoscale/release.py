@@ -29,15 +29,15 @@ from novoscale.novograd import NovoGrad
 
 # A step has its price, whatever the number of elements: so many are stepped together, in a small model a part
 # of it, and a larger parameter alone.
-ENOUGH = 1 << 24
-PARTS = 8
+ENOUGH = 1 << 25
+PARTS = 4
 
 
 def release_gradients(model: nn.Module, optimizer: Any) -> ReleasedGradients:
     """Step each parameter in the backward pass, as soon as its gradient is whole, and free the gradient.
 
     The training loop stays as it is: ``optimizer.step()`` and ``zero_grad()`` do nothing more to what has
-    been stepped. Small parameters are stepped together, up to 16M elements (or an eighth of the model); under
+    been stepped. Small parameters are stepped together, up to 32M elements (or a quarter of the model); under
     FSDP2 those of an FSDP unit, with one collective. A gradient that is not finite leaves its parameter as
     it is, and no other: see ``NovoGrad.skipped_steps``.
 

@@ -255,7 +255,7 @@ def test_no_gradient_is_left_after_the_backward_pass(reentrant):
 
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpoints", "reentrant"])
 @pytest.mark.filterwarnings("ignore:reentrant")
-def test_a_quarter_of_the_gradients_is_there_at_once(reentrant):
+def test_less_than_half_of_the_gradients_is_there_at_once(reentrant):
     model = Model(tied=False, blocks=32, reentrant=reentrant)
     alive, most = {}, 0
 
@@ -273,7 +273,7 @@ def test_a_quarter_of_the_gradients_is_there_at_once(reentrant):
         most = 0
         plain_step(model, [optimizer], step, [])
         if step or not reentrant:
-            assert 0 < most < sum(4 * p.numel() for p in model.parameters()) / 4
+            assert 0 < most < sum(4 * p.numel() for p in model.parameters()) / 2
     gc.collect()
     assert all(storage() is None for storage in alive.values())
 
