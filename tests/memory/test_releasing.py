@@ -38,16 +38,11 @@ class Blocks(nn.Module):
     [
         (nn.ModuleList([linear(1, 5), linear(30, 30), linear(5, 5)]), "none", 1, 900 + 25),  # 25 wait for 5
         (nn.ModuleList([linear(30, 30), linear(30, 3)]), "none", 1, 900),
-        (nn.ModuleList(linear(1, 10) for _ in range(100)), "none", 1, 120),  # an eighth is 125
-        (
-            nn.ModuleList(linear(1000, 3000) for _ in range(100)),
-            "none",
-            1,
-            15_000_000,
-        ),  # 2**24 are not reached
+        (nn.ModuleList(linear(1, 10) for _ in range(100)), "none", 1, 250),  # a quarter
+        (nn.ModuleList(linear(1000, 3000) for _ in range(100)), "none", 1, 33 * 10**6),  # 2**25
         (nn.ModuleList([linear(7, 1)]), "none", 1, 7),
-        (Blocks(), "none", 1, 30 + 12),  # 12 wait for less
-        (Blocks(tied=True), "none", 1, 30 + 18),  # the tied one waits for the embedding
+        (Blocks(), "none", 1, 32),  # a quarter is 33
+        (Blocks(tied=True), "none", 1, 42 + 18),  # the tied one waits for the embedding
         (Blocks(), "fsdp2", 2, 3 * 6 + 1 + 1 * 7),
         (Blocks(), "fsdp2", 1, 45),
         (nn.ModuleList([linear(30, 30), linear(5, 5)]), "fsdp2", 2, 15 * 30 + 3 * 5),  # no blocks
