@@ -48,6 +48,7 @@ class Parameter:
         row_shares: over how many ranks of a wrapper's own tensor parallelism each layer is cut, beside what
             ``numel`` says.
         column_shares: the same of each column.
+        shape: of the whole parameter, if it is known.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Parameter:
     counts_once: bool = False
     row_shares: int = 1
     column_shares: int = 1
+    shape: tuple[int, ...] = ()
 
     @property
     def layer_numel(self) -> int:
@@ -271,7 +273,7 @@ def describe(name: str, shape: Sequence[int], granularity: str | int, number: in
     numel = math.prod(shape)
     factored = granularity == "factored" and len(shape) > 1 and numel > 0
     layers = _layers(name, shape, granularity) if numel else 1
-    return Parameter(name, numel, layers, number, factored, counts_once(granularity))
+    return Parameter(name, numel, layers, number, factored, counts_once(granularity), shape=tuple(shape))
 
 
 def _layers(name: str, shape: Sequence[int], granularity: str | int) -> int:
