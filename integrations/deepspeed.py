@@ -30,6 +30,7 @@ from torch import Tensor
 from novoscale import NovoGrad
 
 from . import deepspeed_layouts as layouts
+from .deepspeed_checkpoint import load_universal
 
 NAME = "NovoGrad"
 
@@ -116,7 +117,10 @@ def _extend_dummy_step(wrapper: Any) -> None:
 
 
 def _bind(wrapper: Any, name: str, tensors: Callable[[Any], Iterator[layouts.Bound]]) -> None:
-    wrapper.optimizer.bind(name, list(tensors(wrapper)))
+    bound = list(tensors(wrapper))
+    wrapper.optimizer.bind(name, bound)
+    if hasattr(wrapper, "_load_universal_checkpoint"):
+        load_universal(wrapper, bound)
 
 
 def _bind_zero_1_and_2(zero: Any) -> None:

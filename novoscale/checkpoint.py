@@ -18,6 +18,30 @@ SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
 STRUCTURE = ("momentum_dtype", "granularity", "allow_lossy_load")
 
 
+class FlatState(dict[str, Any]):
+    """The state of a wrapper's flat tensor in a state dict.
+
+    Attributes:
+        STATE: key of the state of its pieces.
+        LAYOUT: key of what the pieces are of: see ``reassembly.record``.
+
+    Raises:
+        RuntimeError: asked for another key, as by DeepSpeed's ``ds_to_universal``, which takes every state
+            for one of Adam's.
+    """
+
+    STATE, LAYOUT = "novograd", "layout"
+
+    def __missing__(self, key: str) -> Any:
+        raise RuntimeError(
+            f"{key}: this is a checkpoint of NovoGrad, whose second moments are of layers: convert it with "
+            "`novoscale to-universal IN OUT`, which does for it what ds_to_universal does for Adam"
+        )
+
+
+torch.serialization.add_safe_globals([FlatState])
+
+
 @contextmanager
 def recording(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
     """Record the state dict that torch's ``load_state_dict`` takes, as the user's hooks leave it."""
@@ -59,6 +83,9 @@ def loaded(
     Raises:
         ValueError: a state that does not fit the parameter.
     """
+    if FlatState.STATE in saved:
+        _check_cut(name, saved[FlatState.LAYOUT], layout)
+        saved = saved[FlatState.STATE]
     state = {key: value for key, value in saved.items() if not _is_known(key)}
     if any(key in saved for key in SECOND_MOMENTS):
         made = second_moment.allocate(p, layout)
@@ -73,6 +100,18 @@ def loaded(
     if "exp_avg" in saved:
         state.update(_first_moment(name, saved, p, layout, group))
     return state
+
+
+def _check_cut(name: str, saved: Mapping[str, Any], layout: Layout) -> None:
+    """Raise ValueError where a flat tensor was saved with other pieces than it has."""
+    pieces = [[s.start, s.stop, s.parameter, s.offset] for s in layout.segments]
+    names = [h.parameter.name for h in layout.held]
+    if saved["segments"] != pieces or [of["name"] for of in saved["parameters"]] != names:
+        raise ValueError(
+            f"{name}: the checkpoint was saved with the parameters cut in another way: of another model, on "
+            "another number of ranks or by another stage of ZeRO. Convert it with `novoscale to-universal IN "
+            'OUT`, and load it with "checkpoint": {"load_universal": true} in the DeepSpeed config'
+        )
 
 
 def _is_known(key: str) -> bool:

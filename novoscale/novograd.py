@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from novoscale import checkpoint, checks, presets, second_moment
+from novoscale import checkpoint, checks, presets, reassembly, second_moment
 from novoscale.collectives import Plan
 from novoscale.known_layers import KnowsLayers
 from novoscale.telemetry import Telemetry
@@ -325,15 +325,17 @@ class NovoGrad(KnowsLayers):
         """As ``torch.optim.Optimizer.state_dict``, in a form that does not depend on how parameters are cut.
 
         Of moments in blocks that are cut, or whose rows are no whole blocks, it has copies. Where tensor
-        parallelism cuts such rows, it is a collective.
+        parallelism cuts such rows, it is a collective. Under a wrapper it says what each tensor holds.
         """
         kept = self.state
-        if self._wrapper is None:
-            self.state = defaultdict(dict, kept)
-            for index, position, number, p in self._numbered():
-                if "exp_avg_scale" in kept.get(p, {}):
-                    layout = self._find_layout(index, position, number, p)
-                    self.state[p] = checkpoint.saved(p, kept[p], layout)
+        self.state = defaultdict(dict, kept)
+        for index, position, number, p in self._numbered():
+            state = kept.get(p, {})
+            if state and self._wrapper is not None:
+                self.state[p] = reassembly.flat_state(state, self._find_layout(index, position, number, p))
+            elif "exp_avg_scale" in state:
+                layout = self._find_layout(index, position, number, p)
+                self.state[p] = checkpoint.saved(p, state, layout)
         try:
             return super().state_dict()
         finally:

@@ -34,6 +34,12 @@ def record(layout: Layout) -> dict[str, Any]:
     }
 
 
+def flat_state(state: State, layout: Layout) -> checkpoint.FlatState:
+    """The state of a flat tensor as it is saved."""
+    keys = checkpoint.FlatState.STATE, checkpoint.FlatState.LAYOUT
+    return checkpoint.FlatState(zip(keys, (dict(state), record(layout)), strict=True))
+
+
 def layout_of(found: Mapping[str, Any]) -> Layout:
     """The layout of which :func:`record` was made, without what needs the ranks.
 
