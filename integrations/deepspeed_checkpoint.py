@@ -24,6 +24,8 @@ from novoscale.checkpoint import STRUCTURE, FlatState
 from novoscale.layout import Layout
 
 STATE_FILE = "novograd.state"  # not *.pt: those are read by DeepSpeed as states of Adam's kind
+# Of the model, under stages 1 and 2 and under stage 3.
+MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
 
@@ -173,13 +175,55 @@ def to_universal(source: Path, target: Path) -> None:
         torch.save({"param": weight, "cat_dim": 0}, folder / "fp32.pt")
         torch.save(found.states[name], folder / STATE_FILE)
     groups = {"param_groups": found.param_groups}
-    # Stage 3 looks for a step there.
-    common = {**found.common, **groups, "optimizer_state_dict": {**groups, "state": {0: {"step": 0}}}}
-    torch.save(common, zero / "optimizer_state.pt")
     for path in source.glob("*model_states.pt"):
         shutil.copy2(path, temporary)
+    version = _for_other_stages(temporary, found.weights)
+    # Stage 3 looks for a step there, stages 1 and 2 for a version.
+    step = {"optimizer_state_dict": {**groups, "state": {0: {"step": 0}}}}
+    torch.save({"ds_version": version, **found.common, **groups, **step}, zero / "optimizer_state.pt")
     temporary.rename(target)
     (target.parent / "latest_universal").write_text(target.name)
+
+
+def _for_other_stages(folder: Path, weights: Mapping[str, Tensor]) -> str:
+    """Make the file of the model that stages 1 and 2 load, or the one of stage 3, of the other.
+
+    Not for stage 3 where there are frozen parameters: it would need a part of them for each rank.
+
+    Returns:
+        The version of DeepSpeed that has saved them.
+    """
+    whole, partitioned = (folder / name for name in MODEL_FILES)
+    given = whole if whole.exists() else partitioned
+    saved = torch.load(given, map_location="cpu", weights_only=False)
+    module = dict(saved["module"])
+    names = {**{name: name for name in weights}, **saved.get("shared_params", {})}
+    if given == partitioned:
+        frozen = _frozen(folder, saved.get("frozen_param_shapes") or {})
+        for name, original in names.items():
+            module[name] = weights[original].to(module[name].dtype)
+        torch.save({**saved, "module": module | frozen, "frozen_param_shapes": None}, whole)
+    elif all(name in names or name in saved["buffer_names"] for name in module):
+        empty = {name: module[name].new_empty(0) for name in names if name in module}
+        nothing: dict[str, Any] = {"frozen_param_shapes": {}, "frozen_param_fragments": {}}
+        torch.save({**saved, **nothing, "module": module | empty}, partitioned)
+    return str(saved["ds_version"])
+
+
+def _frozen(folder: Path, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The frozen parameters of stage 3, of which each rank has saved an equal part."""
+    if not shapes:
+        return {}
+    files = sorted(folder.glob("zero_pp_rank_*_mp_rank_00_model_states.pt"), key=_rank_of)
+    saved = [torch.load(f, map_location="cpu", weights_only=False)["frozen_param_fragments"] for f in files]
+    return {
+        name: torch.cat([of[name].view(-1) for of in saved])[: shape.numel()].view(shape)
+        for name, shape in shapes.items()
+    }
+
+
+def _rank_of(path: Path) -> int:
+    return int(path.name.removeprefix("zero_pp_rank_").partition("_")[0])
 
 
 class _States(Mapping[str, Any]):

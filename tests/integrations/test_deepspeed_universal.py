@@ -1,6 +1,5 @@
 """A training under ZeRO goes on, on another number of ranks, as if it had not been interrupted."""
 
-
 import fixed_gradients
 import pytest
 import torch
@@ -47,3 +46,45 @@ def assert_uninterrupted(found, options, dtype=torch.float32, master=None):
 def test_it_goes_on_to_the_same_bits_on_another_number_of_ranks(stage, first, second, options, tmp_path):
     found = resume(tmp_path, first, second, options, stages=(stage, stage))
     assert_uninterrupted(found, options)
+
+
+INT8 = FORMS[2]
+
+
+@pytest.mark.parametrize("stages", [(1, 2), (2, 1)], ids=str)
+def test_from_stage_1_to_2_and_back(stages, tmp_path):
+    assert_uninterrupted(resume(tmp_path, 2, 3, INT8, stages=stages), INT8)
+
+
+@pytest.mark.parametrize("stages", [(3, 2), (1, 3)], ids=str)
+def test_to_and_from_stage_3_is_one_error_or_goes_on(stages, tmp_path):
+    found = resume(tmp_path, 2, 3, INT8, stages=stages)
+    print(found[0] if isinstance(found[0], str) else "goes on")
+    assert_uninterrupted(found, INT8)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"offload_optimizer": {"device": "cpu"}},
+        {"round_robin_gradients": True},
+        {"sub_group_size": 5000},
+    ],
+    ids=str,
+)
+def test_with_offload_round_robin_and_sub_groups(stage, zero, tmp_path):
+    assert_uninterrupted(resume(tmp_path, 3, 2, INT8, stages=(stage, stage), zero=zero), INT8)
+
+
+def test_under_the_bf16_optimizer(tmp_path):
+    more = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    found = resume(tmp_path, 3, 2, INT8, stages=(1, 1), bfloat16=True, **more)
+    assert_uninterrupted(found, INT8, torch.bfloat16, master=torch.float32)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_param_groups_keep_their_options(stage, tmp_path):
+    found = resume(tmp_path, 2, 3, INT8, stages=(stage, stage), groups=True)
+    assert not any(isinstance(rank, str) for rank in found), found
+    assert [decays for _, decays in found] == [[0.1, 0.0]] * 3
