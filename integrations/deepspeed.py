@@ -30,7 +30,7 @@ from torch import Tensor
 from novoscale import NovoGrad
 
 from . import deepspeed_layouts as layouts
-from .deepspeed_checkpoint import load_universal
+from . import deepspeed_universal as universal
 
 NAME = "NovoGrad"
 
@@ -66,6 +66,7 @@ def register() -> None:
     # Its constructor ends with a step on zero gradients, which must already find the layout.
     _extend(FP16_UnfusedOptimizer, lambda _: None)
     _extend_dummy_step(FP16_UnfusedOptimizer)
+    universal.register()
     for framework in ("accelerate", "transformers"):
         if importlib.util.find_spec(framework) is not None:
             importlib.import_module(f"novoscale.integrations.{framework}")
@@ -120,7 +121,7 @@ def _bind(wrapper: Any, name: str, tensors: Callable[[Any], Iterator[layouts.Bou
     bound = list(tensors(wrapper))
     wrapper.optimizer.bind(name, bound)
     if hasattr(wrapper, "_load_universal_checkpoint"):
-        load_universal(wrapper, bound)
+        universal.load_universal(wrapper, bound)
 
 
 def _bind_zero_1_and_2(zero: Any) -> None:

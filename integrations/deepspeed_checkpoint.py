@@ -7,11 +7,10 @@ weight the state of the whole parameter as one process has it. Read in DeepSpeed
 
 from __future__ import annotations
 
-import functools
+import importlib.metadata
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from novoscale import reassembly
-from novoscale.checkpoint import STRUCTURE, FlatState
+from novoscale.checkpoint import FlatState
 from novoscale.layout import Layout
 
 STATE_FILE = "novograd.state"  # not *.pt: those are read by DeepSpeed as states of Adam's kind
@@ -40,16 +39,19 @@ class Checkpoint:
     Attributes:
         weights: the float32 weights that the optimizer updates, by name.
         states: of the optimizer, by name, as one process saves them.
-        param_groups: as saved.
+        param_groups: with the names of their parameters.
         common: the rest of what a rank has saved of the optimizer.
-        stage: of ZeRO.
     """
 
     weights: dict[str, Tensor]
     states: dict[str, dict[str, Any]]
     param_groups: list[dict[str, Any]]
     common: dict[str, Any]
-    stage: int
+
+    def state_dict(self) -> dict[str, Any]:
+        """The same in plain form: of the model, and of the optimizer by names."""
+        optimizer = {"state": self.states, "param_groups": self.param_groups}
+        return {"model": self.weights, "optimizer": optimizer}
 
 
 def read(folder: Path) -> Checkpoint:
@@ -72,10 +74,23 @@ def read(folder: Path) -> Checkpoint:
     return Checkpoint(
         weights,
         {name: whole.finished() for name, whole in wholes.items()},
-        _base(first)["param_groups"],
+        _param_groups(saved),
         {key: value for key, value in first.items() if key not in SHARDED},
-        int(first.get("zero_stage", 1)),
     )
+
+
+def _param_groups(saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The param groups with the names of their parameters, in the order in which they were made."""
+    groups = []
+    for group in _base(saved[0])["param_groups"]:
+        parameters: dict[int, str] = {}
+        for of_rank in saved:
+            for index in group["params"]:
+                held = _base(of_rank)["state"][index][FlatState.LAYOUT]["parameters"]
+                parameters |= {p["number"]: p["name"] for p in held}
+        named = {"params": [parameters[number] for number in sorted(parameters)]}
+        groups.append({**group, **named})
+    return groups
 
 
 SHARDED = (
@@ -154,10 +169,10 @@ def _segments(layout: Layout, flat: Tensor) -> Iterator[tuple[int, Any]]:
 
 
 def to_universal(source: Path, target: Path) -> None:
-    """Write a universal checkpoint of a NovoGrad's training, for any number of ranks.
+    """Write a universal checkpoint of a NovoGrad's training, for any number of ranks and any stage of ZeRO.
 
     Args:
-        source: the folder of a tag of a checkpoint.
+        source: the folder of a tag of a checkpoint; or a file of :func:`to_state_dict`'s form.
         target: the folder to be made; beside it ``latest_universal`` will name it.
 
     Raises:
@@ -165,7 +180,7 @@ def to_universal(source: Path, target: Path) -> None:
     """
     if target.exists():
         raise CheckpointError(f"{target}: it is there already: give a folder that is not")
-    found = read(source)
+    found = read(source) if source.is_dir() else from_state_dict(source)
     temporary = target.with_name(f"{target.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     zero = temporary / "zero"
@@ -174,10 +189,13 @@ def to_universal(source: Path, target: Path) -> None:
         folder.mkdir(parents=True)
         torch.save({"param": weight, "cat_dim": 0}, folder / "fp32.pt")
         torch.save(found.states[name], folder / STATE_FILE)
-    groups = {"param_groups": found.param_groups}
-    for path in source.glob("*model_states.pt"):
-        shutil.copy2(path, temporary)
+    if source.is_dir():
+        for path in source.glob("*model_states.pt"):
+            shutil.copy2(path, temporary)
+    else:
+        torch.save(_of_new_model(found.weights), temporary / MODEL_FILES[0])
     version = _for_other_stages(temporary, found.weights)
+    groups = {"param_groups": found.param_groups}
     # Stage 3 looks for a step there, stages 1 and 2 for a version.
     step = {"optimizer_state_dict": {**groups, "state": {0: {"step": 0}}}}
     torch.save({"ds_version": version, **found.common, **groups, **step}, zero / "optimizer_state.pt")
@@ -185,10 +203,66 @@ def to_universal(source: Path, target: Path) -> None:
     (target.parent / "latest_universal").write_text(target.name)
 
 
+def to_state_dict(source: Path, target: Path) -> None:
+    """Write a training as a file that torch loads without DeepSpeed.
+
+    It has "model", the float32 weights by name, and "optimizer", a state dict by names, as
+    ``torch.distributed.checkpoint.state_dict.set_optimizer_state_dict`` takes it.
+
+    Args:
+        source: the folder of a tag of a checkpoint.
+        target: the file.
+
+    Raises:
+        CheckpointError: see :func:`read`; or ``target`` is there already.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target}: it is there already: give a file that is not")
+    found = read(source).state_dict()
+    temporary = target.with_name(f"{target.name}.unfinished")
+    torch.save(found, temporary)
+    temporary.rename(target)
+
+
+def from_state_dict(path: Path) -> Checkpoint:
+    """Read what :func:`to_state_dict` writes, or a user with torch's ``get_optimizer_state_dict``.
+
+    Raises:
+        CheckpointError: it is not of that form.
+    """
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        weights, optimizer = dict(found["model"]), found["optimizer"]
+        groups, states = optimizer["param_groups"], optimizer["state"]
+        names = [name for group in groups for name in group["params"]]
+        return Checkpoint({n: weights[n].float() for n in names}, {n: states[n] for n in names}, groups, {})
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f'{path}: a file with "model" and "optimizer" is needed, a state dict by names with the full '
+            f"state of every parameter of the optimizer: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _of_new_model(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What DeepSpeed's engine reads besides, at the beginning of a training."""
+    none = dict.fromkeys(("optimizer", "lr_scheduler", "data_sampler", "random_ltd"))
+    counts = dict.fromkeys(("skipped_steps", "global_steps", "global_samples"), 0)
+    return {
+        "module": dict(weights),
+        "buffer_names": [],
+        "param_shapes": [{name: weight.shape for name, weight in weights.items()}],
+        "shared_params": {},
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "ds_config": {},
+        "ds_version": importlib.metadata.version("deepspeed"),
+        **none,
+        **counts,
+    }
+
+
 def _for_other_stages(folder: Path, weights: Mapping[str, Tensor]) -> str:
     """Make the file of the model that stages 1 and 2 load, or the one of stage 3, of the other.
-
-    Not for stage 3 where there are frozen parameters: it would need a part of them for each rank.
 
     Returns:
         The version of DeepSpeed that has saved them.
@@ -197,16 +271,15 @@ def _for_other_stages(folder: Path, weights: Mapping[str, Tensor]) -> str:
     given = whole if whole.exists() else partitioned
     saved = torch.load(given, map_location="cpu", weights_only=False)
     module = dict(saved["module"])
-    names = {**{name: name for name in weights}, **saved.get("shared_params", {})}
     if given == partitioned:
-        frozen = _frozen(folder, saved.get("frozen_param_shapes") or {})
+        names = {**{name: name for name in weights}, **saved.get("shared_params", {})}
         for name, original in names.items():
             module[name] = weights[original].to(module[name].dtype)
+        frozen = _frozen(folder, saved.get("frozen_param_shapes") or {})
         torch.save({**saved, "module": module | frozen, "frozen_param_shapes": None}, whole)
-    elif all(name in names or name in saved["buffer_names"] for name in module):
-        empty = {name: module[name].new_empty(0) for name in names if name in module}
-        nothing: dict[str, Any] = {"frozen_param_shapes": {}, "frozen_param_fragments": {}}
-        torch.save({**saved, **nothing, "module": module | empty}, partitioned)
+    else:
+        # Of it stage 3 reads all but the parameters.
+        torch.save({**saved, "frozen_param_shapes": {}, "frozen_param_fragments": {}}, partitioned)
     return str(saved["ds_version"])
 
 
@@ -224,116 +297,3 @@ def _frozen(folder: Path, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def _rank_of(path: Path) -> int:
     return int(path.name.removeprefix("zero_pp_rank_").partition("_")[0])
-
-
-class _States(Mapping[str, Any]):
-    """The states of whole parameters in a universal checkpoint, each read when it is asked for."""
-
-    def __init__(self, zero: Path) -> None:
-        self._zero = zero
-
-    def __getitem__(self, name: str) -> Any:
-        path = self._zero / name / STATE_FILE
-        if not path.exists():
-            raise KeyError(name)
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-    def __iter__(self) -> Iterator[str]:
-        return (path.parent.relative_to(self._zero).as_posix() for path in self._zero.rglob(STATE_FILE))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
-def load_universal(wrapper: Any, bound: Sequence[tuple[int, Tensor, Layout]]) -> None:
-    """Have a wrapper of DeepSpeed load what :func:`to_universal` has written.
-
-    Args:
-        wrapper: of a NovoGrad.
-        bound: of each flat tensor the index of its param group, the tensor and its layout.
-    """
-    original = wrapper._load_universal_checkpoint
-
-    @functools.wraps(original)
-    def load(checkpoint_folder: str, load_optimizer_states: bool, load_from_fp32_weights: bool) -> None:
-        zero = Path(checkpoint_folder) / "zero"
-        groups = wrapper.optimizer.param_groups
-        saved = _saved_groups(zero, len(groups))
-        kept = [{option: group[option] for option in STRUCTURE} for group in groups]
-        states = []
-        if load_optimizer_states:
-            _refuse_other_optimizers(zero, bound)
-            states = [
-                (flat, reassembly.scatter(_States(zero), flat, layout, groups[index]))
-                for index, flat, layout in bound
-            ]
-        with _without_adam(wrapper):
-            original(checkpoint_folder, load_optimizer_states, load_from_fp32_weights)
-        if not load_optimizer_states:
-            return
-        for group, of_saved, structure in zip(groups, saved, kept, strict=True):
-            group.update(
-                {k: v for k, v in of_saved.items() if k not in ("params", "param_names")} | structure
-            )
-        for flat, state in states:
-            wrapper.optimizer.state[flat] = state
-        if getattr(wrapper, "round_robin_gradients", False):  # for which DeepSpeed's own map is wrong
-            _load_weights(zero, bound)
-
-    wrapper._load_universal_checkpoint = load
-
-
-def _saved_groups(zero: Path, count: int) -> list[dict[str, Any]]:
-    path = zero / "optimizer_state.pt"
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing: it is not a universal checkpoint, or not a whole one")
-    found: list[dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=False)["param_groups"]
-    if len(found) != count:
-        raise CheckpointError(
-            f"{zero.parent}: it has {len(found)} param groups, and the optimizer {count}: make the same ones"
-        )
-    return found
-
-
-def _refuse_other_optimizers(zero: Path, bound: Sequence[tuple[int, Tensor, Layout]]) -> None:
-    for _, _, layout in bound:
-        for h in layout.held:
-            folder = zero / h.parameter.name
-            if not (folder / "fp32.pt").exists():
-                raise CheckpointError(
-                    f"{h.parameter.name}: the checkpoint {zero.parent} has nothing of it: it is of another "
-                    "model"
-                )
-            if not (folder / STATE_FILE).exists():
-                kept = ", ".join(sorted(path.stem for path in folder.glob("*.pt")))
-                raise CheckpointError(
-                    f"{h.parameter.name}: the checkpoint {zero.parent} is not of a NovoGrad (it has {kept}). "
-                    "Load the weights alone, with load_optimizer_states=False, or convert a NovoGrad's by "
-                    "`novoscale to-universal`"
-                )
-
-
-@contextmanager
-def _without_adam(wrapper: Any) -> Iterator[None]:
-    """Stage 3 loads Adam's states whatever the optimizer: give it nothing for them."""
-    original = getattr(wrapper, "load_hp_checkpoint_state", None)
-    if original is not None:
-
-        def load(folder: str, key: str, *args: Any, **kwargs: Any) -> Any:
-            return torch.empty(0) if key != "fp32" else original(folder, key, *args, **kwargs)
-
-        wrapper.load_hp_checkpoint_state = load
-    try:
-        yield
-    finally:
-        vars(wrapper).pop("load_hp_checkpoint_state", None)
-
-
-def _load_weights(zero: Path, bound: Sequence[tuple[int, Tensor, Layout]]) -> None:
-    for _, flat, layout in bound:
-        for index, h in enumerate(layout.held):
-            path = zero / h.parameter.name / "fp32.pt"
-            weight = torch.load(path, map_location="cpu", weights_only=True)["param"].view(-1)
-            for s in layout.segments:
-                if s.parameter == index:
-                    flat.data[s.start : s.stop].copy_(weight[s.offset : s.offset + s.numel])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 try:
@@ -78,6 +80,48 @@ def verify(
     else:
         _show(verdict)
     raise typer.Exit(0 if verdict.passed else 1)
+
+
+@app.command()
+def to_universal(
+    source: Annotated[
+        Path, typer.Argument(help="Folder of a tag of a DeepSpeed checkpoint, or a file of to-state-dict.")
+    ],
+    target: Annotated[Path, typer.Argument(help="Folder to be made.")],
+) -> None:
+    """Make a DeepSpeed checkpoint of a NovoGrad loadable on any number of ranks, under any stage of ZeRO.
+
+    What ds_to_universal does for Adam. Load TARGET with "checkpoint": {"load_universal": true} in the
+    DeepSpeed config. Exit code 0: written. 2: SOURCE cannot be converted.
+    """
+    _convert("to_universal", source, target)
+
+
+@app.command()
+def to_state_dict(
+    source: Annotated[Path, typer.Argument(help="Folder of a tag of a DeepSpeed checkpoint.")],
+    target: Annotated[Path, typer.Argument(help="File to be written.")],
+) -> None:
+    """Write the weights and the optimizer of a DeepSpeed checkpoint as a plain state dict by names.
+
+    To go on under FSDP2 or in one process. Exit code 0: written. 2: SOURCE cannot be converted.
+    """
+    _convert("to_state_dict", source, target)
+
+
+def _convert(function: str, source: Path, target: Path) -> None:
+    console = Console(stderr=True, emoji=False)
+    try:
+        checkpoints: Any = importlib.import_module("novoscale.integrations.deepspeed_checkpoint")
+        with console.status(f"converting {source} ..."):
+            getattr(checkpoints, function)(source, target)
+    except ModuleNotFoundError as error:
+        console.print(f"{source}: needs {error.name}: pip install 'novoscale[deepspeed]'", style="red")
+        raise typer.Exit(2) from None
+    except ValueError as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    console.print(f"Written: {target}", highlight=False)
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

@@ -55,3 +55,94 @@ def resumed(ds: dict[str, Any], folder: str, bfloat16: bool = False, groups: boo
 def tensors_of(e: Any) -> list[torch.Tensor]:
     states = e.basic_optimizer.state.values()
     return [t for state in states for t in state.values() if isinstance(t, torch.Tensor)]
+
+
+class Frozen(torch.nn.Module):
+    """A frozen parameter, a buffer, a tied and an unused parameter: random, other ones in each training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = torch.nn.Linear(9, 90)
+        self.still = torch.nn.Linear(90, 90).requires_grad_(False)
+        self.norm = torch.nn.BatchNorm1d(90, track_running_stats=True)
+        self.last = torch.nn.Linear(90, 9, bias=False)
+        self.unused = torch.nn.Parameter(torch.randn(7))
+        self.again = torch.nn.Linear(9, 90, bias=False)
+        self.again.weight = self.first.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.last(self.norm(self.still(self.first(x)) + self.again(x)))
+        return out.square().mean()
+
+
+def trained_with_frozen(ds: dict[str, Any], folder: str, seed: int, first: int, steps: int) -> dict[str, Any]:
+    """Train on data that all ranks share; load before if ``first``, else save after. The model at the end."""
+    import deepspeed
+
+    torch.manual_seed(seed)
+    made = Frozen()
+    e = engine(ds, model=made)
+    if first:
+        e.load_checkpoint(folder)
+    for step in range(first, first + steps):
+        x = torch.randn(8, 9, generator=torch.Generator().manual_seed(step))
+        e.backward(e(x))
+        e.step()
+    if not first:
+        e.save_checkpoint(folder, tag="half")
+    found = {}
+    for name, p in [*made.named_parameters(), *made.named_buffers()]:
+        with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+            found[name] = p.detach().clone()
+    return found
+
+
+def to_universal_by_deepspeed(source: str, target: str) -> str:
+    """What DeepSpeed's own converter says."""
+    import argparse
+
+    from deepspeed.checkpoint import ds_to_universal
+
+    arguments = argparse.Namespace(
+        input_folder=source,
+        output_folder=target,
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    try:
+        ds_to_universal.main(arguments)
+    except RuntimeError as error:
+        return str(error)
+    return "converted"
+
+
+def adam_saved(ds: dict[str, Any], folder: str) -> None:
+    ds["optimizer"] = {"type": "AdamW", "params": {"lr": 0.05, "torch_adam": True}}
+    saved(ds, folder)
+
+
+def resumed_from_state_dict(path: str, options: dict[str, Any], fsdp: bool) -> Any:
+    """Go on in one process, or under FSDP2, with what to-state-dict has written."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from novoscale import NovoGrad
+
+    found = torch.load(path, weights_only=True)
+    made = fixed_gradients.FixedGradients()
+    made.load_state_dict(found["model"])
+    if fsdp:
+        fully_shard(made, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    optimizer = NovoGrad(made.named_parameters(), **options)
+    set_optimizer_state_dict(
+        made, optimizer, found["optimizer"], options=StateDictOptions(full_state_dict=True)
+    )
+    for step in range(HALF, fixed_gradients.STEPS):
+        optimizer.zero_grad()
+        made(torch.tensor(step)).backward()
+        optimizer.step()
+    return fixed_gradients.pieces(optimizer), [g["weight_decay"] for g in optimizer.param_groups]
