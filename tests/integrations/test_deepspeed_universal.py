@@ -112,6 +112,16 @@ def test_a_state_dict_goes_on_without_deepspeed_and_comes_back(options, fsdp, tm
     assert_uninterrupted(run_ranks(universal_ranks.resumed, 2, ds, str(tmp_path / "universal")), options)
 
 
+@pytest.mark.parametrize("options", FORMS, ids=str)
+def test_a_training_under_fsdp2_goes_on_under_zero(options, tmp_path):
+    options = {"lr": 0.05, "weight_decay": 0.1, **options}
+    path = tmp_path / "half.pt"
+    run_ranks(universal_ranks.saved_under_fsdp2, 3, str(path), options)
+    to_universal(path, tmp_path / "universal" / "half")
+    ds = with_options(config(3, 2), options, **UNIVERSAL)
+    assert_uninterrupted(run_ranks(universal_ranks.resumed, 2, ds, str(tmp_path / "universal")), options)
+
+
 def converted(tmp_path, options=INT8, stage=2):
     run_ranks(universal_ranks.saved, 2, with_options(config(stage, 2), options), str(tmp_path / "saved"))
     to_universal(tmp_path / "saved" / "half", tmp_path / "universal" / "half")

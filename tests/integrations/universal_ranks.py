@@ -146,3 +146,24 @@ def resumed_from_state_dict(path: str, options: dict[str, Any], fsdp: bool) -> A
         made(torch.tensor(step)).backward()
         optimizer.step()
     return fixed_gradients.pieces(optimizer), [g["weight_decay"] for g in optimizer.param_groups]
+
+
+def saved_under_fsdp2(path: str, options: dict[str, Any]) -> None:
+    """Train half of the steps under FSDP2 and save all of it as one file."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from novoscale import NovoGrad
+
+    made = fixed_gradients.FixedGradients()
+    fully_shard(made, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    optimizer = NovoGrad(made.named_parameters(), **options)
+    for step in range(HALF):
+        optimizer.zero_grad()
+        made(torch.tensor(step)).backward()
+        optimizer.step()
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model, state = get_state_dict(made, optimizer, options=whole)
+    if torch.distributed.get_rank() == 0:
+        torch.save({"model": model, "optimizer": state}, path)
