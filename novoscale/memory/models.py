@@ -24,14 +24,15 @@ class MemoryToolError(ValueError):
     """Something that cannot be measured or planned; says what and what to do."""
 
 
-def build(name: str, device: str = "cpu") -> nn.Module:
+def build(name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> nn.Module:
     """The model of a name or file, with random weights of seed 0; on the device "meta" without weights.
 
     Args:
         name: "builtin" (the small language model of ``novoscale verify``), a shipped config such as
             "llama-8b", a model type of transformers such as "gpt2" (with the defaults of its config), or
             the path of a ``config.json`` or of its folder.
-        device: where its float32 parameters are made.
+        device: where its parameters are made.
+        dtype: of the parameters; None: float32, or as the config says. The builtin model is float32.
 
     Raises:
         MemoryToolError: there is no such model, or its config cannot be built.
@@ -40,11 +41,11 @@ def build(name: str, device: str = "cpu") -> nn.Module:
     with torch.device(device), _quiet():
         if name == BUILTIN:
             return runs.builtin_model()[0]
-        config = _config(name)
+        config, options = _config(name), {} if dtype is None else {"dtype": dtype}
         from transformers import AutoModelForCausalLM
 
         try:
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
+            model: nn.Module = AutoModelForCausalLM.from_config(config, **options)
         except Exception as error:  # transformers and its models raise what they like
             raise MemoryToolError(
                 f"{name}: transformers cannot build a causal language model of this config: "

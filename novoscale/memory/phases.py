@@ -87,12 +87,12 @@ class Recorder:
         Garbage is collected before: DeepSpeed leaves gradients in reference cycles, whose end is chance.
         """
         gc.collect()
-        resettable = _reset_peak_rss()
+        resettable = reset_peak_rss()
         with record_function(_mark(len(self._resident))):
             yield
             _synchronize()
         resident = psutil.Process().memory_full_info()
-        self._resident.append((name, resident.rss, resident.uss, _peak_rss() if resettable else None))
+        self._resident.append((name, resident.rss, resident.uss, peak_rss() if resettable else None))
 
     def phases(self) -> list[Phase]:
         """The phases in the order in which they ran; call it after the recorder has been left."""
@@ -165,7 +165,8 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _reset_peak_rss() -> bool:
+def reset_peak_rss() -> bool:
+    """Begin anew with the peak of RSS; False: the operating system does not let it be reset."""
     try:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
     except OSError:
@@ -173,7 +174,8 @@ def _reset_peak_rss() -> bool:
     return True
 
 
-def _peak_rss() -> int | None:
+def peak_rss() -> int | None:
+    """The most bytes of this process that were in memory since the last reset; None: not known here."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
