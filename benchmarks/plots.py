@@ -11,6 +11,11 @@ import matplotlib.pyplot as plt
 from novoscale.plotting import COLORS, save
 
 BASELINE = "torch AdamW, fused"
+GIB = 2**30
+# Of the parts of a training's memory: from the darkest, which is always there, to what can be saved.
+PARTS = {"weights": "#4d4d4d", "gradients": "#9a9a9a", "state": "#d98032"}
+OVER = "#c0392b"
+SPANS = {"weights": "#4d4d4d", "forward": "#7fb069", "backward": COLORS["NovoGrad"]}
 
 
 def demo(report: dict[str, Any], path: Path) -> None:
@@ -224,6 +229,72 @@ def _phases(axis: Any, names: list[str]) -> None:
     axis.set_xticks([number + 0.5 for number in range(len(names))], names)
     axis.tick_params(axis="x", length=0)
     axis.set_xlim(0, len(names))
+
+
+def eight_billion(report: dict[str, Any], path: Path) -> None:
+    """Memory of the process over the time of the run, and at most, beside what others need by plan."""
+    figure, (over_time, needed) = plt.subplots(1, 2, figsize=(13, 4.6), width_ratios=(3, 2.4))
+    _memory_over_time(over_time, report)
+    _memory_needed(needed, report)
+    figure.suptitle(
+        f"{report['model']}: {report['parameters']:,} parameters, every one trained, "
+        f"on {report['provenance']['machine']['cores']} CPU cores",
+        size=11,
+    )
+    save(figure, path, report["provenance"])
+
+
+def _memory_over_time(axis: Any, report: dict[str, Any]) -> None:
+    seconds, rss = zip(*report["samples"], strict=True)
+    axis.plot(seconds, [value / GIB for value in rss], color="black", lw=1)
+    marked = [("weights", report["weights"])]
+    marked += [(name, step[name]) for step in report["steps"] for name in ("forward", "backward")]
+    marked += [("forward", report["after"]["forward"])]
+    for name, span in marked:
+        axis.axvspan(span["start_s"], span["stop_s"], color=SPANS[name], alpha=0.25, lw=0)
+    total = report["memory"]["total"] / GIB
+    axis.axhline(total, color=OVER, lw=1, ls="--")
+    axis.text(0, total, f" the machine's memory, {total:.1f} GiB", color=OVER, va="bottom", size=8)
+    peak = report["peak_rss"] / GIB
+    axis.axhline(peak, color="#777777", lw=0.6, ls=":")
+    axis.text(seconds[-1], peak, f"peak {peak:.2f} GiB", ha="right", va="bottom", size=8)
+    for step in (*report["steps"], report["after"]):
+        middle = (step["forward"]["start_s"] + step["forward"]["stop_s"]) / 2
+        axis.text(middle, 0.3, f"loss {step['loss']:.3f}", rotation=90, ha="center", va="bottom", size=7)
+    axis.set_ylim(0, 1.15 * max(report["memory"]["total"], *rss) / GIB)
+    axis.margins(x=0.01)
+    axis.set(
+        xlabel="seconds", ylabel="GiB in memory (RSS)", title="NovoGrad, int4, gradients released: measured"
+    )
+    patches = [plt.Rectangle((0, 0), 1, 1, color=color, alpha=0.25) for color in SPANS.values()]
+    labels = ("weights made", "forward", "backward, with the steps")
+    axis.legend(patches, labels, frameon=False, fontsize=8, ncols=3, loc="upper left")
+
+
+def _memory_needed(axis: Any, report: dict[str, Any]) -> None:
+    """Bars of the plans, and of what was measured."""
+    plans = report["planned_with_gradients"]
+    names = [f"{name}, planned" for name in plans] + [
+        "NovoGrad int4, released: planned",
+        "the same, measured",
+    ]
+    rows = [*plans.values(), report["planned"]]
+    left = [0.0] * len(rows)
+    for part, color in PARTS.items():
+        widths = [row[part] / GIB for row in rows]
+        axis.barh(names[:-1], widths, 0.65, left=left, color=color, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    axis.barh(
+        names[-1], report["peak_rss"] / GIB, 0.65, color=COLORS["NovoGrad"], label="peak of the process"
+    )
+    for place, value in enumerate([*left, report["peak_rss"] / GIB]):
+        axis.text(value, place, f" {value:.3g}", va="center", size=8)
+    axis.axvline(report["memory"]["total"] / GIB, color=OVER, lw=1, ls="--")
+    axis.invert_yaxis()
+    axis.margins(x=0.12)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.set(xlabel="GiB; dashed: the machine's memory", title="Planned without activations and libraries")
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _bars(axis: Any, values: list[dict[str, float]]) -> None:

@@ -1,0 +1,242 @@
+"""8 billion parameters, every one of them trained, in 24 GiB: each gradient is used as soon as it is whole.
+
+    make eight-billion                                  # Llama 8B; needs 22 GiB of free memory
+    make eight-billion ARGS="--model llama-1b"          # the same of a model that fits anywhere
+
+Random weights in bfloat16, made without a float32 copy; int4 state; activation checkpointing; one sample that
+is repeated, on which the loss has to fall with each step. Writes what the operating system says of the
+memory of the process as JSON, after each step, and at the end a picture beside what others need by plan.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import plots
+from benchmarks.resident import Recording, available
+from novoscale import NovoGrad, param_groups, release_gradients
+from novoscale.memory import models, optimizer_state_bytes
+from novoscale.memory.models import MemoryToolError
+from novoscale.memory.optimizers import CANDIDATES
+from novoscale.memory.planning import BFLOAT16, Plan, plan
+from novoscale.memory.report import GIB
+from novoscale.provenance import provenance
+
+NOVOGRAD = "NovoGrad, adamw, int4"
+# What is not planned: Python and its libraries, activations, a second copy of the largest gradient.
+BESIDES = 1.25 * GIB
+# Titles of what is compared, with the names and precisions of `novoscale plan`. Gradients are kept.
+PLANNED = {
+    "AdamW, float32 weights": ("torch AdamW", "bf16-mixed"),
+    "AdamW, bfloat16": ("torch AdamW", "bfloat16"),
+    "AdamW8bit (bitsandbytes)": ("bitsandbytes AdamW8bit", "bfloat16"),
+    "AdamW8bit (torchao)": ("torchao AdamW8bit", "bfloat16"),
+    "Adafactor (torch)": ("torch Adafactor", "bfloat16"),
+    "NovoGrad int4": (NOVOGRAD, "bfloat16"),
+}
+
+
+def main(
+    model: Annotated[str, typer.Option(help="As of novoscale memory; one of transformers.")] = "llama-8b",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3,
+    tokens: Annotated[int, typer.Option(min=2, help="Of the one sample.")] = 128,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-5,
+    seed: Annotated[int, typer.Option(help="Of the weights and the tokens.")] = 0,
+    out: Annotated[
+        Path, typer.Option(help="Folder for eight_billion.json, eight_billion.png and eight_billion.svg.")
+    ] = Path("runs"),
+) -> None:
+    """Train a few steps, and show what it took. Exit code 1: the loss did not fall; 2: it cannot be tried."""
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        empty = models.build(model, "meta", torch.bfloat16)
+        if not hasattr(empty, "gradient_checkpointing_enable"):
+            raise MemoryToolError(f"--model {model}: not a model of transformers")
+        report = describe(empty, model, tokens, lr, seed)
+        refuse_too_little(report)
+    except MemoryToolError as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    out.mkdir(parents=True, exist_ok=True)
+    with Recording() as recording, shown_progress() as show:
+        for found in train(empty, recording, steps, tokens, lr, seed, show):
+            report |= found | {"peak_rss": recording.peak, "samples": [*recording.samples]}
+            write(report, out)  # an interrupted run keeps what it has
+    plots.eight_billion(report, out / "eight_billion")
+    console.print(table(report))
+    console.print(f"Written: eight_billion.json, eight_billion.png, eight_billion.svg in {out}")
+    if not falls([*(step["loss"] for step in report["steps"]), report["after"]["loss"]]):
+        console.print("[red]The loss did not fall with every step.")
+        raise typer.Exit(1)
+
+
+def describe(model: nn.Module, name: str, tokens: int, lr: float, seed: int) -> dict[str, Any]:
+    """What is known before anything runs: the plans, and the memory that there is."""
+    free, limited_by = available()
+    arguments = f' ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else ""
+    return {
+        "provenance": provenance(f"make eight-billion{arguments}"),
+        "model": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": tokens,
+        "lr": lr,
+        "seed": seed,
+        "memory": {"total": psutil.virtual_memory().total, "available": free, "limited_by": limited_by},
+        "planned": parts(released(model)),
+        "planned_with_gradients": {
+            title: parts(plan(model, CANDIDATES[optimizer].state, "none", 1, precision))
+            for title, (optimizer, precision) in PLANNED.items()
+        },
+    }
+
+
+def released(model: nn.Module) -> Plan:
+    """The plan of this run: of the gradients one at a time, the largest."""
+    kept = plan(model, CANDIDATES[NOVOGRAD].state, "none", 1, "bfloat16")
+    return Plan(kept.parameters, BFLOAT16 * max(p.numel() for p in model.parameters()), kept.state)
+
+
+def parts(planned: Plan) -> dict[str, int]:
+    """A plan as JSON."""
+    return {"weights": planned.parameters, "gradients": planned.gradients, "state": planned.state}
+
+
+def refuse_too_little(report: dict[str, Any]) -> None:
+    """Raise MemoryToolError if there is less free memory than the run needs, with what is missing."""
+    needed, memory = report["planned"], report["memory"]
+    missing = sum(needed.values()) + BESIDES - memory["available"]
+    if missing > 0:
+        listed = ", ".join(f"{value / GIB:.2f} {name}" for name, value in needed.items())
+        raise MemoryToolError(
+            f"{report['model']} needs {(sum(needed.values()) + BESIDES) / GIB:.1f} GiB of memory ({listed}, "
+            f"{BESIDES / GIB:.2f} activations and libraries), and {memory['limited_by']} has "
+            f"{memory['available'] / GIB:.1f} GiB left: {missing / GIB:.1f} GiB are missing. Stop what else "
+            "runs here, or take a smaller model, such as --model llama-1b"
+        )
+
+
+def train(
+    model: nn.Module, recording: Recording, steps: int, tokens: int, lr: float, seed: int, show: Any
+) -> Iterator[dict[str, Any]]:
+    """Make the weights and train; gives what has come since, after the weights, each step, and at the end."""
+    show("weights")
+    with recording.span() as weights:
+        materialise(model, seed)
+    yield {"weights": weights}
+    sample = sample_of(model, tokens, seed)
+    groups = param_groups(model, preset="adamw")
+    optimizer = NovoGrad(groups, preset="adamw", momentum_dtype="int4", lr=lr)
+    done: list[dict[str, Any]] = []
+    with release_gradients(model, optimizer):
+        for step in range(1, steps + 1):
+            show(f"step {step} of {steps}: forward")
+            with recording.span() as forward:
+                loss = model(input_ids=sample, labels=sample).loss
+            show(f"step {step} of {steps}: loss {loss:.4f}, backward with the optimizer's steps")
+            with recording.span() as backward:
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            done.append({"loss": loss.item(), "forward": forward, "backward": backward})
+            yield {"steps": done}
+    del loss
+    show("loss after the last step")
+    with recording.span() as forward, torch.no_grad():
+        after = model(input_ids=sample, labels=sample).loss.item()
+    yield {"after": {"loss": after, "forward": forward}, "state": optimizer_state_bytes(optimizer).total}
+
+
+def materialise(model: nn.Module, seed: int) -> None:
+    """Give a model of the meta device its memory and random weights, and make it ready to train.
+
+    Weights are filled where they are, in their own dtype, by transformers' rules: normal matrices, norms of
+    one, biases of zero; buffers such as the frequencies of rotary positions are computed anew.
+    """
+    model.to_empty(device="cpu")
+    made: Any = model
+    made.tie_weights()
+    torch.manual_seed(seed)
+    made.initialize_weights()
+    made.config.use_cache = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # its new name is not in transformers 4
+        made.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+
+
+def sample_of(model: Any, tokens: int, seed: int) -> Tensor:
+    """One sample of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.get_text_config().vocab_size, (1, tokens), generator=generator)
+
+
+def falls(losses: list[float]) -> bool:
+    """Whether each loss is lower than the one before."""
+    return all(later < earlier for earlier, later in itertools.pairwise(losses))
+
+
+@contextmanager
+def shown_progress() -> Iterator[Any]:
+    """A function that shows what is being done; only on a terminal."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda what: progress.update(task, description=what)
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """Write the JSON; a line for each sample."""
+    text = json.dumps(report, indent=1)
+    text = re.sub(r"\[\s+([\d.]+),\s+(\d+)\s+\]", r"[\1, \2]", text)
+    (out / "eight_billion.json").write_text(text + "\n")
+
+
+def table(report: dict[str, Any]) -> Table:
+    """What was measured, a row for each step."""
+    peak, total = report["peak_rss"] / GIB, report["memory"]["total"] / GIB
+    result = Table(
+        title=f"{report['model']}: {report['parameters']:,} parameters, all trained; "
+        f"peak {peak:.2f} GiB of the machine's {total:.1f}",
+        caption="GiB of the process (RSS), all included. The optimizer's steps are in the backward pass.",
+    )
+    columns = ("", "loss before", "forward, s", "backward, s", "peak forward", "peak backward", "after")
+    for column in columns:
+        result.add_column(column, justify="right" if column else "left")
+    result.add_row("weights", *[""] * 5, f"{report['weights']['rss'] / GIB:.2f}")
+    for number, step in enumerate(report["steps"], 1):
+        spans = step["forward"], step["backward"]
+        result.add_row(
+            f"step {number}",
+            f"{step['loss']:.4f}",
+            *(f"{span['stop_s'] - span['start_s']:.1f}" for span in spans),
+            *(f"{span['peak_rss'] / GIB:.2f}" for span in spans),
+            f"{step['backward']['rss'] / GIB:.2f}",
+        )
+    result.add_row("afterwards", f"{report['after']['loss']:.4f}")
+    return result
+
+
+if __name__ == "__main__":
+    typer.run(main)
