@@ -174,6 +174,14 @@ def test_partial_sums_are_bounded_whatever_the_size_of_a_model(shapes):
         assert 40 * int((rows + width).sum()) <= int(table[-1, -2])
 
 
+def test_the_tables_of_a_matrix_are_small_beside_it():
+    # Where each parameter is stepped by itself they are kept for each.
+    kernels = cpu.Kernels([matrix(1024, 4096, torch.bfloat16, form="int4")], CPU, 1024, 4096)
+    kernels.sum_of_squares()
+    kept = sum(t.nbytes for t in vars(kernels).values() if isinstance(t, torch.Tensor))
+    assert kept < 0.01 * 1024 * 4096
+
+
 @pytest.mark.parametrize("form", [None, "float32", "bfloat16", "int8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("column", [-1, 0])
