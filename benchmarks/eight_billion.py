@@ -17,6 +17,7 @@ import re
 import shlex
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,11 +41,11 @@ from novoscale.memory.models import MemoryToolError
 from novoscale.memory.optimizers import CANDIDATES
 from novoscale.memory.planning import BFLOAT16, Plan, plan
 from novoscale.memory.report import GIB
+from novoscale.memory.rules import FLOAT32
 from novoscale.provenance import provenance
 
 NOVOGRAD = "NovoGrad, adamw, int4"
-# What is not planned: Python and its libraries, activations, a second copy of the largest gradient.
-BESIDES = 1.25 * GIB
+LIBRARIES = GIB // 2
 # Titles of what is compared, with the names and precisions of `novoscale plan`. Gradients are kept.
 PLANNED = {
     "AdamW, float32 weights": ("torch AdamW", "bf16-mixed"),
@@ -70,11 +71,11 @@ def main(
     console = Console() if sys.stdout.isatty() else Console(width=120)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        empty = models.build(model, "meta", torch.bfloat16)
+        empty: Any = models.build(model, "meta", torch.bfloat16)
         if not hasattr(empty, "gradient_checkpointing_enable"):
             raise MemoryToolError(f"--model {model}: not a model of transformers")
         report = describe(empty, model, tokens, lr, seed)
-        refuse_too_little(report)
+        refuse_too_little(report, empty.config.get_text_config().vocab_size)
     except MemoryToolError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
@@ -112,9 +113,15 @@ def describe(model: nn.Module, name: str, tokens: int, lr: float, seed: int) -> 
 
 
 def released(model: nn.Module) -> Plan:
-    """The plan of this run: of the gradients one at a time, the largest."""
+    """The plan of this run: of the gradients only the largest, as each is released when it is whole.
+
+    Of a parameter that is used in two places (a head tied to the embedding) autograd holds the gradients of
+    both and their sum for a moment.
+    """
     kept = plan(model, CANDIDATES[NOVOGRAD].state, "none", 1, "bfloat16")
-    return Plan(kept.parameters, BFLOAT16 * max(p.numel() for p in model.parameters()), kept.state)
+    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    largest = max(p.numel() * (1 if uses[id(p)] == 1 else 3) for p in model.parameters())
+    return Plan(kept.parameters, BFLOAT16 * largest, kept.state)
 
 
 def parts(planned: Plan) -> dict[str, int]:
@@ -122,17 +129,18 @@ def parts(planned: Plan) -> dict[str, int]:
     return {"weights": planned.parameters, "gradients": planned.gradients, "state": planned.state}
 
 
-def refuse_too_little(report: dict[str, Any]) -> None:
+def refuse_too_little(report: dict[str, Any], vocabulary: int) -> None:
     """Raise MemoryToolError if there is less free memory than the run needs, with what is missing."""
-    needed, memory = report["planned"], report["memory"]
-    missing = sum(needed.values()) + BESIDES - memory["available"]
-    if missing > 0:
-        listed = ", ".join(f"{value / GIB:.2f} {name}" for name, value in needed.items())
+    logits = 4 * FLOAT32 * report["tokens"] * vocabulary  # they, their softmax, and the gradients of both
+    parts = {**report["planned"], "logits": logits, "libraries": LIBRARIES}
+    needed, memory = sum(parts.values()), report["memory"]
+    if needed > memory["available"]:
+        listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())
         raise MemoryToolError(
-            f"{report['model']} needs {(sum(needed.values()) + BESIDES) / GIB:.1f} GiB of memory ({listed}, "
-            f"{BESIDES / GIB:.2f} activations and libraries), and {memory['limited_by']} has "
-            f"{memory['available'] / GIB:.1f} GiB left: {missing / GIB:.1f} GiB are missing. Stop what else "
-            "runs here, or take a smaller model, such as --model llama-1b"
+            f"{report['model']} needs {needed / GIB:.1f} GiB of memory ({listed}), and "
+            f"{memory['limited_by']} has {memory['available'] / GIB:.1f} GiB left: "
+            f"{(needed - memory['available']) / GIB:.1f} GiB are missing. Stop what else runs here, or take "
+            "a smaller model, such as --model llama-1b"
         )
 
 

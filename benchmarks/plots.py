@@ -287,9 +287,11 @@ def _memory_needed(axis: Any, report: dict[str, Any]) -> None:
     axis.barh(
         names[-1], report["peak_rss"] / GIB, 0.65, color=COLORS["NovoGrad"], label="peak of the process"
     )
-    for place, value in enumerate([*left, report["peak_rss"] / GIB]):
-        axis.text(value, place, f" {value:.3g}", va="center", size=8)
+    span = max(left)
     axis.axvline(report["memory"]["total"] / GIB, color=OVER, lw=1, ls="--")
+    for place, value in enumerate([*left, report["peak_rss"] / GIB]):
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axis.text(value + 0.01 * span, place, f"{value:.3g}", va="center", size=8, bbox=box)
     axis.invert_yaxis()
     axis.margins(x=0.12)
     axis.tick_params(axis="y", labelsize=8)
