@@ -61,7 +61,7 @@ def main(
     model: Annotated[str, typer.Option(help="As of novoscale memory; one of transformers.")] = "llama-8b",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Of the one sample.")] = 128,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-5,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-6,
     seed: Annotated[int, typer.Option(help="Of the weights and the tokens.")] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder for eight_billion.json, eight_billion.png and eight_billion.svg.")
