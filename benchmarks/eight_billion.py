@@ -18,7 +18,7 @@ import shlex
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,7 +44,8 @@ from novoscale.memory.report import GIB
 from novoscale.memory.rules import FLOAT32
 from novoscale.provenance import provenance
 
-NOVOGRAD = "NovoGrad, adamw, int4"
+OPTIONS: dict[str, Any] = {"preset": "adamw", "momentum_dtype": "int4"}
+NOVOGRAD = "NovoGrad, adamw, int4"  # their name in the catalogue
 LIBRARIES = GIB // 2
 # Titles of what is compared, with the names and precisions of `novoscale plan`. Gradients are kept.
 PLANNED = {
@@ -62,6 +63,7 @@ def main(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 3,
     tokens: Annotated[int, typer.Option(min=2, help="Of the one sample.")] = 128,
     lr: Annotated[float, typer.Option(help="Learning rate.")] = 1e-6,
+    stochastic_rounding: Annotated[bool, typer.Option(help="Of the bfloat16 weights.")] = True,
     seed: Annotated[int, typer.Option(help="Of the weights and the tokens.")] = 0,
     out: Annotated[
         Path, typer.Option(help="Folder for eight_billion.json, eight_billion.png and eight_billion.svg.")
@@ -71,17 +73,16 @@ def main(
     console = Console() if sys.stdout.isatty() else Console(width=120)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        empty: Any = models.build(model, "meta", torch.bfloat16)
-        if not hasattr(empty, "gradient_checkpointing_enable"):
-            raise MemoryToolError(f"--model {model}: not a model of transformers")
-        report = describe(empty, model, tokens, lr, seed)
+        empty = without_weights(model)
+        options = OPTIONS | {"lr": lr, "stochastic_rounding": stochastic_rounding}
+        report = describe(empty, model) | {"tokens": tokens, "seed": seed, "options": options}
         refuse_too_little(report, empty.config.get_text_config().vocab_size)
     except MemoryToolError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
     out.mkdir(parents=True, exist_ok=True)
     with Recording() as recording, shown_progress() as show:
-        for found in train(empty, recording, steps, tokens, lr, seed, show):
+        for found in train(empty, recording, options, steps, tokens, seed, show):
             report |= found | {"peak_rss": recording.peak, "samples": [*recording.samples]}
             write(report, out)  # an interrupted run keeps what it has
     plots.eight_billion(report, out / "eight_billion")
@@ -92,7 +93,15 @@ def main(
         raise typer.Exit(1)
 
 
-def describe(model: nn.Module, name: str, tokens: int, lr: float, seed: int) -> dict[str, Any]:
+def without_weights(name: str) -> Any:
+    """The model on the meta device, in bfloat16. Raises MemoryToolError."""
+    model = models.build(name, "meta", torch.bfloat16)
+    if not hasattr(model, "gradient_checkpointing_enable"):
+        raise MemoryToolError(f"--model {name}: not a model of transformers")
+    return model
+
+
+def describe(model: nn.Module, name: str) -> dict[str, Any]:
     """What is known before anything runs: the plans, and the memory that there is."""
     free, limited_by = available()
     arguments = f' ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else ""
@@ -100,9 +109,6 @@ def describe(model: nn.Module, name: str, tokens: int, lr: float, seed: int) -> 
         "provenance": provenance(f"make eight-billion{arguments}"),
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": tokens,
-        "lr": lr,
-        "seed": seed,
         "memory": {"total": psutil.virtual_memory().total, "available": free, "limited_by": limited_by},
         "planned": parts(released(model)),
         "planned_with_gradients": {
@@ -145,7 +151,13 @@ def refuse_too_little(report: dict[str, Any], vocabulary: int) -> None:
 
 
 def train(
-    model: nn.Module, recording: Recording, steps: int, tokens: int, lr: float, seed: int, show: Any
+    model: nn.Module,
+    recording: Recording,
+    options: dict[str, Any],
+    steps: int,
+    tokens: int,
+    seed: int,
+    show: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
     """Make the weights and train; gives what has come since, after the weights, each step, and at the end."""
     show("weights")
@@ -153,8 +165,7 @@ def train(
         materialise(model, seed)
     yield {"weights": weights}
     sample = sample_of(model, tokens, seed)
-    groups = param_groups(model, preset="adamw")
-    optimizer = NovoGrad(groups, preset="adamw", momentum_dtype="int4", lr=lr)
+    optimizer = NovoGrad(param_groups(model, preset=options["preset"]), **options)
     done: list[dict[str, Any]] = []
     with release_gradients(model, optimizer):
         for step in range(1, steps + 1):
@@ -205,7 +216,7 @@ def falls(losses: list[float]) -> bool:
 
 
 @contextmanager
-def shown_progress() -> Iterator[Any]:
+def shown_progress() -> Iterator[Callable[[str], None]]:
     """A function that shows what is being done; only on a terminal."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)

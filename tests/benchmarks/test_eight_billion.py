@@ -68,7 +68,8 @@ def test_trains_and_writes_each_step_and_a_picture(config, tmp_path):
 def test_every_parameter_is_trained_and_no_gradient_is_left(config):
     model = models.build(str(config), "meta", torch.bfloat16)
     with resident.Recording() as recording:
-        for _ in eight_billion.train(model, recording, 3, 16, 1e-2, 0, lambda what: None):
+        options = {"preset": "adamw", "momentum_dtype": "int4", "lr": 1e-2}
+        for _ in eight_billion.train(model, recording, options, 3, 16, 0, lambda what: None):
             pass
     before = made(config)
     for name, p in model.named_parameters():
