@@ -17,7 +17,6 @@ import re
 import shlex
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,10 +38,11 @@ from novoscale import NovoGrad, param_groups, release_gradients
 from novoscale.memory import models, optimizer_state_bytes
 from novoscale.memory.models import MemoryToolError
 from novoscale.memory.optimizers import CANDIDATES
-from novoscale.memory.planning import BFLOAT16, Plan, plan
+from novoscale.memory.planning import BFLOAT16, plan
 from novoscale.memory.report import GIB
 from novoscale.memory.rules import FLOAT32
 from novoscale.provenance import provenance
+from novoscale.release import tied
 
 OPTIONS: dict[str, Any] = {"preset": "adamw", "momentum_dtype": "int4"}
 NOVOGRAD = "NovoGrad, adamw, int4"  # their name in the catalogue
@@ -76,7 +76,7 @@ def main(
         empty = without_weights(model)
         options = OPTIONS | {"lr": lr, "stochastic_rounding": stochastic_rounding}
         report = describe(empty, model) | {"tokens": tokens, "seed": seed, "options": options}
-        refuse_too_little(report, empty.config.get_text_config().vocab_size)
+        refuse_too_little(report, empty)
     except MemoryToolError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
@@ -110,35 +110,29 @@ def describe(model: nn.Module, name: str) -> dict[str, Any]:
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "memory": {"total": psutil.virtual_memory().total, "available": free, "limited_by": limited_by},
-        "planned": parts(released(model)),
+        "planned": planned(model, NOVOGRAD, "bfloat16", release=True),
         "planned_with_gradients": {
-            title: parts(plan(model, CANDIDATES[optimizer].state, "none", 1, precision))
-            for title, (optimizer, precision) in PLANNED.items()
+            title: planned(model, optimizer, precision) for title, (optimizer, precision) in PLANNED.items()
         },
     }
 
 
-def released(model: nn.Module) -> Plan:
-    """The plan of this run: of the gradients only the largest, as each is released when it is whole.
-
-    Of a parameter that is used in two places (a head tied to the embedding) autograd holds the gradients of
-    both and their sum for a moment.
-    """
-    kept = plan(model, CANDIDATES[NOVOGRAD].state, "none", 1, "bfloat16")
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    largest = max(p.numel() * (1 if uses[id(p)] == 1 else 3) for p in model.parameters())
-    return Plan(kept.parameters, BFLOAT16 * largest, kept.state)
+def planned(model: nn.Module, optimizer: str, precision: str, release: bool = False) -> dict[str, int]:
+    """Bytes by ``novoscale plan``, as JSON."""
+    rule = CANDIDATES[optimizer].state
+    assert rule is not None
+    found = plan(model, rule, "none", 1, precision, release)
+    return {"weights": found.parameters, "gradients": found.gradients, "state": found.state}
 
 
-def parts(planned: Plan) -> dict[str, int]:
-    """A plan as JSON."""
-    return {"weights": planned.parameters, "gradients": planned.gradients, "state": planned.state}
-
-
-def refuse_too_little(report: dict[str, Any], vocabulary: int) -> None:
+def refuse_too_little(report: dict[str, Any], model: Any) -> None:
     """Raise MemoryToolError if there is less free memory than the run needs, with what is missing."""
-    logits = 4 * FLOAT32 * report["tokens"] * vocabulary  # they, their softmax, and the gradients of both
-    parts = {**report["planned"], "logits": logits, "libraries": LIBRARIES}
+    # Logits, their softmax, and the gradients of both.
+    logits = 4 * FLOAT32 * report["tokens"] * model.config.get_text_config().vocab_size
+    # Of a head that is tied to the embedding autograd adds up two gradients in a third.
+    sums = 2 * BFLOAT16 * sum(p.numel() for p in tied(model))
+    parts = {**report["planned"], "logits": logits, "sum of tied gradients": sums, "libraries": LIBRARIES}
+    parts = {name: value for name, value in parts.items() if value}
     needed, memory = sum(parts.values()), report["memory"]
     if needed > memory["available"]:
         listed = ", ".join(f"{name} {value / GIB:.2f}" for name, value in parts.items())

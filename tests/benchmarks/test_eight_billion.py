@@ -54,8 +54,6 @@ def test_trains_and_writes_each_step_and_a_picture(config, tmp_path):
     assert losses == sorted(losses, reverse=True)
     assert report["state"] == report["planned"]["state"]
     assert report["planned"]["weights"] == 2 * report["parameters"]
-    largest = 3 * 256 * 64 if "true" in config.read_text() else 256 * 64
-    assert report["planned"]["gradients"] == 2 * largest
     spans = [report["weights"], *(step[name] for step in report["steps"] for name in ("forward", "backward"))]
     for span in spans:
         assert span["rss"] <= span["peak_rss"] <= report["peak_rss"]
@@ -145,7 +143,9 @@ def test_too_little_memory_is_refused_with_what_is_missing(tmp_path, monkeypatch
     done = run("--model", "llama-1b", "--out", tmp_path / "out")
     said = " ".join(done.output.split())
     assert done.exit_code == 2
-    parts = "weights 2.30, gradients 1.47, state 0.60, logits 0.24, libraries 0.50"
+    parts = (
+        "weights 2.30, gradients 0.52, state 0.60, logits 0.24, sum of tied gradients 0.98, libraries 0.50"
+    )
     assert f"llama-1b needs 5.1 GiB of memory ({parts})" in said
     assert f"{limited_by} has 1.0 GiB left: 4.1 GiB are missing" in said
     assert not (tmp_path / "out").exists()
