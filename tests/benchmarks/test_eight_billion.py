@@ -143,11 +143,16 @@ def test_too_little_memory_is_refused_with_what_is_missing(tmp_path, monkeypatch
     done = run("--model", "llama-1b", "--out", tmp_path / "out")
     said = " ".join(done.output.split())
     assert done.exit_code == 2
-    parts = (
-        "weights 2.30, gradients 0.52, state 0.60, logits 0.24, sum of tied gradients 0.98, libraries 0.50"
+    planned = eight_billion.planned(
+        models.build("llama-1b", "meta"), eight_billion.NOVOGRAD, "bfloat16", True
     )
-    assert f"llama-1b needs 5.1 GiB of memory ({parts})" in said
-    assert f"{limited_by} has 1.0 GiB left: 4.1 GiB are missing" in said
+    # Bytes: of the logits of 128 tokens 16 for each word; of the tied matrix another two gradients.
+    besides = {"logits": 16 * 128 * 128_256, "sum of tied gradients": 4 * 128_256 * 2048, "libraries": 2**29}
+    for part, value in {**planned, **besides}.items():
+        assert f"{part} {value / 2**30:.2f}" in said
+    needed = (sum(planned.values()) + sum(besides.values())) / 2**30
+    assert f"llama-1b needs {needed:.1f} GiB of memory" in said
+    assert f"{limited_by} has 1.0 GiB left: {needed - 1:.1f} GiB are missing" in said
     assert not (tmp_path / "out").exists()
 
 
