@@ -16,7 +16,8 @@ SHARED = (
     *("lr", "initial_lr", "betas", "eps", "weight_decay", "grad_averaging", "maximize"),
     *("bias_correction", "norm_type", "init_zero"),
 )
-OPTAX = frozenset({"mu", "nu", "count"})
+NOT_KEPT = frozenset({"amsgrad", "step", "exp_avg_sq", "weight_decouple", "fixed_decay", "adam_debias"})
+ARRAYS = frozenset({"mu", "nu", "count"})  # of optax, and of whatever else keeps arrays
 PYTORCH_OPTIMIZER = frozenset({"moments", "grads_ema"})
 
 
@@ -43,6 +44,12 @@ def converted(states: Sequence[tuple[int, str, State]], groups: Sequence[Group])
                 "variant. To go on without it, set amsgrad=False there and take max_exp_avg_sq out of all "
                 "states"
             )
+        for option in ("weight_decouple", "adam_debias"):
+            if group.get(option):
+                raise ValueError(
+                    f"param group {index} of the state dict has {option}=True, which NovoGrad cannot do: "
+                    "set it to False there to go on without it"
+                )
     norms = _norms(states, groups)
     return [
         _converted(name, state, groups[index], norm)
@@ -55,7 +62,7 @@ def _converted(name: str, state: State, group: Group, norm: Tensor | None) -> di
     if norm is not None and keys == {"exp_avg"}:
         squared = norm if group.get("norm_type", 2) == 0 else norm.square()
         return {"exp_avg": state["exp_avg"], "exp_avg_sq": squared, "step": int(group["step"])}
-    if keys == OPTAX:
+    if keys == ARRAYS:
         mu, nu = (torch.as_tensor(state[key]) for key in ("mu", "nu"))
         return {"exp_avg": mu, "exp_avg_sq": nu, "step": int(state["count"])}
     if keys == PYTORCH_OPTIMIZER:
@@ -79,7 +86,8 @@ def _norms(states: Sequence[tuple[int, str, State]], groups: Sequence[Group]) ->
         if "exp_avg_sq" not in group:
             continue
         members = [nth for nth, (its, _, _) in enumerate(states) if its == index]
-        for half, vector in zip((True, False), group["exp_avg_sq"], strict=True):
+        for half, kept in zip((True, False), group["exp_avg_sq"], strict=True):
+            vector = torch.empty(0) if kept is None else kept
             mine = [n for n in members if (states[n][2]["exp_avg"].dtype == torch.float16) is half]
             if len(mine) != len(vector):
                 kind = "in half precision" if half else "in float32"
@@ -99,6 +107,6 @@ def options(saved: Group, present: Group) -> dict[str, Any]:
     theirs = {
         key: value
         for key, value in saved.items()
-        if key in SHARED or (key not in kept and key not in ("amsgrad", "step", "exp_avg_sq"))
+        if key in SHARED or (key not in kept and key not in NOT_KEPT)
     }
     return {**kept, **theirs, "params": saved["params"]}
