@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,10 +43,17 @@ torch.serialization.add_safe_globals([FlatState])
 
 
 @contextmanager
-def recording(optimizer: Optimizer) -> Iterator[dict[str, Any]]:
-    """Record the state dict that torch's ``load_state_dict`` takes, as the user's hooks leave it."""
+def recording(
+    optimizer: Optimizer, convert: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Convert the state dict that torch's ``load_state_dict`` takes, as hooks leave it, and record it."""
     record: dict[str, Any] = {}
-    handle = optimizer.register_load_state_dict_pre_hook(lambda _, state_dict: record.update(state_dict))
+
+    def hook(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        record.update(convert(state_dict))
+        return dict(record)
+
+    handle = optimizer.register_load_state_dict_pre_hook(hook)
     try:
         yield record
     finally:

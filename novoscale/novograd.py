@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from novoscale import checkpoint, checks, presets, reassembly, second_moment
+from novoscale import checkpoint, checks, foreign, presets, reassembly, second_moment
 from novoscale.collectives import Plan
+from novoscale.from_adam import Target
 from novoscale.known_layers import KnowsLayers
 from novoscale.telemetry import Telemetry
 
@@ -87,7 +91,7 @@ class NovoGrad(KnowsLayers):
             that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost.
         seed: of the random bits for rounding; they do not depend on how the model is cut, nor on the rank.
         allow_lossy_load: let ``load_state_dict`` round a first moment to a ``momentum_dtype`` that cannot
-            hold it; a collective where that is in blocks that are cut.
+            hold it, a collective where that is in blocks that are cut; and take over the state of an Adam.
         foreach: True: torch's own operations (``kernels/reference.py``), as with ``fused=False``.
         fused: True: a fused kernel (Triton on a GPU, C++ on the CPU), or an error; False: torch's own
             operations. None: the fused kernel where there is one. All give the same bits.
@@ -349,16 +353,40 @@ class NovoGrad(KnowsLayers):
         which stay what they are: a first moment in another format is converted where that loses nothing, or
         with ``allow_lossy_load``. Load and save hooks run as usual.
 
+        Takes the state of an Adam too, with ``allow_lossy_load``, and that of another NovoGrad: see
+        ``novoscale.foreign`` and ``docs/coming-from.md``. A collective then, where layers are cut.
+
         Raises:
             ValueError: a state that is not NovoGrad's, that belongs to other shapes or layers, or that would
                 lose digits. Nothing has been changed then.
         """
-        with checkpoint.recording(self) as record:
+        said: list[str] = []
+        with checkpoint.recording(self, partial(self._converted, said=said)) as record:
             self._loading = record
             try:
                 super().load_state_dict(state_dict)
             finally:
                 self._loading = None
+        if said and not (dist.is_initialized() and dist.get_rank()):
+            warnings.warn(said[0], stacklevel=2)
+
+    def _converted(self, state_dict: dict[str, Any], said: list[str]) -> dict[str, Any]:
+        """A state dict as it is, if it is this NovoGrad's; else as one, and what to say of it."""
+        foreign.check_groups(state_dict, self.param_groups)
+        if foreign.is_own(state_dict):
+            return state_dict
+        targets = [
+            Target(
+                self._name(index, position),
+                p,
+                self._find_layout(index, position, number, p),
+                self.param_groups[index],
+            )
+            for index, position, number, p in self._numbered()
+        ]
+        found, line = foreign.converted(state_dict, self.param_groups, targets)
+        said += [line] if line else []
+        return found
 
     def _load(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
         """Put the saved tensors in place of those that torch has cast to the parameters' dtypes."""

@@ -1,7 +1,8 @@
 """Each row of docs/coming-from.md against a transcription of that implementation's equations.
 
 Transcribed from the sources at the revisions that the project's notes name: NVIDIA/apex 6424da3b, NeMo
-8cfedd72, timm aa4b5850, MONAI d388d1c6, DeepLearningExamples 729963dd, optax 2edbcbe2, flashlight. NumPy
+8cfedd72, timm aa4b5850, MONAI d388d1c6, DeepLearningExamples 729963dd, optax 2edbcbe2, flashlight;
+torch_optimizer 0.3.0 and pytorch_optimizer 4.1.0. NumPy
 float64, one tensor; none shares code with the package or with another.
 """
 
@@ -101,6 +102,8 @@ IMPLEMENTATIONS = {
     ("timm", "its defaults"): lambda: Jasper((0.95, 0.98)),
     ("MONAI", "its defaults"): lambda: Jasper((0.9, 0.98)),
     ("DeepLearningExamples", "its defaults"): lambda: Jasper((0.95, 0.0)),
+    ("torch_optimizer", "its defaults"): lambda: Jasper((0.95, 0.0)),
+    ("pytorch_optimizer", "its defaults"): lambda: Jasper((0.95, 0.98)),
     ("optax", "its defaults"): Optax,
     ("flashlight", "its defaults"): Flashlight,
 }
