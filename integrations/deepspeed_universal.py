@@ -13,7 +13,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor
 
-from novoscale import NovoGrad, reassembly
+from novoscale import NovoGrad, foreign, from_adam, reassembly
 from novoscale.checkpoint import STRUCTURE
 from novoscale.layout import Layout
 
@@ -21,26 +21,53 @@ from .deepspeed_checkpoint import MODEL_FILES, STATE_FILE, CheckpointError
 
 
 class _States(Mapping[str, Any]):
-    """The states of whole parameters in a universal checkpoint, each read when it is asked for."""
+    """The states of whole parameters in a universal checkpoint, each read when it is asked for.
 
-    def __init__(self, zero: Path) -> None:
-        self._zero = zero
+    Args:
+        zero: the folder ``zero`` of the checkpoint.
+        layout: of a flat tensor that holds some of them.
+        group: its param group.
+        saved: that in the checkpoint.
+    """
+
+    def __init__(
+        self, zero: Path, layout: Layout, group: Mapping[str, Any], saved: Mapping[str, Any]
+    ) -> None:
+        self._zero, self._group, self._saved = zero, group, saved
+        self._shapes = {h.parameter.name: h.parameter.shape for h in layout.held}
 
     def __getitem__(self, name: str) -> Any:
         path = self._zero / name / STATE_FILE
-        if not path.exists():
-            raise KeyError(name)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if path.exists():
+            return torch.load(path, map_location="cpu", weights_only=True)
+        keys = ("exp_avg", "exp_avg_sq", "fp32")
+        state = {key: _saved_tensor(self._zero / name / f"{key}.pt", self._shapes[name]) for key in keys}
+        if (self._zero / name / "step.pt").exists():
+            state["step"] = torch.load(self._zero / name / "step.pt", map_location="cpu", weights_only=True)
+        weight = state.pop("fp32")
+        return from_adam.novograd_state(name, state, self._saved, self._group, weight)
 
     def __iter__(self) -> Iterator[str]:
-        return (path.parent.relative_to(self._zero).as_posix() for path in self._zero.rglob(STATE_FILE))
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._shapes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes and (self._zero / str(name) / "fp32.pt").exists()
+
+
+def _saved_tensor(path: Path, shape: Sequence[int]) -> Tensor:
+    """A tensor of a parameter as DeepSpeed's converter has written it: with what it is, or flat."""
+    found = torch.load(path, map_location="cpu", weights_only=False)
+    tensor: Tensor = found["param"] if isinstance(found, dict) else found
+    return tensor.view(tuple(shape))
 
 
 def load_universal(wrapper: Any, bound: Sequence[tuple[int, Tensor, Layout]]) -> None:
     """Have a wrapper of DeepSpeed load what :func:`to_universal` has written.
+
+    Or, with ``allow_lossy_load``, what DeepSpeed's own converter has written of an Adam.
 
     Args:
         wrapper: of a NovoGrad.
@@ -52,24 +79,29 @@ def load_universal(wrapper: Any, bound: Sequence[tuple[int, Tensor, Layout]]) ->
     def load(checkpoint_folder: str, load_optimizer_states: bool, load_from_fp32_weights: bool) -> None:
         zero = Path(checkpoint_folder) / "zero"
         groups = wrapper.optimizer.param_groups
-        kept = [{option: group[option] for option in STRUCTURE} for group in groups]
         with _on_every_rank():
             saved = _saved_groups(zero, len(groups))
-            states = _states(zero, bound, groups) if load_optimizer_states else []
+            options = [_options(*both) for both in zip(saved, groups, strict=True)]
+            states = _states(zero, bound, groups, saved) if load_optimizer_states else []
         with _without_adam(wrapper):
             original(checkpoint_folder, load_optimizer_states, load_from_fp32_weights)
-        if not load_optimizer_states:
-            return
-        for group, of_saved, structure in zip(groups, saved, kept, strict=True):
-            group.update(
-                {k: v for k, v in of_saved.items() if k not in ("params", "param_names")} | structure
-            )
+        for group, of_group in zip(groups, options, strict=True):
+            group.update(of_group)
         for flat, state in states:
             wrapper.optimizer.state[flat] = state
         if getattr(wrapper, "round_robin_gradients", False):  # for which DeepSpeed's own map is wrong
             _load_weights(zero, bound)
 
     wrapper._load_universal_checkpoint = load
+
+
+def _options(saved: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a param group after loading: of an Adam's only those that mean the same."""
+    if foreign.is_own({"param_groups": [saved]}):
+        found = {**saved, **{option: present[option] for option in STRUCTURE}}
+    else:
+        found = foreign.options_from_adam({"params": [], **saved}, present)
+    return {option: value for option, value in found.items() if option not in ("params", "param_names")}
 
 
 @contextmanager
@@ -88,42 +120,52 @@ def _on_every_rank() -> Iterator[None]:
 
 
 def _states(
-    zero: Path, bound: Sequence[tuple[int, Tensor, Layout]], groups: Sequence[Mapping[str, Any]]
+    zero: Path,
+    bound: Sequence[tuple[int, Tensor, Layout]],
+    groups: Sequence[Mapping[str, Any]],
+    saved: Sequence[Mapping[str, Any]],
 ) -> list[tuple[Tensor, dict[str, Any]]]:
     """The states of the flat tensors."""
-    _refuse_other_optimizers(zero, bound)
-    wholes = _States(zero)
-    return [(flat, reassembly.scatter(wholes, flat, layout, groups[index])) for index, flat, layout in bound]
+    found = []
+    for index, flat, layout in bound:
+        for h in layout.held:
+            _check(h.parameter.name, zero, groups[index])
+        wholes = _States(zero, layout, groups[index], saved[index])
+        found.append((flat, reassembly.scatter(wholes, flat, layout, groups[index])))
+    return found
+
+
+def _check(name: str, zero: Path, group: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if there is no state of a parameter, or one of an Adam that is not to be taken."""
+    kept = {path.name for path in (zero / name).glob("*")}
+    if "fp32.pt" not in kept:
+        raise CheckpointError(
+            f"{name}: the checkpoint {zero.parent} has nothing of it: it is of another model"
+        )
+    is_adams = {"exp_avg.pt", "exp_avg_sq.pt"} <= kept
+    if STATE_FILE not in kept and not (is_adams and group["allow_lossy_load"]):
+        raise CheckpointError(
+            f"{name}: the checkpoint {zero.parent} is not of a NovoGrad (it has {', '.join(sorted(kept))}). "
+            "That of an Adam is taken over with allow_lossy_load=True; the weights alone, with "
+            "load_optimizer_states=False"
+        )
 
 
 def _saved_groups(zero: Path, count: int) -> list[dict[str, Any]]:
     path = zero / "optimizer_state.pt"
     if not path.exists():
         raise CheckpointError(f"{path} is missing: it is not a universal checkpoint, or not a whole one")
-    found: list[dict[str, Any]] = torch.load(path, map_location="cpu", weights_only=False)["param_groups"]
+    saved = torch.load(path, map_location="cpu", weights_only=False)
+    found: list[dict[str, Any]] = saved["param_groups"]
     if len(found) != count:
         raise CheckpointError(
             f"{zero.parent}: it has {len(found)} param groups, and the optimizer {count}: make the same ones"
         )
-    return found
-
-
-def _refuse_other_optimizers(zero: Path, bound: Sequence[tuple[int, Tensor, Layout]]) -> None:
-    for _, _, layout in bound:
-        for h in layout.held:
-            folder = zero / h.parameter.name
-            if not (folder / "fp32.pt").exists():
-                raise CheckpointError(
-                    f"{h.parameter.name}: the checkpoint {zero.parent} has nothing of it: it is of another "
-                    "model"
-                )
-            if not (folder / STATE_FILE).exists():
-                kept = ", ".join(sorted(path.stem for path in folder.glob("*.pt")))
-                raise CheckpointError(
-                    f"{h.parameter.name}: the checkpoint {zero.parent} is not of a NovoGrad (it has {kept}). "
-                    "Load the weights alone, with load_optimizer_states=False, or convert a NovoGrad's by "
-                    "`novoscale to-universal`"
-                )
+    if foreign.is_own(saved):
+        return found
+    # Of stage 3 the only count of Adam's steps.
+    step = saved.get("optimizer_state_dict", {}).get("state", {}).get(0, {}).get("step")
+    return found if step is None else [{"step": step, **group} for group in found]
 
 
 @contextmanager
@@ -146,7 +188,7 @@ def _load_weights(zero: Path, bound: Sequence[tuple[int, Tensor, Layout]]) -> No
     for _, flat, layout in bound:
         for index, h in enumerate(layout.held):
             path = zero / h.parameter.name / "fp32.pt"
-            weight = torch.load(path, map_location="cpu", weights_only=True)["param"].view(-1)
+            weight = _saved_tensor(path, h.parameter.shape).view(-1)
             for s in layout.segments:
                 if s.parameter == index:
                     flat.data[s.start : s.stop].copy_(weight[s.offset : s.offset + s.numel])

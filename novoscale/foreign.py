@@ -116,7 +116,7 @@ def converted(
         _refuse_lossy(known)
         adams = _with_steps(known, saved_groups)
         states = list(from_adam.converted([k.target for k in known], [k.state for k in known], adams))
-        options = [_options(*both) for both in zip(saved_groups, groups, strict=True)]
+        options = [options_from_adam(*both) for both in zip(saved_groups, groups, strict=True)]
         _check_directions(saved_groups, groups)
         said = _said(known, saved_groups, options) if known else None
     state = {k.key: state for k, state in zip(known, states, strict=True)}
@@ -182,7 +182,7 @@ def rates_mean_the_same(group: Group) -> bool:
     return group["normalize"] == "rms" and group["grad_averaging"] and not group["scale_parameter"]
 
 
-def _options(saved: Group, present: Group) -> dict[str, Any]:
+def options_from_adam(saved: Group, present: Group) -> dict[str, Any]:
     """A param group of a state dict of NovoGrad, from that of an Adam.
 
     Only what means the same comes from the state dict: the learning rate, where one of AdamW does, with the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import fixed_gradients
@@ -167,3 +168,29 @@ def saved_under_fsdp2(path: str, options: dict[str, Any]) -> None:
     model, state = get_state_dict(made, optimizer, options=whole)
     if torch.distributed.get_rank() == 0:
         torch.save({"model": model, "optimizer": state}, path)
+
+
+def taken_over(universal: Path, options: dict[str, Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Weights and first moments after the other half in one process, from a universal checkpoint of an Adam."""
+    from novoscale import NovoGrad, from_adam
+
+    made = fixed_gradients.FixedGradients()
+    optimizer = NovoGrad(made.named_parameters(), **options)
+    (group,) = optimizer.param_groups
+    saved = torch.load(universal / "zero" / "optimizer_state.pt", weights_only=False)
+    adam = {"step": HALF, **saved["param_groups"][0]}
+    states = {}
+    for index, (name, p) in enumerate(made.named_parameters()):
+        found = {}
+        for key in ("fp32", "exp_avg", "exp_avg_sq"):
+            tensor = torch.load(universal / "zero" / name / f"{key}.pt", weights_only=False)
+            found[key] = (tensor["param"] if isinstance(tensor, dict) else tensor).view(p.shape)
+        p.data.copy_(found.pop("fp32"))
+        states[index] = from_adam.novograd_state(name, {**found, "step": HALF}, adam, group, p.detach())
+    held = optimizer.state_dict()
+    optimizer.load_state_dict({**held, "state": states})
+    for step in range(HALF, fixed_gradients.STEPS):
+        optimizer.zero_grad()
+        made(torch.tensor(step)).backward()
+        optimizer.step()
+    return {name: (w, m) for name, _, w, m in fixed_gradients.pieces(optimizer)}
