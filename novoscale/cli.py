@@ -119,9 +119,9 @@ def _convert(function: str, source: Path, target: Path) -> None:
         console.print(f"{source}: needs {error.name}: pip install 'novoscale[deepspeed]'", style="red")
         raise typer.Exit(2) from None
     except ValueError as error:
-        console.print(str(error), style="red", markup=False, highlight=False)
+        console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
-    console.print(f"Written: {target}", highlight=False)
+    console.print(f"Written: {target}", highlight=False, soft_wrap=True)
 
 
 def _options(pairs: list[str]) -> dict[str, Any]:

@@ -177,7 +177,7 @@ class Prepared:
         counts = [(len(x.v), 0 if x.columns is None else len(x.columns), len(x.here)) for x in self.layers]
         layers, columns, parameters = ([*n] for n in zip(*counts, strict=True))
         first = self.plan.layers + self.plan.columns
-        rows = (len(vector) - first) // max(self.plan.parameters, 1)
+        rows = self.plan.numbers if len(vector) == first + self.plan.numbers * self.plan.parameters else 0
         numbers = vector[first:].view(rows, self.plan.parameters)
         return list(
             zip(
@@ -357,7 +357,9 @@ def of_weights(
     return list(shown.values())
 
 
-def plan(groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.device, apart: bool) -> Plan:
+def plan(
+    groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.device, apart: bool = False
+) -> Plan:
     """The plan of the layers of a step."""
     ops = {2: dist.ReduceOp.SUM, 0: dist.ReduceOp.MAX}
     placed = []
