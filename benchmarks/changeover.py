@@ -1,6 +1,6 @@
 """A training that changes from AdamW to NovoGrad at half its steps, beside one of each throughout.
 
-    make changeover                               # three seeds: some 15 minutes on two cores
+    make changeover        # three seeds: some 15 minutes on two cores; runs that are there are kept
 
 The model, text, schedule, clipping and decay of ``quality.py``, at AdamW's best learning rate there. The
 change is what a user does: a new NovoGrad, and ``load_state_dict`` of AdamW's state; the scheduler goes on.
@@ -40,6 +40,7 @@ LR, BETAS = 0.001, (0.9, 0.98)  # AdamW's best in docs/quality.md
 EVERY, CLOSELY = 20, 5  # steps from validation to validation; in the first ones after the change
 FORMATS = ("float32", "int8")
 ANEW = "AdamW, then NovoGrad anew"
+NAMES = {"AdamW": "AdamW", **{name: f"NovoGrad, {name}" for name in FORMATS}}  # of each job's own curve
 
 
 class Training:
@@ -116,7 +117,7 @@ def train(model: str, seed: int, kind: str, steps: int) -> dict[str, list[tuple[
     if kind in FORMATS:
         training = Training(module, make_novograd(module, kind, seed), seed, steps)
         training.run(0, steps)
-        return {f"NovoGrad, {kind}": training.curve}
+        return {NAMES[kind]: training.curve}
     training = Training(module, torch.optim.AdamW(groups_of(module), lr=LR, betas=BETAS), seed, steps)
     training.run(0, half)
     found = {}
@@ -140,28 +141,31 @@ def main(
 ) -> None:
     """Train, and show the table."""
     out.mkdir(parents=True, exist_ok=True)
-    source = provenance("make changeover")
-    wanted = [(seed, kind) for seed in range(seeds) for kind in ("AdamW", *FORMATS)]
-    report: dict[str, Any] = {
+    file = out / "changeover.json"
+    settings = {
         "model": model,
         "steps": steps,
         "batch": BATCH,
         "context": CONTEXT,
         "lr": LR,
-        "betas": BETAS,
-        "weight_decay": DECAY,
-        "clip": CLIP,
-        "runs": [],
-        "provenance": source,
+        "betas": [*BETAS],
     }
+    settings |= {"weight_decay": DECAY, "clip": CLIP}
+    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {**settings, "runs": []}
+    if any(report[key] != value for key, value in settings.items()):
+        raise typer.BadParameter(f"{file} is of other settings: give another --out")
+    report["provenance"] = provenance("make changeover")
+    done = {(run["seed"], run["name"]) for run in report["runs"]}
+    wanted = [(s, k) for s in range(seeds) for k in NAMES if (s, NAMES[k]) not in done]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(train, model, seed, kind, steps): seed for seed, kind in wanted}
         for future in as_completed(futures):
             for name, curve in future.result().items():
                 report["runs"].append({"name": name, "seed": futures[future], "validation_loss": curve})
                 print(name, futures[future], curve[-1], flush=True)
+            file.write_text(json.dumps(report, indent=1) + "\n")
     report["runs"].sort(key=lambda run: (run["name"], run["seed"]))
-    (out / "changeover.json").write_text(json.dumps(report, indent=1) + "\n")
+    file.write_text(json.dumps(report, indent=1) + "\n")
     show(report)
     plots.changeover(report, out / "changeover")
 
