@@ -53,7 +53,7 @@ def test_a_distributed_checkpoint_of_adamw_on_another_number_of_ranks(saved_on, 
         assert worst(weights, expected) < BOUND
 
 
-@pytest.mark.parametrize("options", [ADAMW, ROWS, {"granularity": 2}, {}], ids=str)
+@pytest.mark.parametrize("options", [ADAMW, EVERYTHING, ROWS, {"granularity": 2}, {}], ids=str)
 @pytest.mark.parametrize(("world", "data_world"), [(3, 1), (4, 2)])
 def test_tensor_parallel_alone_and_with_fsdp2(world, data_world, options):
     expected = from_adam_ranks.one_process(data_world, options)
