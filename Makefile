@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts speed memory step-memory quality eight-billion format clean
+.PHONY: demo test lint cuts speed memory step-memory quality changeover eight-billion format clean
 
 demo: $(VENV)/.installed
 	$(RUN) python benchmarks/demo.py $(ARGS)
@@ -27,6 +27,9 @@ speed: $(VENV)/.installed
 
 quality: $(VENV)/.rivals
 	$(RUN) python benchmarks/quality.py $(ARGS)
+
+changeover: $(VENV)/.installed
+	$(RUN) python benchmarks/changeover.py $(ARGS)
 
 memory: $(VENV)/.rivals
 	$(RUN) python benchmarks/memory.py $(ARGS)

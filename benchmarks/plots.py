@@ -172,6 +172,43 @@ def quality(results: dict[str, dict[str, Any]], steps: int, source: dict[str, An
     save(figure, path, source)
 
 
+CHANGEOVER_COLORS = {
+    "AdamW": COLORS["AdamW"],
+    "NovoGrad, float32": COLORS["NovoGrad"],
+    "NovoGrad, int8": "#7fb2dd",
+    "AdamW, then NovoGrad, float32": "#c0392b",
+    "AdamW, then NovoGrad, int8": "#e59a8f",
+    "AdamW, then NovoGrad anew": COLORS["Adafactor"],
+}
+
+
+def changeover(report: dict[str, Any], path: Path) -> None:
+    """Validation loss over steps, the mean of all seeds: of the whole training, and around the change."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    half, steps = report["steps"] // 2, report["steps"]
+    for name, color in CHANGEOVER_COLORS.items():
+        curves = [dict(map(tuple, r["validation_loss"])) for r in report["runs"] if r["name"] == name]
+        known = sorted(set.intersection(*map(set, curves))) if curves else []
+        mean = [statistics.mean(curve[step] for curve in curves) for step in known]
+        dashed = (0, (3, 1.5)) if name.startswith("NovoGrad") else "-"
+        for axis in axes:
+            axis.plot(known, mean, color=color, ls=dashed, lw=1.4, label=name)
+    for axis in axes:
+        axis.axvline(half, color="#bbbbbb", lw=0.8, zorder=0)
+        axis.set(xlabel="step", ylabel="loss, nats per byte")
+    shown = [
+        loss
+        for run in report["runs"]
+        for step, loss in run["validation_loss"]
+        if half - 40 <= step <= half + 60 and run["name"] != "AdamW, then NovoGrad anew"
+    ]
+    axes[0].set_title(f"{report['model']}: validation loss, mean of the seeds", size=10)
+    axes[1].set_title(f"around the change after {half} of {steps} steps", size=10)
+    axes[1].set(xlim=(half - 40, half + 60), ylim=(min(shown) - 0.02, max(shown) + 0.1))
+    axes[0].legend(frameon=False, fontsize=8)
+    save(figure, path, report["provenance"])
+
+
 def step_memory(report: dict[str, Any], path: Path) -> None:
     """Bytes over the time of one training step: a column for each model, a line for each optimizer."""
     rows = [row for row in report["rows"] if "why" not in row]

@@ -283,6 +283,17 @@ def _for_other_stages(folder: Path, weights: Mapping[str, Tensor]) -> str:
     return str(saved["ds_version"])
 
 
+def whole_module(folder: Path) -> dict[str, Tensor]:
+    """What a universal checkpoint has of a model: buffers and frozen parameters, and maybe all others."""
+    whole, partitioned = (folder / name for name in MODEL_FILES)
+    saved = torch.load(whole if whole.exists() else partitioned, map_location="cpu", weights_only=False)
+    module: dict[str, Tensor] = dict(saved["module"])
+    if whole.exists():
+        return module
+    kept = {name: module[name] for name in saved["buffer_names"] if name in module}
+    return kept | _frozen(folder, saved.get("frozen_param_shapes") or {})
+
+
 def _frozen(folder: Path, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
     """The frozen parameters of stage 3, of which each rank has saved an equal part."""
     if not shapes:

@@ -17,7 +17,7 @@ from novoscale import NovoGrad, foreign, from_adam, reassembly
 from novoscale.checkpoint import STRUCTURE
 from novoscale.layout import Layout
 
-from .deepspeed_checkpoint import MODEL_FILES, STATE_FILE, CheckpointError
+from .deepspeed_checkpoint import STATE_FILE, CheckpointError, whole_module
 
 
 class _States(Mapping[str, Any]):
@@ -136,7 +136,7 @@ def _states(
 
 
 def _check(name: str, zero: Path, group: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if there is no state of a parameter, or one of an Adam that is not to be taken."""
+    """Raise CheckpointError if there is no state of a parameter, or one that is not to be taken."""
     kept = {path.name for path in (zero / name).glob("*")}
     if "fp32.pt" not in kept:
         raise CheckpointError(
@@ -199,23 +199,23 @@ def _load_weights(zero: Path, bound: Sequence[tuple[int, Tensor, Layout]]) -> No
 
 def register() -> None:
     """Have the engine restore frozen parameters and buffers too, which DeepSpeed does not."""
-    original = DeepSpeedEngine._load_checkpoint
+    original = DeepSpeedEngine.load_checkpoint
     if hasattr(original, "_novoscale"):
         return
 
     @functools.wraps(original)
-    def load(self: Any, load_dir: str, tag: str, *args: Any, **kwargs: Any) -> Any:
-        found = original(self, load_dir, tag, *args, **kwargs)
-        if self.load_universal_checkpoint() and isinstance(self.basic_optimizer, NovoGrad):
-            _restore_the_rest(self.module, Path(load_dir) / str(tag) / MODEL_FILES[0])
-        return found
+    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        path, client_state = original(self, *args, **kwargs)
+        if path and self.load_universal_checkpoint() and isinstance(self.basic_optimizer, NovoGrad):
+            _restore_the_rest(self.module, Path(path).parent)
+        return path, client_state
 
     load._novoscale = True  # type: ignore[attr-defined]
-    DeepSpeedEngine._load_checkpoint = load
+    DeepSpeedEngine.load_checkpoint = load
 
 
-def _restore_the_rest(module: torch.nn.Module, path: Path) -> None:
-    saved = torch.load(path, map_location="cpu", weights_only=False)["module"]
+def _restore_the_rest(module: torch.nn.Module, folder: Path) -> None:
+    saved = whole_module(folder)
     with torch.no_grad():
         for name, tensor in module.named_buffers():
             if name in saved:

@@ -113,11 +113,11 @@ def converted(
         options = [other_novograds.options(*both) for both in zip(saved_groups, groups, strict=True)]
     else:
         _refuse_others(known, saved_groups)
+        _check_directions(saved_groups, groups)
         _refuse_lossy(known)
         adams = _with_steps(known, saved_groups)
         states = list(from_adam.converted([k.target for k in known], [k.state for k in known], adams))
         options = [options_from_adam(*both) for both in zip(saved_groups, groups, strict=True)]
-        _check_directions(saved_groups, groups)
         said = _said(known, saved_groups, options) if known else None
     state = {k.key: state for k, state in zip(known, states, strict=True)}
     return {**state_dict, "state": state, "param_groups": options}, said

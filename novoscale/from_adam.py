@@ -61,6 +61,10 @@ class Sums(NamedTuple):
     columns: Tensor
     parameters: Tensor
 
+    def to(self, device: torch.device) -> Sums:
+        """The same on a device."""
+        return Sums(*(vector.to(device) for vector in self))
+
 
 # ---- one whole parameter -----------------------------------------------------------------------------------
 
@@ -151,10 +155,11 @@ def _completed(targets: Sequence[Target], sums: Sequence[Sums], error: ValueErro
         layers += target.layout.layers
         columns += target.layout.columns
         parameters += len(target.layout.held)
-    plan = Plan(placed, targets[0].p.device, sums=2)
-    of_layers, of_columns, of_parameters = zip(*sums, strict=True)
+    device = targets[0].p.device
+    plan = Plan(placed, device, sums=2)
+    of_layers, of_columns, of_parameters = zip(*(s.to(device) for s in sums), strict=True)
     vector = torch.cat([*of_layers, *of_columns, torch.cat(of_parameters, dim=1).view(-1)])
-    finite, _ = plan.complete(vector, torch.tensor(error is not None, device=vector.device))
+    finite, _ = plan.complete(vector, torch.tensor(error is not None, device=device))
     if error is not None:
         raise error
     if not finite and vector.isfinite().all():
@@ -162,7 +167,8 @@ def _completed(targets: Sequence[Target], sums: Sequence[Sums], error: ValueErro
     by_layer = torch.split(vector[:layers], [t.layout.layers for t in targets])
     by_column = torch.split(vector[layers : layers + columns], [t.layout.columns for t in targets])
     rest = torch.split(vector[layers + columns :].view(2, -1), [len(t.layout.held) for t in targets], dim=1)
-    return [Sums(*parts) for parts in zip(by_layer, by_column, rest, strict=True)]
+    parts = zip(by_layer, by_column, rest, targets, strict=True)
+    return [Sums(*of_target).to(target.p.device) for *of_target, target in parts]
 
 
 def check_options(name: str, group: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """A training that goes on under NovoGrad from the state of an Adam."""
 
 import copy
+import math
 import warnings
 
 import adam
@@ -12,8 +13,9 @@ from oracle import FactoredOracle, Oracle, RowOracle, deviation
 from test_implementations import Apex
 from torch import nn
 
-from novoscale import NovoGrad, momentum
+from novoscale import NovoGrad, from_adam, momentum
 from novoscale.from_adam import novograd_state
+from novoscale.layout import describe, one_after_another, partition
 
 SHAPES = [(6, 10), (4, 3, 8), (7,), (1,)]
 COLLECTED, FURTHER = 25, 3  # of three steps with one magnitude no sum is 0
@@ -247,6 +249,35 @@ def test_one_whole_parameter_by_itself():
         for key, value in state.items():
             assert value.shape == optimizer.state[p][key].shape
             assert torch.equal(value, optimizer.state[p][key])
+
+
+@pytest.mark.parametrize("preset", ["adamw", "paper"])
+def test_a_flat_partition_of_several_parameters(preset):
+    # As under ZeRO, where a tensor has the elements of several parameters, and padding.
+    gradients = changing_gradients()
+    saved = state_dict_of_adam(gradients)
+    options = NovoGrad(parameters(), preset=preset, allow_lossy_load=True).param_groups[0]
+    sizes = [math.prod(shape) for shape in SHAPES]
+    whole = [describe(str(n), shape, options["granularity"], n) for n, shape in enumerate(SHAPES)]
+    numel = sum(sizes) + 3
+    flat = {
+        key: torch.cat([*(saved["state"][n][key].flatten() for n in range(len(SHAPES))), torch.ones(3)])
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    layout = partition(whole, one_after_another(sizes, numel, 1), rank=0, numel=numel)
+    target = from_adam.Target("flat", torch.zeros(numel), layout, options)
+    (found,) = from_adam.converted([target], [{**flat, "step": COLLECTED}], saved["param_groups"])
+    apart = [
+        novograd_state(str(n), saved["state"][n], saved["param_groups"][0], options)
+        for n in range(len(SHAPES))
+    ]
+    assert torch.equal(found["exp_avg"][:-3], torch.cat([s["exp_avg"].flatten() for s in apart]))
+    assert not found["exp_avg"][-3:].any()
+    for key in ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col"):
+        expected = [s[key].flatten() for s in apart if key in s]
+        assert (key in found) == bool(expected)
+        if expected:
+            assert torch.equal(found[key], torch.cat(expected))
 
 
 # ---- the forms of Adam's state -------------------------------------------------------------------------

@@ -10,13 +10,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_optimizer_state_dict,
     get_state_dict,
     set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch_ranks import LR, Block, block_input, fsdp_model, full, tensor_parallel_model, train
 from training import OddModel, data
 
@@ -51,6 +53,9 @@ def take_over(model: nn.Module, optimizer: NovoGrad, before: Any, how: str) -> N
                 for key, value in state.items():
                     state[key] = value.full_tensor() if isinstance(value, DTensor) else value
             optimizer.load_state_dict(saved)
+        elif how == "full state dict":  # with the parameters' names for keys
+            whole = StateDictOptions(full_state_dict=True)
+            optimizer.load_state_dict(get_optimizer_state_dict(model, before, options=whole))
         else:
             set_optimizer_state_dict(model, optimizer, get_optimizer_state_dict(model, before))
     lines = [str(w.message) for w in said if "has taken over" in str(w.message)]
@@ -172,3 +177,26 @@ def not_finite(options: dict[str, Any]) -> str:
         assert not optimizer.state
         return str(error)
     return "nothing"
+
+
+def in_blocks(momentum_dtype: str) -> dict[str, Any]:
+    """The first moment in blocks that the ranks' boundaries cut, as it is saved; whole."""
+    torch.manual_seed(3)
+    model: nn.Module = nn.Linear(131, 70)
+    if dist.is_initialized():
+        model = fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    before = adamw(model)
+    generator = torch.Generator().manual_seed(8)
+    for _ in range(4):
+        for p in model.parameters():
+            gradient = torch.randn(p.shape, generator=generator)
+            p.grad = (
+                distribute_tensor(gradient, p.device_mesh, p.placements)
+                if isinstance(p, DTensor)
+                else gradient
+            )
+        before.step()
+    optimizer = novograd(model, {"preset": "adamw", "momentum_dtype": momentum_dtype})
+    take_over(model, optimizer, before, "state_dict")
+    saved = optimizer.state_dict()["state"][0]
+    return {key: full(value) for key, value in saved.items()}
