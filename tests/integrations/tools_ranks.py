@@ -211,3 +211,31 @@ def consolidated(ds: dict[str, Any], folder: str) -> tuple[State, State]:
     torch.distributed.barrier()
     found = get_fp32_state_dict_from_zero_checkpoint(folder)
     return dict(found), {n: safe_get_full_fp32_param(p) for n, p in e.module.named_parameters()}
+
+
+def saved(ds: dict[str, Any], folder: str, count: int) -> None:
+    """A checkpoint after each of some steps."""
+    e = made(ds, steps=0)
+    for step in range(count):
+        stepped(e, range(step, step + 1))
+        e.save_checkpoint(folder)
+
+
+def saved_distributed(folder: str, count: int) -> None:
+    """The same of FSDP2, by torch.distributed.checkpoint."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from novoscale import NovoGrad
+
+    model = fixed_gradients.FixedGradients()
+    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    optimizer = NovoGrad(model.parameters(), momentum_dtype="int8")
+    for step in range(count):
+        optimizer.zero_grad()
+        model(torch.tensor(step)).backward()
+        optimizer.step()
+        weights, state = get_state_dict(model, optimizer)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=f"{folder}/step{step + 1}")
