@@ -37,6 +37,12 @@ OPTIONS = (
     "scale_parameter",
 )
 
+# Those on which the ranks that share a layer must agree.
+SHARED = (
+    *(option for option in OPTIONS if option not in ("fused", "foreach")),
+    *("lr", "norm_type", "normalize", "init_zero", "max_grad_norm", "maximize", "seed"),
+)
+
 
 @dataclass
 class Prepared:
@@ -177,8 +183,9 @@ class Prepared:
         counts = [(len(x.v), 0 if x.columns is None else len(x.columns), len(x.here)) for x in self.layers]
         layers, columns, parameters = ([*n] for n in zip(*counts, strict=True))
         first = self.plan.layers + self.plan.columns
-        rows = (len(vector) - first) // max(self.plan.parameters, 1)
-        numbers = vector[first:].view(rows, self.plan.parameters)
+        of = self.plan.parameters
+        rows = (len(vector) - first) // of if of else self.plan.numbers  # none: this rank has padding only
+        numbers = vector[first:].view(rows, of)
         return list(
             zip(
                 torch.split(vector[: self.plan.layers], layers),
@@ -371,7 +378,18 @@ def plan(groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.devi
             column += layout.columns
             parameter += len(layout.held)
             block += len(cut_blocks)
-    return Plan(placed, device, sums(groups), apart)
+    return Plan(placed, device, sums(groups), apart, _options(groups))
+
+
+def _options(groups: Groups) -> dict[str, str]:
+    """The options on which ranks must agree, as they are written; those of param groups one after another."""
+    return {name: " and ".join(_written(group[name]) for group, _ in groups) for name in SHARED}
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Tensor):  # to read it would wait for the device
+        return "a tensor"
+    return repr(tuple(value) if isinstance(value, list) else value)
 
 
 def agreed(groups: Groups, apart: bool) -> list[Any]:
