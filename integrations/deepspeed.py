@@ -30,6 +30,7 @@ from torch import Tensor
 from novoscale import NovoGrad
 
 from . import deepspeed_layouts as layouts
+from . import deepspeed_saving as saving
 from . import deepspeed_tools as tools
 
 NAME = "NovoGrad"
@@ -67,6 +68,7 @@ def register() -> None:
     _extend(FP16_UnfusedOptimizer, lambda _: None)
     _extend_dummy_step(FP16_UnfusedOptimizer)
     tools.register()
+    saving.register()
     for framework in ("accelerate", "transformers"):
         if importlib.util.find_spec(framework) is not None:
             importlib.import_module(f"novoscale.integrations.{framework}")

@@ -63,6 +63,34 @@ def missing_or_cut_off(path: Path) -> list[str]:
     return list(_of_deepspeed(path, {file.name for file in path.iterdir()}, ends_only=True))
 
 
+@dataclass(frozen=True)
+class Facts:
+    """What one of DeepSpeed's checkpoints says of the training.
+
+    Attributes:
+        stage: of ZeRO.
+        ranks: over which it was cut.
+        shapes: of the parameters that it trained, by name, for each param group; none without ZeRO.
+    """
+
+    stage: int
+    ranks: int
+    shapes: tuple[dict[str, tuple[int, ...]], ...]
+
+
+def facts(path: Path) -> Facts:
+    """What a whole checkpoint says of the training."""
+    said = _facts(min(file for file in path.iterdir() if MODEL.fullmatch(file.name)))
+    groups = [group for group in said.get("param_shapes") or () if isinstance(group, dict)]
+    shapes = ({str(name): _shape(of) for name, of in group.items()} for group in groups)
+    return Facts(_stage(said), said["dp_world_size"], tuple(shapes))
+
+
+def _shape(pickled: Any) -> tuple[int, ...]:
+    """Of a torch.Size, which is read as an object with its numbers as the argument."""
+    return tuple(int(n) for n in getattr(pickled, "args", (pickled,))[0])
+
+
 def _is_checkpoint(path: Path) -> bool:
     if path.is_file():
         return path.suffix in SINGLE
@@ -120,11 +148,11 @@ def _of_deepspeed(path: Path, names: set[str], ends_only: bool = False) -> Itera
         yield "no readable file *model_states.pt says how many ranks there were"
         return
     try:
-        facts = _facts(path / readable[0])
+        said = _facts(path / readable[0])
     except ValueError as error:
         yield f"{readable[0]}: {error}"
         return
-    yield from (f"{name} is missing" for name in sorted(_expected(facts, names) - names))
+    yield from (f"{name} is missing" for name in sorted(_expected(said, names) - names))
 
 
 def _facts(path: Path) -> dict[str, Any]:
@@ -138,24 +166,27 @@ def _facts(path: Path) -> dict[str, Any]:
     return found
 
 
-def _expected(facts: dict[str, Any], names: set[str]) -> set[str]:
+def _expected(said: dict[str, Any], names: set[str]) -> set[str]:
     """The files that every rank writes."""
-    ranks, parallel = range(facts["dp_world_size"]), range(int(facts.get("mp_world_size") or 1))
-    section = (facts.get("ds_config") or {}).get("zero_optimization")
-    stage = int(section.get("stage", 0)) if isinstance(section, dict) else 0
+    ranks, parallel = range(said["dp_world_size"]), range(int(said.get("mp_world_size") or 1))
+    stage = _stage(said)
     sharded = [match for match in map(OPTIMIZER.fullmatch, names) if match]
     expected = {f"mp_rank_{mp:02d}_model_states.pt" for mp in parallel}
     if stage == 3 or any(name.startswith("zero_pp_rank_") and MODEL.fullmatch(name) for name in names):
         expected = {f"zero_pp_rank_{dp}_{name}" for dp in ranks for name in expected}
     if stage > 0 or sharded:
-        in_bf16 = isinstance(facts.get("ds_config"), dict) and _enabled(
-            facts["ds_config"], "bf16", "bfloat16"
-        )
+        in_bf16 = isinstance(said.get("ds_config"), dict) and _enabled(said["ds_config"], "bf16", "bfloat16")
         prefix = (sharded[0][1] or "") if sharded else "bf16_" if in_bf16 else ""
         expected |= {
             f"{prefix}zero_pp_rank_{dp}_mp_rank_{mp:02d}_optim_states.pt" for dp in ranks for mp in parallel
         }
     return expected
+
+
+def _stage(said: dict[str, Any]) -> int:
+    """Of ZeRO."""
+    section = (said.get("ds_config") or {}).get("zero_optimization")
+    return int(section.get("stage", 0)) if isinstance(section, dict) else 0
 
 
 def _enabled(config: dict[str, Any], *sections: str) -> bool:
