@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts speed memory step-memory quality format clean
+.PHONY: demo test lint cuts speed memory step-memory quality faults format clean
 
 demo: $(VENV)/.installed
 	$(RUN) python benchmarks/demo.py $(ARGS)
@@ -33,6 +33,9 @@ memory: $(VENV)/.rivals
 
 step-memory: $(VENV)/.rivals
 	$(RUN) python benchmarks/step_memory.py $(ARGS)
+
+faults: $(VENV)/.installed
+	$(RUN) python benchmarks/faults.py $(ARGS)
 
 format: $(VENV)/.installed
 	$(RUN) ruff check --fix .
