@@ -2,8 +2,8 @@
 
 ``engine.save_checkpoint`` writes ``latest`` when rank 0 has written its files, and a rank that cannot write
 raises alone: the others wait for it. Here ``latest`` is written, in one piece, when the ranks have agreed
-that all files are. ``engine.load_checkpoint`` starts a new optimizer where a rank's file is missing, and
-one that is cut off raises on some ranks. Here all raise the same error before anything is loaded.
+that all files are. In ``engine.load_checkpoint`` a rank whose file is missing raises alone, and the others go
+on or wait. Here all raise the same error before anything is loaded.
 """
 
 from __future__ import annotations

@@ -168,6 +168,30 @@ def disk_full(ds: dict[str, Any], folder: str, rank: int, limit: int) -> tuple[s
     return error, latest, same
 
 
+def distributed_disk_full(folder: str, rank: int, limit: int) -> tuple[str, bool]:
+    """The error where a rank cannot write, and whether the checkpoint before loads."""
+    from torch.distributed.checkpoint.api import CheckpointException  # no Exception
+
+    made = Fsdp2({"lr": 0.05, "momentum_dtype": "int4"}, folder)
+    made.step(0)
+    made.save(1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    error = "no error"
+    try:
+        made.save(2)
+    except CheckpointException as exception:
+        error = str(exception)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    other = Fsdp2({"lr": 0.05, "momentum_dtype": "int4"}, folder)
+    other.load("step1")
+    return error, all(
+        torch.equal(a[2], b[2]) and torch.equal(a[3], b[3])
+        for a, b in zip(made.pieces(), other.pieces(), strict=True)
+    )
+
+
 def loading_error(ds: dict[str, Any], folder: str, tag: str | None, shapes: Any = SHAPES) -> tuple[str, bool]:
     """The error of loading a checkpoint, and whether the optimizer's state and weights are what they were."""
     e = engine(ds, model=fixed_gradients.FixedGradients(shapes))

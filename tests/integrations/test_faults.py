@@ -77,9 +77,21 @@ def test_rank_that_cannot_write_ends_saving_on_every_rank(stage, rank, limit, tm
     assert latest_good(tmp_path)[:2] == (0, "step3")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_distributed_checkpoint_that_cannot_be_written(rank, tmp_path):
+    for error, good in run_ranks(
+        fault_ranks.distributed_disk_full, 2, str(tmp_path), rank, 100_000, timeout=60
+    ):
+        assert f"CheckpointException ranks:dict_keys([{rank}])" in error
+        assert good
+    code, good, said = latest_good(tmp_path)
+    assert (code, good) == (0, "step1")
+    assert "step2: .metadata is missing" in said
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_checkpoint_that_is_not_whole_is_refused_on_every_rank(stage, tmp_path):
-    """DeepSpeed starts a new optimizer where a rank's file is missing."""
+    """By itself DeepSpeed raises on the rank whose file it is: the other goes on, or waits for it."""
     case = ds(stage, 2, INT4)
     run_ranks(fault_ranks.saved_once, 2, case, str(tmp_path / "good"))
     for number, name in enumerate(sorted(file.name for file in (tmp_path / "good" / "step1").iterdir())):
@@ -124,7 +136,7 @@ def test_checkpoint_of_another_model_is_refused_on_every_rank(stage, change, tmp
 
 @pytest.mark.parametrize(("saved", "here"), [(0, 1), (1, 0), (1, 3), (3, 2), (3, 0)])
 def test_checkpoint_of_another_stage_is_refused_on_every_rank(saved, here, tmp_path):
-    """DeepSpeed starts a new optimizer, or asserts something."""
+    """By itself DeepSpeed raises errors that do not say so."""
     run_ranks(fault_ranks.saved_once, 2, ds(saved, 2, INT4), str(tmp_path))
     for error, unchanged in run_ranks(fault_ranks.loading_error, 2, ds(here, 2, INT4), str(tmp_path), None):
         assert f"saved under stage {saved} of ZeRO, and this training is of stage {here}" in error
