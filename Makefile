@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts speed memory step-memory quality changeover eight-billion format clean
+.PHONY: demo test lint cuts speed memory step-memory quality changeover faults eight-billion format clean
 
 demo: $(VENV)/.installed
 	$(RUN) python benchmarks/demo.py $(ARGS)
@@ -39,6 +39,9 @@ step-memory: $(VENV)/.rivals
 
 eight-billion: $(VENV)/.installed
 	$(RUN) python benchmarks/eight_billion.py $(ARGS)
+
+faults: $(VENV)/.installed
+	$(RUN) python benchmarks/faults.py $(ARGS)
 
 format: $(VENV)/.installed
 	$(RUN) ruff check --fix .

@@ -30,6 +30,8 @@ from torch import Tensor
 from novoscale import NovoGrad
 
 from . import deepspeed_layouts as layouts
+from . import deepspeed_saving as saving
+from . import deepspeed_tools as tools
 from . import deepspeed_universal as universal
 
 NAME = "NovoGrad"
@@ -61,11 +63,13 @@ def register() -> None:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(NovoGrad)
     _extend(DeepSpeedZeroOptimizer, _bind_zero_1_and_2)
     _extend(zero_3.DeepSpeedZeroOptimizer_Stage3, _bind_zero_3)
-    _extend(BF16_Optimizer, lambda wrapper: _bind(wrapper, "DeepSpeed BF16_Optimizer", layouts.bf16))
+    _extend(BF16_Optimizer, _bind_bf16)
     _extend(FP16_Optimizer, lambda _: None)
     # Its constructor ends with a step on zero gradients, which must already find the layout.
     _extend(FP16_UnfusedOptimizer, lambda _: None)
     _extend_dummy_step(FP16_UnfusedOptimizer)
+    tools.register()
+    saving.register()
     universal.register()
     for framework in ("accelerate", "transformers"):
         if importlib.util.find_spec(framework) is not None:
@@ -87,6 +91,7 @@ def _extend(wrapper: Any, bind: Callable[[Any], None]) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         optimizer = bound.arguments.get("init_optimizer")
+        tools.detach(p for group in getattr(optimizer, "param_groups", ()) for p in group["params"])
         if not isinstance(optimizer, NovoGrad):
             original(self, *args, **kwargs)
             return
@@ -117,24 +122,33 @@ def _extend_dummy_step(wrapper: Any) -> None:
 # ---- what is bound -----------------------------------------------------------------------------------
 
 
-def _bind(wrapper: Any, name: str, tensors: Callable[[Any], Iterator[layouts.Bound]]) -> None:
+def _bind(wrapper: Any, name: str, tensors: Callable[[Any], Iterator[layouts.Bound]]) -> list[layouts.Bound]:
     bound = list(tensors(wrapper))
     wrapper.optimizer.bind(name, bound)
     if hasattr(wrapper, "_load_universal_checkpoint"):
         universal.load_universal(wrapper, bound)
+    return bound
 
 
 def _bind_zero_1_and_2(zero: Any) -> None:
     stage = 2 if zero.partition_gradients else 1
-    _bind(zero, f"DeepSpeed ZeRO stage {stage}", layouts.zero_1_and_2)
+    bound = _bind(zero, f"DeepSpeed ZeRO stage {stage}", layouts.zero_1_and_2)
+    tools.attach(zero.optimizer, bound, zero.bit16_groups, zero.real_dp_process_group)
     checks = getattr(zero, "compute_grad_norm", False) and (
         zero.dtype != torch.bfloat16 or zero.check_grad_overflow
     )
     _veto_step(zero, zero.single_partition_of_fp32_groups, checks)
 
 
+def _bind_bf16(wrapper: Any) -> None:
+    bound = _bind(wrapper, "DeepSpeed BF16_Optimizer", layouts.bf16)
+    tools.attach(wrapper.optimizer, bound, wrapper.bf16_groups, wrapper.real_dp_process_group)
+
+
 def _bind_zero_3(zero: Any) -> None:
-    _bind(zero, "DeepSpeed ZeRO stage 3", layouts.zero_3)
+    bound = _bind(zero, "DeepSpeed ZeRO stage 3", layouts.zero_3)
+    over = [layouts.process_group_of_sub_group(zero, i) for i in range(len(zero.fp16_groups))]
+    tools.attach(zero.optimizer, bound, zero.fp16_groups, over)
     _veto_step(zero, zero.fp32_partitioned_groups_flat, hasattr(zero_3, "is_invalid_grad_norm"))
 
 

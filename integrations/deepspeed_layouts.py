@@ -78,7 +78,7 @@ def zero_3(zero: Any) -> Iterator[Bound]:
     """
     number = 0
     for sub_group, params in enumerate(zero.fp16_groups):
-        process_group = _process_group_of_sub_group(zero, sub_group)
+        process_group = process_group_of_sub_group(zero, sub_group)
         world = dist.get_world_size(group=process_group)
         pieces: list[list[Segment]] = [[] for _ in range(world)]
         for layer, p in enumerate(params):
@@ -112,7 +112,8 @@ def unfused(wrapper: Any) -> Iterator[Bound]:
             number += 1
 
 
-def _process_group_of_sub_group(zero: Any, sub_group: int) -> Any:
+def process_group_of_sub_group(zero: Any, sub_group: int) -> Any:
+    """The ranks over which the parameters of a sub-group of stage 3 are cut."""
     if hasattr(zero, "sub_group_process_groups"):
         return zero.sub_group_process_groups[sub_group]
     return getattr(zero.fp16_groups[sub_group][0], "ds_process_group", zero.dp_process_group)

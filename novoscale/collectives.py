@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 
@@ -87,9 +87,11 @@ class Plan:
         sums: how many numbers of each parameter are added up over the ranks that have parts of it.
         apart: whether a gradient that is not finite keeps its own parameter from a step only, and not all.
             That is one number more for each parameter, the last.
+        options: of the optimizer, by name, as they are written: what else the ranks must agree on.
 
     Raises:
         LayoutError: on every rank, if the ranks of a process group have different layers.
+        ValueError: on every rank, if they have different options.
 
     Attributes:
         placed: the layouts.
@@ -103,7 +105,12 @@ class Plan:
     """
 
     def __init__(
-        self, placed: Sequence[Placed], device: torch.device, sums: int = 0, apart: bool = False
+        self,
+        placed: Sequence[Placed],
+        device: torch.device,
+        sums: int = 0,
+        apart: bool = False,
+        options: Mapping[str, str] | None = None,
     ) -> None:
         self.placed = placed
         self._held = [(p.layout.held[i], p.op) for p in placed for i in p.layout.in_order()]
@@ -153,7 +160,7 @@ class Plan:
         self._bad = torch.zeros(self.layers, dtype=torch.bool, device=device)
         self._bad_at = torch.full((), -1, dtype=torch.int64, device=device)
         for reduction, _, _ in self._reductions:
-            self._agree(reduction)
+            self._agree(reduction, options or {})
 
     @property
     def numbers(self) -> int:
@@ -250,21 +257,27 @@ class Plan:
         """What this rank gives to the collectives of :meth:`agree_on_blocks`."""
         return sum(8 * len(places) for _, places in self._blocks)
 
-    def _agree(self, reduction: _Reduction) -> None:
-        """Raise on every rank if the ranks have different layers, rather than add up what does not match."""
+    def _agree(self, reduction: _Reduction, options: Mapping[str, str]) -> None:
+        """Raise on every rank if the ranks differ, rather than add up what does not match."""
         known = [(p.name, p.numel, p.layers, p.number, p.factored) for p in reduction.parameters]
-        layers = repr(known).encode()
-        # 48 bits of a hash, which a float64 holds exactly; largest and smallest in one collective.
-        digest = float(int.from_bytes(hashlib.sha256(layers).digest()[:6], "big"))
-        verdict = torch.tensor([digest, -digest], dtype=torch.float64, device=self.device)
-        verdict = all_reduce(verdict, dist.ReduceOp.MAX, reduction.process_group)
-        if verdict[0] != -verdict[1]:
+        # Largest and smallest in one collective.
+        digests = torch.tensor([*map(_digest, (repr(known), *options.values()))], dtype=torch.float64)
+        verdict = torch.stack((digests, -digests)).to(self.device)
+        largest, smallest = all_reduce(verdict, dist.ReduceOp.MAX, reduction.process_group).tolist()
+        layers, *others = [high != -low for high, low in zip(largest, smallest, strict=True)]
+        if layers:
             raise LayoutError(
                 "the ranks have different layers, in number, name, size or order; this rank has "
                 f"{sum(p.layers for p in reduction.parameters)}, from {reduction.parameters[0].name} to "
                 f"{reduction.parameters[-1].name}. Build the same model and param groups on every rank"
                 if reduction.parameters
                 else "the ranks have different layers; this rank has none"
+            )
+        if any(others):
+            different = [f"{n}={options[n]}" for n, differs in zip(options, others, strict=True) if differs]
+            raise ValueError(
+                f"the ranks have different options of NovoGrad; this rank has {', '.join(different)}. Give "
+                "them alike on every rank"
             )
 
     def record(self, statistic: Tensor, finite: Tensor, step: int) -> None:
@@ -324,6 +337,11 @@ def agree_on_blocks(largest: Tensor, stages: Iterable[tuple[_Reduction, Tensor]]
     for reduction, places in stages:
         largest[:, places] = reduction.all_reduce(largest[:, places])
     return largest
+
+
+def _digest(text: str) -> float:
+    """48 bits of a hash, which a float64 holds exactly."""
+    return float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big"))
 
 
 def _indexed(reduction: _Reduction, device: torch.device) -> tuple[_Reduction, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ def convert(saved: Mapping[str, Tensor], made: Mapping[str, Tensor], layout: Lay
 def _elements(saved: Mapping[str, Tensor], source: Format, layout: Layout) -> Tensor:
     """A first moment as float32, flat."""
     flat = torch.zeros(layout.numel, dtype=torch.float32, device=saved["exp_avg"].device)
-    for part, (start, stop, _, position, _, place, *_) in _rows(layout, source):
+    for part, (start, stop, _, position, _, place, *_) in rows(layout, source):
         scale = saved["exp_avg_scale"] if part.in_blocks else None
         flat[start:stop] = read(saved[part.key].contiguous(), scale, place, position, stop - start)
     return flat
@@ -63,24 +64,40 @@ def _round_to_nearest(flat: Tensor, made: Mapping[str, Tensor], target: Format, 
     cut_blocks = layout.cut_blocks()
     largest = torch.zeros(2, len(cut_blocks), dtype=torch.float32, device=flat.device)
     largest[1] = 1  # all are written
-    for _, (start, stop, *_, cut) in _rows(layout, target, cut_blocks):
+    for _, (start, stop, *_, cut) in rows(layout, target, cut_blocks):
         if cut >= 0:
             largest[0, cut] = torch.maximum(largest[0, cut], flat[start:stop].abs().amax())
     agreed = largest.view(torch.int32)  # which orders as float32 does, with NaN above all
     agreed = agree_on_blocks(agreed, blocks_in_stages([Placed(layout, 0, cut_blocks=cut_blocks)]))
     half = torch.tensor(0x7FFF, device=flat.device)
-    for part, (start, stop, _, position, _, place, _, cut) in _rows(layout, target, cut_blocks):
+    for part, (start, stop, _, position, _, place, _, cut) in rows(layout, target, cut_blocks):
         scale = made["exp_avg_scale"] if part.in_blocks else None
         bits = half.expand(stop - start)
         of_block = agreed[:, cut] if cut >= 0 else None
         write(made[part.key], scale, place, position, flat[start:stop], bits, bits > 0, of_block)
 
 
-def _rows(
-    layout: Layout, form: Format, cut_blocks: CutBlocks | None = None
+def rows(
+    layout: Layout, form: Format, cut_blocks: CutBlocks | None = None, index: int | None = None
 ) -> Iterator[tuple[Stored, list[int]]]:
-    """The pieces of a layout, those of cut blocks apart: the columns of a piece up to COLUMN, and CUT."""
+    """The pieces of a layout, those of cut blocks apart: the columns of a piece up to COLUMN, and CUT.
+
+    Args:
+        layout: of a tensor.
+        form: in which its first moment is.
+        cut_blocks: see ``momentum.pieces``.
+        index: of a parameter in ``layout.held``: only its pieces; None: all.
+    """
     for part in stored(layout, form.name):
+        if index is not None:
+            part = _of_parameter(part, index)
         table, _ = at_cut_blocks(pieces(layout, part, 0, cut_blocks=cut_blocks), BLOCK)
         for row in table.tolist():
             yield part, row
+
+
+def _of_parameter(part: Stored, index: int) -> Stored:
+    """The segments of one parameter, where they lie among the others."""
+    mine = [nth for nth, s in enumerate(part.segments) if s.parameter == index]
+    segments = tuple(part.segments[nth] for nth in mine)
+    return replace(part, segments=segments, places=tuple(part.places[nth] for nth in mine))

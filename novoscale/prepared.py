@@ -37,6 +37,12 @@ OPTIONS = (
     "scale_parameter",
 )
 
+# Those on which the ranks that share a layer must agree.
+SHARED = (
+    *(option for option in OPTIONS if option not in ("fused", "foreach")),
+    *("lr", "norm_type", "normalize", "init_zero", "max_grad_norm", "maximize", "seed"),
+)
+
 
 @dataclass
 class Prepared:
@@ -373,7 +379,18 @@ def plan(
             column += layout.columns
             parameter += len(layout.held)
             block += len(cut_blocks)
-    return Plan(placed, device, sums(groups), apart)
+    return Plan(placed, device, sums(groups), apart, _options(groups))
+
+
+def _options(groups: Groups) -> dict[str, str]:
+    """The options on which ranks must agree, as they are written; those of param groups one after another."""
+    return {name: " and ".join(_written(group[name]) for group, _ in groups) for name in SHARED}
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Tensor):  # to read it would wait for the device
+        return "a tensor"
+    return repr(tuple(value) if isinstance(value, list) else value)
 
 
 def agreed(groups: Groups, apart: bool) -> list[Any]:

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from novoscale import NovoGrad, collectives, kernels, momentum
 from novoscale.collectives import Placed, Plan
@@ -262,7 +262,15 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
+RANK_WITHOUT_ANYTHING = (
+    ([()], [0, 0, 1], 0),
+    {"init_zero": False, "bias_correction": False, "clip_threshold": None}
+    | {"scale_parameter": False, "momentum_dtype": "float32"},
+)
+
+
 @settings(max_examples=100, deadline=None)
+@example(*RANK_WITHOUT_ANYTHING)
 @given(matrices(), OPTIONS)
 def test_any_cut_of_factored_parameters_is_the_uncut_training(case, options):
     shapes, bounds, seed = case
