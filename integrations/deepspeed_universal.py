@@ -200,7 +200,7 @@ def _load_weights(zero: Path, bound: Sequence[tuple[int, Tensor, Layout]]) -> No
 def register() -> None:
     """Have the engine restore frozen parameters and buffers too, which DeepSpeed does not."""
     original = DeepSpeedEngine.load_checkpoint
-    if hasattr(original, "_novoscale"):
+    if hasattr(original, "_restores_the_rest"):
         return
 
     @functools.wraps(original)
@@ -210,7 +210,7 @@ def register() -> None:
             _restore_the_rest(self.module, Path(path).parent)
         return path, client_state
 
-    load._novoscale = True  # type: ignore[attr-defined]
+    load._restores_the_rest = True  # type: ignore[attr-defined]
     DeepSpeedEngine.load_checkpoint = load
 
 
