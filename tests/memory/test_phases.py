@@ -31,7 +31,7 @@ def test_bytes_over_the_time_of_a_phase_keep_its_peak(slices):
     assert max(rising) == rises["allocated"]["cpu"]["peak"] == 5 * MIB
     assert max(freeing) == frees["allocated"]["cpu"]["peak"] == freeing[0] == 2 * MIB
     if slices == 40:  # each level for a while, in this order; and one of them for a moment
-        order = [level for level, _ in itertools.groupby(rising)]
+        order = [level for level, _ in itertools.groupby(rising) if level]  # nothing yet, on a busy machine
         assert order == [MIB, 5 * MIB, 2 * MIB]
         assert rising.count(5 * MIB) <= 2
         assert freeing[-1] == 0
