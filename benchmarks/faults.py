@@ -135,8 +135,10 @@ def killed(
         seconds = time.monotonic() - start
         present = {c.name: c for c in map(check, checkpoints(folder))}
         good = next((c.name for c in present.values() if c.whole), None)
-        newest = folder / "latest"
-        named = newest.read_text().strip() if newest.is_file() else next(iter(present), None)
+        latest = folder / "latest"
+        named = latest.read_text().strip() if latest.is_file() else None
+        if "fsdp2" in case:  # no file names one
+            named = next(iter(present), None)
         saved = _saved(folder)
         resumed = run_ranks(fault_ranks.training, RANKS, case, name, good, quiet=True)
     return {
