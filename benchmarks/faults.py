@@ -181,8 +181,9 @@ def bad(row: dict[str, Any]) -> bool:
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """In Markdown."""
     head = (
-        "| A rank is killed | kills | one error within a minute | slowest error | a saved checkpoint lost | "
-        "a broken checkpoint left | `latest` or the newest names it | ends with the same bits |"
+        "| A rank is killed | kills | one error within a minute | slowest, from start to error | "
+        "a saved checkpoint lost | a broken checkpoint left | `latest` or the newest names it | "
+        "ends with the same bits |"
     )
     lines = [head, "|---|" + "---:|" * 7]
     for name, rows in found.items():
