@@ -202,7 +202,9 @@ def changeover(report: dict[str, Any], path: Path) -> None:
         for step, loss in run["validation_loss"]
         if half - 40 <= step <= half + 60 and run["name"] != "AdamW, then NovoGrad anew"
     ]
-    axes[0].set_title(f"{report['model']}: validation loss, mean of the seeds", size=10)
+    seeds = len({run["seed"] for run in report["runs"]})
+    title = f"{report['model']}: validation loss, {'one seed' if seeds == 1 else f'mean of {seeds} seeds'}"
+    axes[0].set_title(title, size=10)
     axes[1].set_title(f"around the change after {half} of {steps} steps", size=10)
     axes[1].set(xlim=(half - 40, half + 60), ylim=(min(shown) - 0.02, max(shown) + 0.1))
     axes[0].legend(frameon=False, fontsize=8)
