@@ -8,7 +8,6 @@ weight the state of the whole parameter as one process has it. Read in DeepSpeed
 from __future__ import annotations
 
 import importlib.metadata
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from torch import Tensor
 from novoscale import reassembly
 from novoscale.checkpoint import FlatState
 from novoscale.layout import Layout
+from novoscale.wholeness import MODEL, OPTIMIZER
 
 STATE_FILE = "novograd.state"  # not *.pt: those are read by DeepSpeed as states of Adam's kind
 # Of the model, under stages 1 and 2 and under stage 3.
 MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
-RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 
 
 class CheckpointError(ValueError):
@@ -66,7 +65,9 @@ def read(folder: Path) -> Checkpoint:
     weights: dict[str, Tensor] = {}
     for layout, _, flat in parts:
         for index, h in enumerate(layout.held):
-            weight = weights.setdefault(h.parameter.name, torch.zeros(h.parameter.shape, dtype=flat.dtype))
+            if h.parameter.name not in weights:
+                weights[h.parameter.name] = torch.zeros(h.parameter.shape, dtype=flat.dtype)
+            weight = weights[h.parameter.name]
             for begin, s in _segments(layout, flat):
                 if s.parameter == index:
                     weight.view(-1)[s.offset : s.offset + s.numel] = flat[begin : begin + s.numel]
@@ -106,13 +107,13 @@ def _files_of_ranks(folder: Path) -> list[Path]:
     """The files of the ranks' optimizers, in order."""
     found = {}
     for path in folder.glob("*_optim_states.pt"):
-        match = RANK.search(path.name)
-        if match and int(match[2]) > 0:
+        match = OPTIMIZER.fullmatch(path.name)
+        if match and int(match[3]) > 0:
             raise CheckpointError(
                 f"{path}: of a model under tensor or pipeline parallelism, whose state cannot be put together"
             )
         if match:
-            found[int(match[1])] = path
+            found[int(match[2])] = path
     if not found:
         raise CheckpointError(
             f"{folder}: no *zero_pp_rank_*_optim_states.pt in it: it is not the folder of a checkpoint's "
@@ -126,12 +127,17 @@ def _files_of_ranks(folder: Path) -> list[Path]:
 
 def _optimizer_of(path: Path) -> dict[str, Any]:
     try:
-        # Not weights_only: DeepSpeed's own classes are in it.
-        saved = torch.load(path, map_location="cpu", weights_only=False, mmap=True)
+        saved = _opened(path)
     except Exception as error:  # torch raises what it likes of a broken file
         raise CheckpointError(f"{path}: it cannot be read: {str(error).splitlines()[0]}") from error
     found: dict[str, Any] = saved["optimizer_state_dict"]
     return found
+
+
+def _opened(path: Path) -> Any:
+    """What a file of DeepSpeed's has; tensors are read when they are used."""
+    # Not weights_only: DeepSpeed's own classes are in it.
+    return torch.load(path, map_location="cpu", weights_only=False, mmap=True)
 
 
 def _base(saved: Mapping[str, Any]) -> Any:
@@ -269,7 +275,7 @@ def _for_other_stages(folder: Path, weights: Mapping[str, Tensor]) -> str:
     """
     whole, partitioned = (folder / name for name in MODEL_FILES)
     given = whole if whole.exists() else partitioned
-    saved = torch.load(given, map_location="cpu", weights_only=False)
+    saved = _opened(given)
     module = dict(saved["module"])
     if given == partitioned:
         names = {**{name: name for name in weights}, **saved.get("shared_params", {})}
@@ -286,7 +292,7 @@ def _for_other_stages(folder: Path, weights: Mapping[str, Tensor]) -> str:
 def whole_module(folder: Path) -> dict[str, Tensor]:
     """What a universal checkpoint has of a model: buffers and frozen parameters, and maybe all others."""
     whole, partitioned = (folder / name for name in MODEL_FILES)
-    saved = torch.load(whole if whole.exists() else partitioned, map_location="cpu", weights_only=False)
+    saved = _opened(whole if whole.exists() else partitioned)
     module: dict[str, Tensor] = dict(saved["module"])
     if whole.exists():
         return module
@@ -299,7 +305,7 @@ def _frozen(folder: Path, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
     if not shapes:
         return {}
     files = sorted(folder.glob("zero_pp_rank_*_mp_rank_00_model_states.pt"), key=_rank_of)
-    saved = [torch.load(f, map_location="cpu", weights_only=False)["frozen_param_fragments"] for f in files]
+    saved = [_opened(file)["frozen_param_fragments"] for file in files]
     return {
         name: torch.cat([of[name].view(-1) for of in saved])[: shape.numel()].view(shape)
         for name, shape in shapes.items()
@@ -307,4 +313,6 @@ def _frozen(folder: Path, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _rank_of(path: Path) -> int:
-    return int(path.name.removeprefix("zero_pp_rank_").partition("_")[0])
+    match = MODEL.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])

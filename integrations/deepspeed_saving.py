@@ -199,16 +199,22 @@ _OTHER_STAGES = (
 
 def _agree(problems: list[str], call: str, advice: str) -> None:
     """Raise CheckpointFilesError on every rank, the same, if any has a problem."""
+    ranks = problems_of_ranks(problems)
+    if ranks:
+        said = [f"{_who(of, dist.get_world_size())}{problem}" for problem, of in ranks.items()]
+        more = f" (and {len(said) - 3} more)" if len(said) > 3 else ""
+        raise CheckpointFilesError(f"{call}: {'; '.join(said[:3])}{more}. {advice}")
+
+
+def problems_of_ranks(problems: list[str]) -> dict[str, list[int]]:
+    """The problems of all ranks, and of each whose it is: a collective."""
     everyones: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyones, problems)
     ranks: dict[str, list[int]] = {}
     for rank, found in enumerate(everyones):
         for problem in found:
             ranks.setdefault(problem, []).append(rank)
-    if ranks:
-        said = [f"{_who(of, len(everyones))}{problem}" for problem, of in ranks.items()]
-        more = f" (and {len(said) - 3} more)" if len(said) > 3 else ""
-        raise CheckpointFilesError(f"{call}: {'; '.join(said[:3])}{more}. {advice}")
+    return ranks
 
 
 def _who(ranks: list[int], world: int) -> str:

@@ -18,6 +18,7 @@ from novoscale.checkpoint import STRUCTURE
 from novoscale.layout import Layout
 
 from .deepspeed_checkpoint import STATE_FILE, CheckpointError, whole_module
+from .deepspeed_saving import problems_of_ranks
 
 
 class _States(Mapping[str, Any]):
@@ -112,11 +113,8 @@ def _on_every_rank() -> Iterator[None]:
         yield
     except (ValueError, OSError) as found:
         error = f"{type(found).__name__}: {found}"
-    said: list[str | None] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(said, error)
-    errors = [text for text in said if text is not None]
-    if errors:
-        raise CheckpointError(errors[0])
+    for text in problems_of_ranks([] if error is None else [error]):
+        raise CheckpointError(text)
 
 
 def _states(
@@ -215,12 +213,14 @@ def register() -> None:
 
 
 def _restore_the_rest(module: torch.nn.Module, folder: Path) -> None:
-    saved = whole_module(folder)
+    buffers = dict(module.named_buffers())
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
+    saved = whole_module(folder) if buffers or frozen else {}
     with torch.no_grad():
-        for name, tensor in module.named_buffers():
+        for name, tensor in buffers.items():
             if name in saved:
                 tensor.copy_(saved[name])
-        for name, p in module.named_parameters():
-            if name in saved and not p.requires_grad:
+        for name, p in frozen.items():
+            if name in saved:
                 with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=hasattr(p, "ds_id")):
                     p.copy_(saved[name])

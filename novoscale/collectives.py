@@ -153,8 +153,9 @@ class Plan:
         self._scattered = [_index(ranges, device) for ranges in scattered.values()]
         alike = [range(p.first, p.first + p.layout.layers) for p in placed if not p.layout.scattered]
         self._everywhere = _index(alike, device)
-        self._layers_of = torch.tensor([h.count for h, _ in self._held], device=device)
-        self._columns_of = torch.tensor([h.columns for h, _ in self._held], device=device)
+        held = [h for h, _ in self._held] if apart else []
+        self._layers_of = torch.tensor([h.count for h in held], device=device)
+        self._columns_of = torch.tensor([h.columns for h in held], device=device)
         # What the last steps have shown: see NovoGrad.layer_norms and skipped_layers.
         self._statistic = torch.zeros(self.layers, dtype=torch.float64, device=device)
         self._bad = torch.zeros(self.layers, dtype=torch.bool, device=device)

@@ -41,17 +41,12 @@ def take_over(model: nn.Module, optimizer: NovoGrad, before: Any, how: str) -> N
         warnings.simplefilter("always")
         if how == "state_dict":
             optimizer.load_state_dict(before.state_dict())
-        elif how == "local tensors":
+        elif how in ("local tensors", "whole tensors"):
+            plain = DTensor.to_local if how == "local tensors" else DTensor.full_tensor
             saved = before.state_dict()
             for state in saved["state"].values():
                 for key, value in state.items():
-                    state[key] = value.to_local() if isinstance(value, DTensor) else value
-            optimizer.load_state_dict(saved)
-        elif how == "whole tensors":
-            saved = before.state_dict()
-            for state in saved["state"].values():
-                for key, value in state.items():
-                    state[key] = value.full_tensor() if isinstance(value, DTensor) else value
+                    state[key] = plain(value) if isinstance(value, DTensor) else value
             optimizer.load_state_dict(saved)
         elif how == "full state dict":  # with the parameters' names for keys
             whole = StateDictOptions(full_state_dict=True)
