@@ -13,7 +13,6 @@ are none: what they refuse is refused on each.
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from novoscale import NovoGrad, elements
 from novoscale.blocks import BLOCK
-from novoscale.collectives import all_reduce
+from novoscale.collectives import all_reduce, digest
 from novoscale.layout import Layout, Parameter
 
 KEYS = ("exp_avg", "exp_avg_sq")
@@ -314,12 +313,8 @@ def _raise(place: Place, refusal: str | None) -> None:
 
 def _agree(place: Place, call: str, refusal: str | None) -> None:
     """Raise ValueError on every rank if one refuses, or if they do not make the same call."""
-    said = f"{call} of parameter {place.parameter.number}".encode()
-    # 48 bits of a hash, which a float64 holds exactly.
-    digest = float(int.from_bytes(hashlib.sha256(said).digest()[:6], "big"))
-    given = torch.tensor(
-        [digest, -digest, refusal is not None], dtype=torch.float64, device=place.flat.device
-    )
+    said = digest(f"{call} of parameter {place.parameter.number}")
+    given = torch.tensor([said, -said, refusal is not None], dtype=torch.float64, device=place.flat.device)
     largest, smallest, refused = all_reduce(given, dist.ReduceOp.MAX, place.process_group).tolist()
     _raise(place, refusal)
     if largest != -smallest:

@@ -262,7 +262,7 @@ class Plan:
         """Raise on every rank if the ranks differ, rather than add up what does not match."""
         known = [(p.name, p.numel, p.layers, p.number, p.factored) for p in reduction.parameters]
         # Largest and smallest in one collective.
-        digests = torch.tensor([*map(_digest, (repr(known), *options.values()))], dtype=torch.float64)
+        digests = torch.tensor([*map(digest, (repr(known), *options.values()))], dtype=torch.float64)
         verdict = torch.stack((digests, -digests)).to(self.device)
         largest, smallest = all_reduce(verdict, dist.ReduceOp.MAX, reduction.process_group).tolist()
         layers, *others = [high != -low for high, low in zip(largest, smallest, strict=True)]
@@ -340,8 +340,8 @@ def agree_on_blocks(largest: Tensor, stages: Iterable[tuple[_Reduction, Tensor]]
     return largest
 
 
-def _digest(text: str) -> float:
-    """48 bits of a hash, which a float64 holds exactly."""
+def digest(text: str) -> float:
+    """48 bits of a hash of what ranks have to agree on, which a float64 holds exactly."""
     return float(int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big"))
 
 

@@ -295,7 +295,11 @@ def test_every_form_of_the_state_of_an_adam_is_taken(form):
 @pytest.mark.parametrize("name", ["NAdam", "RAdam", "Adam"])
 def test_torch_adams_of_the_same_moments(name):
     saved = state_dict_of_adam(changing_gradients(3), kind=getattr(torch.optim, name))
-    taken_over(saved, preset="adamw").step()
+    optimizer = taken_over(saved, preset="adamw")
+    for state, adams in zip(optimizer.state.values(), saved["state"].values(), strict=True):
+        assert (state["step"] == 3).all()
+        assert torch.equal(state["exp_avg"] == 0, adams["exp_avg"] == 0)
+    optimizer.step()
 
 
 def test_bitsandbytes_in_eight_bits_is_dequantised_as_it_does():
