@@ -262,7 +262,8 @@ class Plan:
         """Raise on every rank if the ranks differ, rather than add up what does not match."""
         known = [(p.name, p.numel, p.layers, p.number, p.factored) for p in reduction.parameters]
         # Largest and smallest in one collective.
-        digests = torch.tensor([*map(digest, (repr(known), *options.values()))], dtype=torch.float64)
+        written = [*map(digest, (repr(known), *options.values()))]
+        digests = torch.tensor(written, dtype=torch.float64, device="cpu")
         verdict = torch.stack((digests, -digests)).to(self.device)
         largest, smallest = all_reduce(verdict, dist.ReduceOp.MAX, reduction.process_group).tolist()
         layers, *others = [high != -low for high, low in zip(largest, smallest, strict=True)]

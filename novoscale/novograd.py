@@ -216,7 +216,7 @@ class NovoGrad(KnowsLayers):
             raise RuntimeError(checks.clipped_and_released(limit))
         if groups:
             ready = self._prepare(groups)
-            inverse_scale, veto = self._amp()
+            inverse_scale, veto = self._amp(ready.plan.device)
             statistic = ready.statistic(groups, inverse_scale)
             finite, total = ready.plan.complete(statistic, veto)
             clip = second_moment.clip_coefficient(total, limit)
@@ -227,11 +227,14 @@ class NovoGrad(KnowsLayers):
 
     # ---- mixed precision ------------------------------------------------------------------------
 
-    def _amp(self) -> tuple[Tensor | None, Tensor | None]:
-        """What ``torch.amp.GradScaler`` left here: 1 / scale (float64), and whether to skip the step."""
+    def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """What ``torch.amp.GradScaler`` left here: 1 / scale (float64), and whether to skip the step.
+
+        The scale is where the loss is, which need not be where the parameters are.
+        """
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         veto = self._veto if found_inf is None else found_inf.reshape(()) > 0
-        return None if scale is None else 1 / scale.double().reshape(()), veto
+        return None if scale is None else 1 / scale.to(device, torch.float64).reshape(()), veto
 
     # ---- param groups -----------------------------------------------------------------------------
 

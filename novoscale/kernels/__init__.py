@@ -128,8 +128,8 @@ def _load(device_type: str) -> ModuleType | str:
     try:
         module = importlib.import_module(f"novoscale.kernels.{name}")
         module.load()
-    except (ImportError, OSError, RuntimeError) as error:
-        return str(error)
+    except Exception as error:  # a compiler has many ways to fail, and the reference serves in all of them
+        return f"{type(error).__name__}: {error}"
     return module
 
 

@@ -35,6 +35,7 @@ from novoscale.kernels.shards import (
     chunks,
     in_one_order,
 )
+from novoscale.kernels.triton_check import check
 from novoscale.kernels.triton_factored import Panels, to_device
 from novoscale.kernels.triton_formats import FORMATS
 
@@ -69,12 +70,14 @@ STRIP = 2
 
 
 def load() -> None:
-    """Find out whether Triton can compile for the GPU of this machine.
+    """Find out whether Triton can compile for the GPU of this machine. Waits for it.
 
     Raises:
-        RuntimeError: it has no driver for it.
+        RuntimeError: it has no driver for it, or what it compiles is wrong.
+        Exception: whatever else Triton raises: without a C compiler it cannot build its driver.
     """
     triton.runtime.driver.active.get_current_target()
+    check(torch.device("cuda", torch.cuda.current_device()))
 
 
 def supports(shard: Shard) -> bool:

@@ -1,6 +1,8 @@
 """Which kernel a tensor goes to, and what is said where there is none."""
 
+import subprocess
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -96,6 +98,28 @@ def test_without_a_compiler_the_reference_serves_and_that_is_said_once(no_compil
         assert used(parameter()) == {"reference"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        assert used(parameter()) == {"reference"}
+
+
+@pytest.fixture
+def asked_anew():
+    """Whether there is a fused kernel is asked once: here, and after the test, again."""
+    caches = (kernels._load, kernels._say_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "error", [subprocess.CalledProcessError(1, ["gcc"]), FileNotFoundError("gcc"), AssertionError("libcuda")]
+)
+def test_however_a_kernel_fails_to_load_the_reference_serves(error, asked_anew, monkeypatch):
+    monkeypatch.setattr(kernels.fused("cpu"), "load", mock.Mock(side_effect=error))
+    kernels._load.cache_clear()
+    with pytest.warns(UserWarning, match=f"cannot be used: {type(error).__name__}: .*"):
         assert used(parameter()) == {"reference"}
 
 
