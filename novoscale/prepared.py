@@ -1,7 +1,7 @@
 """What a step needs to know of its tensors: built once, and reused while they stay where they are.
 
-One way down: the layouts make a plan; the plan and the state's addresses make the tables of the kernels; what
-may change from step to step - the numbers among the options, the addresses of the gradients - is given to them.
+One way down: the layouts make a plan; the plan and the state's addresses make the tables of the kernels; and
+what may change from step to step, the options' numbers and where the gradients are, is given to them.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Prepared:
         facts: what the tables rest on, see :func:`facts`.
         addresses: where they have the gradients.
         captured: whether a CUDA graph has them, which reads them whenever it is replayed.
+        gradients: of the present step: some may be copies that nobody else holds.
     """
 
     plan: Plan
@@ -75,6 +76,7 @@ class Prepared:
     facts: list[Any]
     addresses: list[int]
     captured: bool = False
+    gradients: Sequence[Tensor] = ()
 
     def serves(self, tensors: Tensors) -> bool:
         """Whether the tables are right for the coming step, once they :meth:`hold` its tensors."""
@@ -86,6 +88,7 @@ class Prepared:
 
     def hold(self, tensors: Tensors) -> None:
         """Take what a step has of its own: where the gradients are, and the numbers among the options."""
+        self.gradients = tensors.gradients
         self.options.take(tensors.options)
         if self.addresses != tensors.addresses:
             self.addresses = tensors.addresses
@@ -130,6 +133,7 @@ class Prepared:
 
     def release(self) -> None:
         """Let go of tensors, at the end of a step."""
+        self.gradients = ()
         self.layers.release()
         self.kernels.release()
         if self.weights is not None:

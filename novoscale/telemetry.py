@@ -32,9 +32,10 @@ class Telemetry:
                 self._partly = torch.zeros_like(left_out, dtype=torch.int64)
             self._left_out.logical_or_(left_out.to(self._left_out.device))
             return
-        if ready.first_layout not in self._skipped:
-            self._skipped[ready.first_layout] = torch.zeros_like(finite, dtype=torch.int64)
-        self._skipped[ready.first_layout].add_(~finite)  # in place, for CUDA graphs
+        first = id(ready.plan.placed[0].layout)
+        if first not in self._skipped:
+            self._skipped[first] = torch.zeros_like(finite, dtype=torch.int64)
+        self._skipped[first].add_(~finite)  # in place, for CUDA graphs
 
     def end_step(self, by_groups: bool) -> None:
         """All tensors of a step have been noted.

@@ -1,7 +1,8 @@
-"""What the kernels are given of the layers: a table of parameters, and one of the options of their param groups.
+"""What the kernels are given of the layers: a table of parameters, and one of their param groups' options.
 
-Between the two passes over the elements there is one over the layers: their second moments, and what the update
-makes of them. It is done for the layers of all param groups at once; ``reference_layers`` is the definition.
+Between the two passes over the elements there is one over the layers: their second moments, and what the
+update makes of them. It is done for the layers of all param groups at once; ``reference_layers`` is the
+definition.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 from novoscale.kernels.uploads import Upload
 from novoscale.layout import repeated
 
-# The columns of a table of options, float64: one row for each param group of a step. They may change from step
-# to step, and no other table depends on them.
+# The columns of a table of options, float64: one row for each param group of a step. They may change from
+# step to step, and no other table depends on them.
 LR = 0
 BETA1 = 1
 BETA2 = 2

@@ -6,6 +6,7 @@ Works on tiles of at most ``TILE`` elements, so no transient grows with a tensor
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from novoscale.kernels.shards import (
     STEP_SIZE,
     WEIGHT_DECAY,
     Coefficients,
+    Held,
     Shard,
     chunks,
     panels,
@@ -54,6 +56,19 @@ class Kernels:
     ) -> None:
         self._shards, self._device, self._layers, self._columns = shards, device, layers, columns
         self._cut_blocks = cut_blocks
+
+    def hold(self, tensors: Sequence[Held]) -> None:
+        """Take the tensors of the shards, for one step."""
+        self._shards = [
+            replace(shard, **held._asdict()) for shard, held in zip(self._shards, tensors, strict=True)
+        ]
+
+    def release(self) -> None:
+        """Let go of them."""
+        none = torch.empty(0, device="cpu")
+        self._shards = [
+            replace(s, param=none, grad=none, exp_avg=None, exp_avg_scale=None) for s in self._shards
+        ]
 
     def sum_of_squares(self) -> Tensor:
         """See :func:`sum_of_squares`."""

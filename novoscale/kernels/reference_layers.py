@@ -1,8 +1,8 @@
 """The definition of the pass over the layers: plain torch, any device, in float64.
 
-The layers of a *factored* parameter are the rows of a matrix, and it has second moments of its columns too: an
-element's is their product over the mean of the rows' (Adafactor, arXiv 1804.04235, section 3). ``o`` is the
-options of each parameter, float64 ``[parameters, 16]``.
+The layers of a *factored* parameter are the rows of a matrix, and it has second moments of its columns too:
+an element's is their product over the mean of the rows' (Adafactor, arXiv 1804.04235, section 3). ``o`` is
+the options of each parameter, float64 ``[parameters, 16]``.
 """
 
 from __future__ import annotations
@@ -61,10 +61,10 @@ class LayerKernels:
     def _column(self, column: int) -> Tensor:
         return self._records[:, column]
 
-    def hold(self, states: States) -> None:
-        """Take the state of the tensors, for one step."""
-        self._states = states
-        self._v, self._columns, self._t = (_joined(tensors, self._device) for tensors in states)
+    def hold(self, states: Callable[[], States]) -> None:
+        """Take the state of the tensors, for one step. (Kernels that know its addresses need not ask.)"""
+        self._states = states()
+        self._v, self._columns, self._t = (_joined(tensors, self._device) for tensors in self._states)
 
     def release(self) -> None:
         """Let go of it."""
@@ -137,9 +137,7 @@ class LayerKernels:
             factor = factor * (1 / scale.double().reshape(()))
         return self._coefficients(options, o, numbers, active, factor, of_update)
 
-    def _average(
-        self, o: Tensor, S: Tensor, of_columns: Tensor, numbers: Tensor, finite: Tensor
-    ) -> Tensor:
+    def _average(self, o: Tensor, S: Tensor, of_columns: Tensor, numbers: Tensor, finite: Tensor) -> Tensor:
         """The running averages, in place; returns which layers have seen a gradient that is not zero."""
         numel, stepped = self._column(table.NUMEL), finite
         if self._table.columns:
@@ -270,7 +268,10 @@ class LayerKernels:
 
 
 def powers(base: Tensor, exponent: Tensor) -> Tensor:
-    """base ** exponent, for whole exponents from 0 to 2**24: by squaring, so that every kernel has the same bits."""
+    """base ** exponent, for whole exponents from 0 to 2**24.
+
+    By squaring, which every kernel can do in the same way: the same bits.
+    """
     result, exponent = torch.ones_like(base), exponent.long()
     for bit in range(25):
         result = torch.where((exponent >> bit) & 1 > 0, result * base, result)
@@ -279,7 +280,7 @@ def powers(base: Tensor, exponent: Tensor) -> Tensor:
 
 
 def _power(factor: Tensor, o: Tensor) -> Tensor:
-    """What the statistic of each parameter is multiplied by where the gradients are multiplied by ``factor``."""
+    """What the statistic of each parameter is multiplied by where its gradient is by ``factor``."""
     return torch.where(o[:, table.NORM_TYPE] == 2, factor.square(), factor)
 
 

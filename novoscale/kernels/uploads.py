@@ -8,7 +8,7 @@ from torch import Tensor
 
 def capturing() -> bool:
     """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 class Upload:
