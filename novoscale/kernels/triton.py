@@ -197,26 +197,29 @@ class Kernels:
                 where = f"of strides {shard.param.stride()} on {shard.param.device}"
                 raise ValueError(f"the Triton kernels on {device} cannot take {_options(shard)} {where}")
         self._rows = _rows(shards, table)
-        self._shard_of = table[:, -1]
-        self._from_grad = (
-            self._rows[:, passes.GRAD.value] - _int64([s.grad.data_ptr() for s in shards])[self._shard_of]
-        )
+        addresses = _int64([s.grad.data_ptr() for s in shards])
+        self._addresses, self._gradients = addresses, to_device(device, addresses)
+        # What a CUDA graph copies them from: while it is captured, none can be made.
+        self._captured = addresses.pin_memory() if device.type == "cuda" else addresses.clone()
         # By name, for dtypes have no order.
         self._options = sorted({_options(s) for s in shards}, key=str)
-        self._option_of = _int64([self._options.index(_options(s)) for s in shards])[self._shard_of]
-        self._panels = Panels(shards, device, layers, STRIP * CHUNK, TILE, **LAUNCH)
+        self._option_of = _int64([self._options.index(_options(s)) for s in shards])[table[:, -1]]
+        self._panels = Panels(shards, self._gradients, layers, STRIP * CHUNK, TILE, **LAUNCH)
         ends = to_device(device, _ends(plain, _int64([s.norm_type for s in shards])))
         self._ends = partial(passes.layer_statistic[(len(ends),)], ends, self._partials, tile=TILE, **LAUNCH)
         self._arrange()
 
     def _arrange(self) -> None:
         """The table on the device, the chunks of a launch next to each other, and the launches."""
-        launches, self._order = _launches(self._rows, self._factored, self._options, self._option_of)
-        self._table = to_device(self._device, self._rows[self._order])
+        launches, order = _launches(
+            self._rows, self._addresses, self._factored, self._options, self._option_of
+        )
+        self._table = to_device(self._device, self._rows[order])
         self._statistics = [
             partial(
                 passes.rows_statistic[(stop - start,)] if width else passes.chunk_statistic[(stop - start,)],
                 self._table[start:stop],
+                self._gradients,
                 self._partials,
                 grad_type=FORMATS[grad],
                 squares=norm_type == 2,
@@ -232,18 +235,28 @@ class Kernels:
 
     def _update(self, kind: _Launch, start: int, stop: int, cut: int) -> tuple[_Launch, Any]:
         constants = {**kind.constants(), "cut": cut if kind.cut else None, "cut_count": self._cut_blocks}
-        return kind, partial(passes.update[(stop - start,)], self._table[start:stop], **constants, **LAUNCH)
+        return kind, partial(
+            passes.update[(stop - start,)], self._table[start:stop], self._gradients, **constants, **LAUNCH
+        )
 
     def moved(self, gradients: Sequence[int]) -> None:
-        """Go on with gradients at other addresses."""
-        column = _int64(gradients)[self._shard_of] + self._from_grad
-        misaligned = (column - self._rows[:, passes.GRAD.value]) % 16
-        self._rows[:, passes.GRAD.value] = column
-        if misaligned.any():
+        """Go on with gradients at other addresses.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured, and one of them is aligned otherwise.
+        """
+        addresses = _int64(gradients)
+        aligned_alike = torch.equal(addresses % 16, self._addresses % 16)
+        if _capturing(self._device):
+            if not aligned_alike:
+                raise RuntimeError("while a CUDA graph is captured, gradients must stay aligned as they were")
+            addresses = self._captured.copy_(addresses)
+        elif self._device.type == "cuda":
+            addresses = addresses.pin_memory()
+        self._gradients.copy_(addresses, non_blocking=True)
+        if not aligned_alike:
+            self._addresses = addresses
             self._arrange()
-        else:
-            self._table[:, passes.GRAD.value] = to_device(self._device, column[self._order])
-        self._panels.moved(gradients)
 
     def sum_of_squares(self) -> Tensor:
         """See :func:`novoscale.kernels.reference.sum_of_squares`."""
@@ -277,6 +290,11 @@ class Kernels:
                 launch(*vectors, *roots, cut if kind.cut else None)
 
 
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _rows(shards: Sequence[Shard], table: Tensor) -> Tensor:
     """The rows of the table, in the order of the chunks."""
     start, stop, layer, position, size, place, column, cut, shard_of = table.unbind(1)
@@ -289,6 +307,7 @@ def _rows(shards: Sequence[Shard], table: Tensor) -> Tensor:
     index = torch.stack((first, first, torch.where(in_blocks, place, place - begin), place), dim=1)
     tensors = [(s.param, s.grad, s.exp_avg, s.exp_avg_scale) for s in shards]
     address = _int64([[0 if t is None else t.data_ptr() for t in row] for row in tensors]).view(-1, 4)
+    address[:, 1] = 0  # gradients may move
     itemsize = _int64([[0 if t is None else t.element_size() for t in row] for row in tensors]).view(-1, 4)
     itemsize[:, 2] *= _int64([BLOCK // form.packed if (form := _in_blocks(s)) else 1 for s in shards])
     # A layer larger than a chunk ends in it at most once, so that it may as well be as large as one.
@@ -312,6 +331,7 @@ def _rows(shards: Sequence[Shard], table: Tensor) -> Tensor:
     rows[:, passes.WIDTH.value] = torch.where(factored & several, width, 0)
     rows[:, passes.CUT.value] = cut
     rows[:, passes.GROUP.value] = _int64([s.group for s in shards])[shard_of]
+    rows[:, passes.SHARD.value] = shard_of
     return rows
 
 
@@ -347,7 +367,7 @@ class _Launch(NamedTuple):
 
 
 def _launches(
-    rows: Tensor, factored: Tensor, options: Sequence[_Options], option_of: Tensor
+    rows: Tensor, gradients: Tensor, factored: Tensor, options: Sequence[_Options], option_of: Tensor
 ) -> tuple[list[tuple[_Launch, int, int]], Tensor]:
     """The launches of the update, each with its first and last (exclusive) row, and the order of the rows."""
     begin, end, within, size = (
@@ -359,7 +379,8 @@ def _launches(
     group = torch.where(((within - begin) | size) % GROUP == 0, GROUP, 1)
     cut = rows[:, passes.CUT.value] >= 0
     group = torch.where(several | cut, group, 0)  # cut blocks always with what each element's layer does
-    addresses = rows[:, passes.PARAM.value] | rows[:, passes.GRAD.value]
+    grad = gradients[rows[:, passes.SHARD.value]] + rows[:, passes.GRAD.value]
+    addresses = rows[:, passes.PARAM.value] | grad
     columns = rows[:, passes.COLUMN.value] | rows[:, passes.WIDTH.value]
     ragged = ((begin | end) % GROUP != 0) | (addresses % 16 != 0) | ((group != 1) & (columns % GROUP != 0))
     ragged &= rows[:, passes.SCALE.value] != 0

@@ -31,14 +31,15 @@ PARTIALS = 1 << 23
 # Sums that a program of the second kernel makes: 512 bytes that follow each other of each row of partials.
 SUMS = tl.constexpr(64)
 
-# The columns of the table of strips, int64; 48 bytes.
-GRAD = tl.constexpr(0)  # address of the first element
+# The columns of the table of strips, int64; 64 bytes, the last eight unused.
+GRAD = tl.constexpr(0)  # of the first element, the bytes from the beginning of the gradient, which may move
 ROWS = tl.constexpr(1)
 COLUMNS = tl.constexpr(2)
 PITCH = tl.constexpr(3)  # elements from a row to the next
 OF_ROWS = tl.constexpr(4)  # where the partials of its rows go
 OF_COLUMNS = tl.constexpr(5)
-STRIP = tl.constexpr(6)
+SHARD = tl.constexpr(6)  # of all gradients, its own
+STRIP = tl.constexpr(8)
 
 # The columns of the table of sources: matrices of partials, of which the sum of each column is one of the
 # statistic's. 32 bytes.
@@ -109,6 +110,7 @@ def _strip(
 @jit
 def strip_statistic(
     table: tl.tensor,
+    gradients: tl.tensor,
     partials: tl.tensor,
     statistic: tl.tensor,
     grad_type: tl.constexpr,
@@ -117,10 +119,10 @@ def strip_statistic(
 ) -> None:
     """Of each strip, of at most ``width`` columns, the sums of g**2 of its rows and of its columns.
 
-    ``statistic`` is for panel_statistic only.
+    ``gradients``: the address of each; ``statistic`` is for panel_statistic only.
     """
     strip = table + tl.program_id(0) * STRIP
-    grad = tl.load(strip + GRAD)
+    grad = tl.load(gradients + tl.load(strip + SHARD)) + tl.load(strip + GRAD)
     rows = tl.load(strip + ROWS).to(tl.int32)
     columns = tl.load(strip + COLUMNS).to(tl.int32)
     pitch = tl.load(strip + PITCH)
@@ -165,7 +167,7 @@ class Panels:
 
     Args:
         shards: the tensors, of which the pieces of factored parameters count here.
-        device: where they are.
+        gradients: the address of each, int64 on the device.
         layers: how many layers there are; the columns come after them in the statistic.
         area: elements of a strip: a power of two, at most SIDE times the smallest of WIDTHS.
         tile: elements a program handles at a time: a power of two, from the largest of WIDTHS to ``area``.
@@ -173,21 +175,17 @@ class Panels:
     """
 
     def __init__(
-        self, shards: Sequence[Shard], device: torch.device, layers: int, area: int, tile: int, **options: Any
+        self, shards: Sequence[Shard], gradients: Tensor, layers: int, area: int, tile: int, **options: Any
     ) -> None:
         parts = _parts(shards, area)
-        strips, start, part = _strips(parts)
-        itemsize = _int64([s.grad.element_size() for s in shards])
-        self._device, self._shard_of = device, parts.shard[part]
-        self._from_grad = start * itemsize[self._shard_of]
-        self._strips = to_device(device, strips)
-        self.moved([s.grad.data_ptr() for s in shards])
+        strips, part = _strips(parts, _int64([s.grad.element_size() for s in shards]))
+        device = self._device = gradients.device
+        strips = to_device(device, strips)
         self._partials = parts.partials
         launches: list[tuple[int, Any]] = []
         for (wave, dtype, width), a, b in _runs(torch.stack((parts.wave, parts.dtype, parts.width), 1)[part]):
             kind = {"grad_type": list(FORMATS.values())[dtype], "width": width, "tile": tile, **options}
-            table = self._strips[a:b]
-            launches.append((wave, partial(strip_statistic[(b - a,)], table, **kind)))
+            launches.append((wave, partial(strip_statistic[(b - a,)], strips[a:b], gradients, **kind)))
         destinations, wave_of, sources = _sums(parts, layers)
         destinations, sources = to_device(device, destinations), to_device(device, sources)
         for (wave,), a, b in _runs(wave_of[:, None]):
@@ -195,12 +193,6 @@ class Panels:
             launches.append((wave, partial(panel_statistic[(b - a,)], *tables, tile=tile, **options)))
         # In each wave the strips first, whose partials the sums are of.
         self._launches = [launch for _, launch in sorted(launches, key=lambda x: x[0])]
-
-    def moved(self, gradients: Sequence[int]) -> None:
-        """Go on with gradients at other addresses."""
-        if len(self._strips):
-            addresses = _int64(gradients)[self._shard_of] + self._from_grad
-            self._strips[:, GRAD.value] = to_device(self._device, addresses)
 
     def add_to(self, statistic: Tensor) -> None:
         """Add the sums to those of the statistic."""
@@ -280,8 +272,8 @@ def _parts(shards: Sequence[Shard], area: int) -> _Parts:
     )  # fmt: skip
 
 
-def _strips(parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
-    """Their table without the addresses, the first element of each in its tensor, and its part."""
+def _strips(parts: _Parts, itemsize: Tensor) -> tuple[Tensor, Tensor]:
+    """Their table, and the part of each; ``itemsize``: of the gradients."""
     part, nth = repeated(parts.across * parts.down)
     rows, columns, place, across = (
         parts.rows[part],
@@ -294,15 +286,18 @@ def _strips(parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
     down, right = nth // across, nth % across
     top, left = down * height, right * width
     entries = {
-        GRAD: torch.zeros_like(part),
+        GRAD: (parts.start[part] + top * pitch + left) * itemsize[parts.shard[part]],
         ROWS: torch.minimum(rows - top, height),
         COLUMNS: torch.minimum(columns - left, width),
         PITCH: pitch,
         OF_ROWS: place + right * rows + top,
         OF_COLUMNS: place + rows * across + down * columns + left,
+        SHARD: parts.shard[part],
     }
-    table = torch.stack([entries[c] for c in sorted(entries, key=lambda c: c.value)], dim=1)
-    return table, parts.start[part] + top * pitch + left, part
+    table = torch.zeros(len(part), STRIP.value, dtype=torch.int64, device="cpu")
+    for column, values in entries.items():
+        table[:, column.value] = values
+    return table, part
 
 
 def _sums(parts: _Parts, layers: int) -> tuple[Tensor, Tensor, Tensor]:

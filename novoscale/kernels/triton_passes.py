@@ -23,7 +23,7 @@ from novoscale.kernels.triton_formats import (
 # The columns of the table, int64. A row is 128 bytes, a multiple of 16, so that the rows of each launch are
 # aligned alike.
 PARAM = tl.constexpr(0)  # addresses of the chunk's first element (or block), 0 where there is no such tensor
-GRAD = tl.constexpr(1)
+GRAD = tl.constexpr(1)  # of the gradient, which may move, the bytes from its beginning
 EXP_AVG = tl.constexpr(2)
 BEGIN = tl.constexpr(3)  # its elements begin..end, counted from there, are those of the piece
 END = tl.constexpr(4)
@@ -37,7 +37,8 @@ COLUMN = tl.constexpr(11)  # of all columns, the one of its index 0 if there is 
 WIDTH = tl.constexpr(12)  # columns of its factored parameter, where it has elements of several rows; else 0
 CUT = tl.constexpr(13)  # of all cut blocks, the one that it is a piece of
 GROUP = tl.constexpr(14)  # of all param groups, its own
-ROW = tl.constexpr(16)  # the last column unused
+SHARD = tl.constexpr(15)  # of all gradients, its own
+ROW = tl.constexpr(16)
 
 # The columns of what the update is given: see Coefficients.
 GRAD_SCALE = tl.constexpr(shards.GRAD_SCALE)
@@ -54,6 +55,12 @@ RECORD = tl.constexpr(4)
 # the others; then, update them by what all have told.
 FIND = tl.constexpr(1)
 AGREED = tl.constexpr(2)
+
+
+@jit
+def _gradient(row: tl.tensor, gradients: tl.tensor) -> tl.tensor:
+    """The address of the gradient of a chunk's first element."""
+    return tl.load(gradients + tl.load(row + SHARD)) + tl.load(row + GRAD)
 
 
 # ---- the statistic ---------------------------------------------------------------------------------------
@@ -81,6 +88,7 @@ def _total(totals: tl.tensor, axis: tl.constexpr, squares: tl.constexpr) -> tl.t
 @jit
 def chunk_statistic(
     table: tl.tensor,
+    gradients: tl.tensor,
     partials: tl.tensor,
     statistic: tl.tensor,
     grad_type: tl.constexpr,
@@ -90,10 +98,10 @@ def chunk_statistic(
 ) -> None:
     """The statistic of each chunk that lies in one layer: the sum of g**2, or the largest abs(g).
 
-    ``statistic`` and ``width`` are for rows_statistic only.
+    ``gradients``: the address of each; ``statistic`` and ``width`` are for rows_statistic only.
     """
     row = table + tl.program_id(0) * ROW
-    grad = tl.load(row + GRAD)
+    grad = _gradient(row, gradients)
     begin = tl.load(row + BEGIN).to(tl.int32)
     end = tl.load(row + END).to(tl.int32)
     # From the last aligned address before it, whatever the alignment of the other tensors and of blocks.
@@ -137,6 +145,7 @@ def _add_rows(
 @jit
 def rows_statistic(
     table: tl.tensor,
+    gradients: tl.tensor,
     partials: tl.tensor,
     statistic: tl.tensor,
     grad_type: tl.constexpr,
@@ -151,7 +160,7 @@ def rows_statistic(
     rows: tl.constexpr = tile // width
     row = table + tl.program_id(0) * ROW
     begin = tl.load(row + BEGIN)
-    grad = tl.load(row + GRAD) + begin * (grad_type.primitive_bitwidth // 8)
+    grad = _gradient(row, gradients) + begin * (grad_type.primitive_bitwidth // 8)
     end = (tl.load(row + END) - begin).to(tl.int32)
     within = tl.load(row + WITHIN).to(tl.int32)
     size = tl.load(row + SIZE).to(tl.int32)
@@ -343,6 +352,7 @@ def _update_tile(
 @jit
 def update(
     table: tl.tensor,
+    gradients: tl.tensor,
     each: tl.tensor,
     options: tl.tensor,
     active: tl.tensor,
@@ -368,8 +378,8 @@ def update(
 ) -> None:
     """First moment and weights of the active layers, in place.
 
-    ``each``, ``options``, ``active``, ``key``, ``row_root`` and ``column_root`` are those of Coefficients,
-    all numbers float32; the roots may be None where they are not needed.
+    ``gradients``: the address of each. ``each``, ``options``, ``active``, ``key`` and the roots are those of
+    Coefficients, numbers float32; the roots may be None where they are not needed.
     ``divided``, of factored parameters: "term", what is added to the moment, or "change", what is taken from
     the weight; else None. ``cut``: of pieces of cut blocks, what is done to them: see FIND; else None.
     ``group``: elements that surely are of one layer; 0, if ``cut`` is None: all of a chunk. ``ragged``, of
@@ -381,7 +391,7 @@ def update(
     layer = tl.load(row + LAYER)
     if group > 0 or tl.load(active + layer):
         param = tl.load(row + PARAM)
-        grad = tl.load(row + GRAD)
+        grad = _gradient(row, gradients)
         exp_avg = tl.load(row + EXP_AVG)
         exp_avg_scale = tl.load(row + SCALE)
         begin = tl.load(row + BEGIN).to(tl.int32)

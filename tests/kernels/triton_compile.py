@@ -27,6 +27,7 @@ from novoscale.momentum import FORMATS
 TYPES = {
     "table": "*i64",
     "sources": "*i64",
+    "gradients": "*i64",
     "partials": "*fp64",
     "statistic": "*fp64",
     "each": "*fp32",
