@@ -106,7 +106,7 @@ class Prepared:
         if self.weights is not None:
             first = self.plan.layers + self.plan.columns + WEIGHTS * self.plan.parameters
             statistic[first : first + self.plan.parameters] = self.weights.sum_of_squares()
-        self.layers.begin(self.options.table, statistic, scale)
+        self.layers.begin(self.options, statistic, scale)
         return statistic
 
     def second_moments(
@@ -122,7 +122,7 @@ class Prepared:
             scale: 0-dim: of the loss; None: 1.
         """
         share = self.plan.share
-        return self.layers.advance(self.options.table, statistic, finite, total, limit, scale, share)
+        return self.layers.advance(self.options, statistic, finite, total, limit, scale, share)
 
     def update(self, coefficients: Coefficients) -> None:
         """Change m and w of every active layer. The ranks first agree on the scales of cut blocks."""
@@ -265,7 +265,7 @@ def build(
         kernels=Kernels(made, device, planned.layers, planned.columns, planned.cut_blocks),
         weights=Kernels([*weighed.values()], device, planned.parameters) if weighed else None,
         layers=kernels.layer_kernels(table, device, tensors.states(), made),
-        options=OptionTable(len(groups), device),
+        options=OptionTable(len(groups), device, table.dtype),
         shards=named,
         weighed=[*weighed],
         facts=tensors.facts,

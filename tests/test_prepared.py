@@ -9,7 +9,7 @@ import torch
 from oracle import Oracle, deviation
 from torch import nn
 
-from novoscale import NovoGrad, kernels, layer_tables, prepared
+from novoscale import NovoGrad, kernels, prepared
 
 SHAPES = ((3, 4), (5,), (1,), (20, 7))
 
@@ -165,25 +165,17 @@ def test_tables_are_made_once(options):
     assert made.call_count == 1
 
 
-def test_second_moments_of_a_group_are_views_of_one_vector():
+def test_the_state_of_each_tensor_is_its_own():
+    """No view of a vector of all: it can be saved, copied and moved by itself."""
     params = parameters()
     optimizer = NovoGrad(params, lr=0.1, bias_correction=True)
     for p, g in zip(params, gradients(0), strict=True):
         p.grad = g
     optimizer.step()
     for name in ("exp_avg_sq", "step"):
-        storages = {optimizer.state[p][name].untyped_storage().data_ptr() for p in params}
-        assert len(storages) == 1
-        assert all(optimizer.state[p][name].shape == (1,) for p in params)
-    saved = optimizer.state_dict()["state"]
-    assert [saved[i]["exp_avg_sq"].item() for i in range(len(params))] == pytest.approx(
+        states = [optimizer.state[p][name] for p in params]
+        assert len({t.untyped_storage().data_ptr() for t in states}) == len(params)
+        assert all(t.shape == (1,) and t.untyped_storage().nbytes() == 4 for t in states)
+    assert [optimizer.state[p]["exp_avg_sq"].item() for p in params] == pytest.approx(
         [g.double().square().sum().item() for g in gradients(0)]
     )
-
-
-def test_neighbouring_storages_are_not_taken_for_one_vector():
-    base = torch.zeros(2)
-    a, b = torch.empty(0).set_(base.untyped_storage(), 0, (1,)), base[1:]
-    assert layer_tables._joined([a, b], a.device) is not None
-    other = torch.from_numpy(np.zeros(2, dtype=np.float32))
-    assert layer_tables._joined([other[:1], torch.from_numpy(other.numpy()[1:])], a.device) is None

@@ -114,7 +114,7 @@ def layer_kernels(
     if module is not None and table.dtype == torch.float32 and any(s.fused is not False for s in shards):
         tensors = [t for of in states for t in of]
         if all(t.device == device and t.is_contiguous() and type(t) in PLAIN for t in tensors):
-            found: LayerKernels = getattr(module, "LayerKernels", LayerKernels)(table, device)
+            found: LayerKernels = module.LayerKernels(table, device)
             return found
     return LayerKernels(table, device)
 

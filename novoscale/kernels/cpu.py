@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from novoscale.blocks import BLOCK
+from novoscale.kernels import cpu_layers
+from novoscale.kernels.layers import LayerTable
 from novoscale.kernels.shards import (
     COLUMN,
     CUT,
@@ -45,7 +47,9 @@ CHUNK = 1 << 16  # elements, a multiple of BLOCK: what a thread does at once, an
 PANEL, PANEL_WIDTH, PANEL_ROWS = 1 << 18, 1 << 14, 64
 WAVE = 1 << 22  # sums of panels that are kept at once: 32 MiB
 
-SOURCE, *HEADERS = (Path(__file__).with_name(n) for n in ("cpu.cpp", "cpu_formats.h", "cpu_rounding.h"))
+SOURCE, *HEADERS = (
+    Path(__file__).with_name(n) for n in ("cpu.cpp", "cpu_formats.h", "cpu_layers.h", "cpu_rounding.h")
+)
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -203,6 +207,13 @@ class Kernels:
         return [*vectors, c.active.to("cpu").contiguous(), c.key.to("cpu").contiguous()]
 
 
+class LayerKernels(cpu_layers.LayerKernels):
+    """The pass over the layers."""
+
+    def __init__(self, known: LayerTable, device: torch.device) -> None:
+        super().__init__(known, load())
+
+
 def panel_table(shards: Sequence[Shard]) -> tuple[Tensor, int]:
     """The panels of factored parameters, in parts that a thread sums at once, and these in waves.
 
@@ -323,6 +334,7 @@ def _open(path: Path, compiler: Sequence[str]) -> ctypes.CDLL:
     library.novoscale_sum_of_squares.argtypes = [address, *table * 2, *[address] * 3, *[integer] * 3]
     library.novoscale_largest.argtypes = [address, *table, *[address] * 7, integer, *[address] * 2]
     library.novoscale_update.argtypes = [address, *table, *[address] * 8, integer]
+    cpu_layers.declare(library)
     for function in (library.novoscale_sum_of_squares, library.novoscale_largest, library.novoscale_update):
         function.restype = None
     return library

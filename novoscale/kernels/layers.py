@@ -37,8 +37,8 @@ RELATIVE = 14  # scale_parameter
 SEED = 15
 OPTIONS = 16
 
-# Of them, in this order, those that the update needs itself: see ``shards.Coefficients.options``.
-UPDATE_OPTIONS = [BETA1, BETA3, WEIGHT_DECAY, EPS]
+# Of them, in this order, those of ``shards.Coefficients.options``.
+UPDATE = [BETA1, BETA3, WEIGHT_DECAY, EPS]
 
 # The columns of a table of parameters, int64: of each the layers that are here, in the order of their vector.
 GROUP = 0  # its row of the table of options
@@ -114,19 +114,23 @@ class OptionTable:
     Args:
         groups: how many there are.
         device: where the table is.
-
-    Attributes:
-        table: float64 ``[groups, 16]``: the columns above.
+        dtype: of what the update is given.
     """
 
-    def __init__(self, groups: int, device: torch.device) -> None:
+    def __init__(self, groups: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self._rows: list[list[float]] = []
-        self._upload = Upload(torch.zeros(groups, OPTIONS, dtype=torch.float64, device="cpu"), device)
+        self._all = Upload(torch.zeros(groups, OPTIONS, dtype=torch.float64, device="cpu"), device)
+        self._of_update = Upload(torch.zeros(groups, len(UPDATE), dtype=dtype, device="cpu"), device)
 
     @property
     def table(self) -> Tensor:
-        """See above."""
-        return self._upload.on_device
+        """float64 ``[groups, 16]``: the columns above."""
+        return self._all.on_device
+
+    @property
+    def of_update(self) -> Tensor:
+        """Those that the update needs itself: see ``shards.Coefficients.options``."""
+        return self._of_update.on_device
 
     def differs(self, groups: Sequence[Mapping[str, Any]]) -> bool:
         """Whether :meth:`take` would write into the table."""
@@ -137,7 +141,9 @@ class OptionTable:
         rows = [*map(option_row, groups)]
         if rows != self._rows:
             self._rows = rows
-            self._upload.write(torch.tensor(rows, dtype=torch.float64, device="cpu"))
+            table = torch.tensor(rows, dtype=torch.float64, device="cpu")
+            self._all.write(table)
+            self._of_update.write(torch.stack([table[:, column] for column in UPDATE], dim=1))
         if any(_on_device(group["lr"]) for group in groups):
             # Not by way of the host: it would wait for the device. Again at each replay of a CUDA graph.
             for row, group in zip(self.table, groups, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from novoscale import rounding
 from novoscale.kernels import layers as table
-from novoscale.kernels.layers import FRESH, KEPT, LEAST_SCALE, UPDATE_OPTIONS, WEIGHTS, LayerTable
+from novoscale.kernels.layers import FRESH, KEPT, LEAST_SCALE, WEIGHTS, LayerTable, OptionTable
 from novoscale.kernels.shards import Coefficients
 
 
@@ -70,7 +70,7 @@ class LayerKernels:
         """Let go of it."""
         del self._states, self._v, self._columns, self._t
 
-    def begin(self, options: Tensor, statistic: Tensor, scale: Tensor | None) -> None:
+    def begin(self, options: OptionTable, statistic: Tensor, scale: Tensor | None) -> None:
         """Divide the gradients' statistic by a loss scale, and add up what the ranks have to know, in place.
 
         So that the mean of the second moments after the step is known to all of them in the same all-reduce:
@@ -78,11 +78,11 @@ class LayerKernels:
         divided by the elements of a row; and KEPT, what remains of those there are.
 
         Args:
-            options: float64 ``[groups, 16]``: see ``kernels.layers``.
+            options: of the param groups.
             statistic: the vector of the step (``collectives.Plan``): this rank's part.
             scale: 0-dim: the gradients are so many times too large; None: 1.
         """
-        o = options[self._column(table.GROUP)]
+        o = options.table[self._column(table.GROUP)]
         S, of_columns, numbers = self._parts(statistic)
         if scale is not None:
             factor = _power(1 / scale.double().reshape(()), o)
@@ -95,7 +95,7 @@ class LayerKernels:
 
     def advance(
         self,
-        options: Tensor,
+        options: OptionTable,
         statistic: Tensor,
         finite: Tensor,
         total: Tensor,
@@ -117,7 +117,7 @@ class LayerKernels:
         Returns:
             What the update of m and w needs to know.
         """
-        o = options[self._column(table.GROUP)]
+        o = options.table[self._column(table.GROUP)]
         S, of_columns, numbers = self._parts(statistic)
         factor = torch.ones((), dtype=torch.float64, device=self._device)
         if limit:
@@ -169,7 +169,7 @@ class LayerKernels:
         """
         assert self._share is not None
         # An unfactored layer's v is of sums: with "rms" u is divided by the root of their mean.
-        divided = self._factored & (o[:, table.RMS] > 0)
+        divided = self._factored | (o[:, table.RMS] == 0)
         numel = torch.where(divided, self._column(table.NUMEL), 1)[self._of_layer]
         mean_square = torch.where(active, S / numel / self._v.double(), 0.0)
         if "bias_correction" in self._table.uses:
@@ -188,7 +188,7 @@ class LayerKernels:
 
     def _coefficients(
         self,
-        options: Tensor,
+        options: OptionTable,
         o: Tensor,
         numbers: Tensor,
         active: Tensor,
@@ -236,7 +236,7 @@ class LayerKernels:
         dtype = self._table.dtype
         return Coefficients(
             each=torch.stack(each, dim=1).to(dtype),
-            options=torch.stack([options[:, column] for column in UPDATE_OPTIONS], dim=1).to(dtype),
+            options=options.of_update,
             active=active,
             key=self._keys(o),
             row_root=root.to(dtype) if self._table.columns else None,
