@@ -47,9 +47,8 @@ CHUNK = 1 << 16  # elements, a multiple of BLOCK: what a thread does at once, an
 PANEL, PANEL_WIDTH, PANEL_ROWS = 1 << 18, 1 << 14, 64
 WAVE = 1 << 22  # sums of panels that are kept at once: 32 MiB
 
-SOURCE, *HEADERS = (
-    Path(__file__).with_name(n) for n in ("cpu.cpp", "cpu_formats.h", "cpu_layers.h", "cpu_rounding.h")
-)
+SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADERS = [SOURCE.with_name(n) for n in ("cpu_formats.h", "cpu_layers.h", "cpu_rounding.h")]
 FLAGS = (
     "-std=c++17",
     "-O3",

@@ -226,12 +226,11 @@ class LayerKernels:
         inverse = torch.where(self._factored[of], 1.0, inverse)  # the kernels divide by the roots
         grad_scale = (o[:, table.SIGN] * factor * of_update)[of]
         inside = o[of, table.INSIDE] > 0
-        ahead = torch.where(o[of, table.NESTEROV] > 0, ahead, 0.0)
         each = (
             torch.where(inside, grad_scale * inverse, grad_scale),
             torch.where(inside, step_size, step_size * inverse),
             lr * o[of, table.WEIGHT_DECAY],
-            torch.where(inside, ahead, ahead * inverse),
+            torch.where(o[of, table.NESTEROV] > 0, torch.where(inside, ahead, ahead * inverse), 0.0),
         )
         dtype = self._table.dtype
         return Coefficients(
