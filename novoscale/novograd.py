@@ -220,7 +220,7 @@ class NovoGrad(KnowsLayers):
             statistic = ready.statistic(scale)
             finite, total = ready.plan.complete(statistic, veto)
             self._telemetry.record(ready, statistic, finite, total)
-            ready.update(ready.second_moments(statistic, finite, total, limit, scale))
+            ready.update(ready.second_moments(statistic, finite, total, scale))
             ready.release()
 
     # ---- mixed precision ------------------------------------------------------------------------

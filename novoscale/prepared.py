@@ -110,7 +110,7 @@ class Prepared:
         return statistic
 
     def second_moments(
-        self, statistic: Tensor, finite: Tensor, total: Tensor, limit: float | None, scale: Tensor | None
+        self, statistic: Tensor, finite: Tensor, total: Tensor, scale: Tensor | None
     ) -> Coefficients:
         """Update v of every layer; return what the update of m and w needs to know of it.
 
@@ -118,11 +118,10 @@ class Prepared:
             statistic: the complete vector of the step.
             finite: bool: whether there is a step at all; 0-dim, or one for each parameter.
             total: 0-dim: the sum of squares of the whole model.
-            limit: what the norm of the whole gradient is clipped to, if it is.
             scale: 0-dim: of the loss; None: 1.
         """
         share = self.plan.share
-        return self.layers.advance(self.options, statistic, finite, total, limit, scale, share)
+        return self.layers.advance(self.options, statistic, finite, total, scale, share)
 
     def update(self, coefficients: Coefficients) -> None:
         """Change m and w of every active layer. The ranks first agree on the scales of cut blocks."""
@@ -225,8 +224,8 @@ def facts(tensors: Tensors) -> list[Any]:
 
 def structure(group: Group) -> tuple[Any, ...]:
     """What the tables depend on of a param group's options: of the numbers, which of them are zero."""
-    zero = (group["betas"][0] == 0, group["weight_decay"] == 0, not group["clip_threshold"])
-    return (*zero, *(group[option] for option in STRUCTURE))
+    numbers = (group["betas"][0], group["weight_decay"], group["clip_threshold"], group["max_grad_norm"])
+    return (*map(bool, numbers), *(group[option] for option in STRUCTURE))
 
 
 def _locals(tensors: list[Any]) -> list[Tensor]:

@@ -13,7 +13,7 @@ namespace {
 // The columns of a table of options: as in layers.py.
 struct GroupOptions {
   double lr, beta1, beta2, beta3, weight_decay, eps, clip_threshold, sign, norm_type;
-  double bias_correction, init_zero, rms, nesterov, inside, relative, seed;
+  double bias_correction, init_zero, rms, nesterov, inside, relative, seed, limit;
 };
 
 // A row of a table of parameters: as in layers.py.

@@ -75,7 +75,6 @@ class LayerKernels(reference_layers.LayerKernels):
         statistic: Tensor,
         finite: Tensor,
         total: Tensor,
-        limit: float | None,
         scale: Tensor | None,
         share: Callable[[Tensor], Tensor],
     ) -> Coefficients:
@@ -85,7 +84,9 @@ class LayerKernels(reference_layers.LayerKernels):
         step.options, step.statistic = options.table.data_ptr(), statistic.data_ptr()
         step.finite, step.verdicts, step.threads = finite.data_ptr(), finite.numel(), torch.get_num_threads()
         step.inverse = 1.0 if scale is None else 1 / float(scale)
-        step.clip = min(limit / (math.sqrt(total) + 1e-6), 1.0) if limit else 1.0
+        step.clip = 1.0
+        if "max_grad_norm" in self._table.uses:
+            step.clip = min(options.limit / (math.sqrt(total) + 1e-6), 1.0)
         step.each, step.active, step.key = made.each.data_ptr(), made.active.data_ptr(), made.key.data_ptr()
         step.row_root, step.column_root = (
             None if t is None else t.data_ptr() for t in (made.row_root, made.column_root)

@@ -35,7 +35,8 @@ NESTEROV = 12
 INSIDE = 13  # reg_inside_moment
 RELATIVE = 14  # scale_parameter
 SEED = 15
-OPTIONS = 16
+LIMIT = 16  # max_grad_norm, the same in all; 0: none
+OPTIONS = 17
 
 # Of them, in this order, those of ``shards.Coefficients.options``.
 UPDATE = [BETA1, BETA3, WEIGHT_DECAY, EPS]
@@ -105,7 +106,7 @@ class LayerTable:
 
 
 # Options without which something need not be computed.
-NEEDED = ("bias_correction", "clip_threshold", "scale_parameter")
+NEEDED = ("bias_correction", "clip_threshold", "max_grad_norm", "scale_parameter")
 
 
 class OptionTable:
@@ -124,8 +125,13 @@ class OptionTable:
 
     @property
     def table(self) -> Tensor:
-        """float64 ``[groups, 16]``: the columns above."""
+        """float64 ``[groups, 17]``: the columns above."""
         return self._all.on_device
+
+    @property
+    def limit(self) -> float:
+        """What the norm of the whole gradient is clipped to; 0: it is not."""
+        return self._rows[0][LIMIT]
 
     @property
     def of_update(self) -> Tensor:
@@ -176,4 +182,5 @@ def option_row(group: Mapping[str, Any]) -> list[float]:
         group["reg_inside_moment"],
         group["scale_parameter"],
         group["seed"],
+        group["max_grad_norm"] or 0.0,
     ]

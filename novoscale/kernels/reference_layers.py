@@ -2,7 +2,7 @@
 
 The layers of a *factored* parameter are the rows of a matrix, and it has second moments of its columns too:
 an element's is their product over the mean of the rows' (Adafactor, arXiv 1804.04235, section 3). ``o`` is
-the options of each parameter, float64 ``[parameters, 16]``.
+the options of each parameter, float64 ``[parameters, 17]``.
 """
 
 from __future__ import annotations
@@ -99,7 +99,6 @@ class LayerKernels:
         statistic: Tensor,
         finite: Tensor,
         total: Tensor,
-        limit: float | None,
         scale: Tensor | None,
         share: Callable[[Tensor], Tensor],
     ) -> Coefficients:
@@ -110,7 +109,6 @@ class LayerKernels:
             statistic: the complete vector of the step.
             finite: bool: whether there is a step at all; 0-dim, or one for each parameter.
             total: 0-dim: the sum of squares of the whole model.
-            limit: what the norm of the whole gradient is clipped to; None or 0: it is not.
             scale: see :meth:`begin`.
             share: adds up a number of each parameter over the ranks that have different layers of it.
 
@@ -120,9 +118,9 @@ class LayerKernels:
         o = options.table[self._column(table.GROUP)]
         S, of_columns, numbers = self._parts(statistic)
         factor = torch.ones((), dtype=torch.float64, device=self._device)
-        if limit:
+        if "max_grad_norm" in self._table.uses:
             # As torch.nn.utils.clip_grad_norm_.
-            factor = (limit / (total.sqrt() + 1e-6)).clamp(max=1)
+            factor = (options.table[0, table.LIMIT] / (total.sqrt() + 1e-6)).clamp(max=1)
             power = _power(factor, o)
             S, of_columns = S * power[self._of_layer], of_columns * power[self._of_column]
             if self._table.sums:

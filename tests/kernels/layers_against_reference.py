@@ -32,13 +32,12 @@ class Case(NamedTuple):
     groups: list[dict[str, Any]]
     held: list[Held]
     sums: bool
-    limit: float | None
     scale: float | None
     one_verdict: bool
     seed: int
 
 
-def group(draw: Any, factored: bool) -> dict[str, Any]:
+def group(draw: Any, factored: bool, limit: float | None) -> dict[str, Any]:
     flag = st.booleans()
     rms = factored or draw(flag)
     return {
@@ -58,6 +57,7 @@ def group(draw: Any, factored: bool) -> dict[str, Any]:
         "scale_parameter": draw(st.sampled_from([False, False, True])),
         "seed": draw(st.sampled_from([0, 7, 2**32 - 1])),
         "factored": factored,
+        "max_grad_norm": limit,
         "counted": draw(flag),
         "rounds": draw(flag),
     }
@@ -65,7 +65,8 @@ def group(draw: Any, factored: bool) -> dict[str, Any]:
 
 @st.composite
 def cases(draw: Any) -> Case:
-    groups = [group(draw, draw(st.booleans())) for _ in range(draw(st.integers(1, 3)))]
+    limit = draw(st.sampled_from([None, 0.5, 1e6]))
+    groups = [group(draw, draw(st.booleans()), limit) for _ in range(draw(st.integers(1, 3)))]
     held = []
     for index, of in enumerate(groups):
         for _ in range(draw(st.integers(1, 3))):
@@ -78,7 +79,6 @@ def cases(draw: Any) -> Case:
         groups,
         held,
         adds_up,
-        draw(st.sampled_from([None, 0.5, 1e6])),
         draw(st.sampled_from([None, 1024.0])),
         draw(st.booleans()),
         draw(st.integers(0, 2**31)),
@@ -156,7 +156,7 @@ def run(module: Any, case: Case, device: torch.device, steps: int = 2) -> dict[s
         kernel.hold(known.states)
         kernel.begin(options, statistic, scale)
         found[f"statistic {step}"] = statistic.clone()
-        c = kernel.advance(options, statistic, finite, total, case.limit, scale, lambda x: x * 2)
+        c = kernel.advance(options, statistic, finite, total, scale, lambda x: x * 2)
         kernel.release()
         found |= {f"{f.name} {step}": t for f in fields(c) if (t := getattr(c, f.name)) is not None}
         found |= {f"{n} {step} {i}": t.clone() for n, of in known._asdict().items() for i, t in enumerate(of)}
