@@ -218,8 +218,7 @@ class NovoGrad(KnowsLayers):
             ready = self._prepare(groups)
             scale, veto = self._amp(ready.plan.device)
             statistic = ready.statistic(scale)
-            finite, total = ready.plan.complete(statistic, veto)
-            self._telemetry.record(ready, statistic, finite, total)
+            finite, total = ready.complete(statistic, veto, self._telemetry)
             ready.update(ready.second_moments(statistic, finite, total, scale))
             ready.release()
 

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from novoscale import kernels, momentum, second_moment
 from novoscale.blocks import NONE
-from novoscale.collectives import Placed, Plan
+from novoscale.collectives import Packing, Placed, Plan
 from novoscale.dtensors import local_gradient
 from novoscale.kernels import Coefficients, Held, Kernels, LayerKernels
 from novoscale.kernels.layers import SUMS, WEIGHTS, OptionTable
 from novoscale.kernels.reference_layers import States
 from novoscale.layer_tables import Group, Groups, State, has_dtensors, states_of, table_of_layers
 from novoscale.layout import Layout, local_tensor
+from novoscale.telemetry import Telemetry
 
 # What of a param group the tables depend on; the other options are numbers that are given to the kernels.
 STRUCTURE = (
@@ -61,6 +62,7 @@ class Prepared:
         weighed: of each shard of ``weights``, which tensor it is.
         facts: what the tables rest on, see :func:`facts`.
         addresses: where they have the gradients.
+        packing: of the only collective of a step, if there is just one.
         captured: whether a CUDA graph has them, which reads them whenever it is replayed.
         gradients: of the present step: some may be copies that nobody else holds.
     """
@@ -75,6 +77,7 @@ class Prepared:
     weighed: list[int]
     facts: list[Any]
     addresses: list[int]
+    packing: Packing | None
     captured: bool = False
     gradients: Sequence[Tensor] = ()
 
@@ -108,6 +111,20 @@ class Prepared:
             statistic[first : first + self.plan.parameters] = self.weights.sum_of_squares()
         self.layers.begin(self.options, statistic, scale)
         return statistic
+
+    def complete(self, statistic: Tensor, veto: Tensor | None, telemetry: Telemetry) -> tuple[Tensor, Tensor]:
+        """See ``collectives.Plan.complete``; and note what the step shows."""
+        plan = self.plan
+        if self.layers.completes and not plan.apart and (self.packing or not plan.reductions):
+            skipped = telemetry.skipped(plan)
+            finite, total = self.layers.complete(
+                self.options, statistic, veto, self.packing, plan.noted, skipped, telemetry.step
+            )
+        else:
+            finite, total = plan.complete(statistic, veto)
+            telemetry.record(plan, statistic, finite)
+        telemetry.add(total)
+        return finite, total
 
     def second_moments(
         self, statistic: Tensor, finite: Tensor, total: Tensor, scale: Tensor | None
@@ -269,6 +286,7 @@ def build(
         weighed=[*weighed],
         facts=tensors.facts,
         addresses=tensors.addresses,
+        packing=planned.packing(),
     )
 
 

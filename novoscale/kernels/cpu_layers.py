@@ -79,7 +79,7 @@ class LayerKernels(reference_layers.LayerKernels):
         share: Callable[[Tensor], Tensor],
     ) -> Coefficients:
         """See ``reference_layers.LayerKernels.advance``."""
-        made = _coefficients(self._table, options)
+        made = reference_layers.room(self._table, options)
         step = self._step
         step.options, step.statistic = options.table.data_ptr(), statistic.data_ptr()
         step.finite, step.verdicts, step.threads = finite.data_ptr(), finite.numel(), torch.get_num_threads()
@@ -109,19 +109,3 @@ def declare(library: ctypes.CDLL) -> None:
     library.novoscale_average.argtypes = [ctypes.POINTER(_Step), ctypes.c_void_p]
     for function in (library.novoscale_begin, library.novoscale_average, library.novoscale_coefficients):
         function.restype = None
-
-
-def _coefficients(table: LayerTable, options: OptionTable) -> Coefficients:
-    """Room for the coefficients of a step."""
-
-    def room(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-
-    return Coefficients(
-        each=room(table.layers, 4),
-        options=options.of_update,
-        active=room(table.layers, dtype=torch.bool),
-        key=room(table.layers, dtype=torch.int32),
-        row_root=room(table.layers) if table.columns else None,
-        column_root=room(table.columns) if table.columns else None,
-    )

@@ -8,7 +8,7 @@ the options of each parameter, float64 ``[parameters, 17]``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +39,12 @@ class LayerKernels:
     Args:
         known: the layers.
         device: of the vectors that have one element per layer.
+
+    Attributes:
+        completes: whether it has ``complete`` too, which does the work of ``collectives.Plan.complete``.
     """
+
+    completes = False
 
     def __init__(self, known: LayerTable, device: torch.device) -> None:
         self._table, self._device = known, device
@@ -92,6 +97,10 @@ class LayerKernels:
             assert self._share is not None
             numbers[FRESH] = self._by_parameter(_fresh(self._v, S, o[self._of_layer]))
             numbers[KEPT] = o[:, table.BETA2] * self._by_parameter(self._share * self._v)
+
+    def complete(self, *_: Any) -> tuple[Tensor, Tensor]:
+        """Not here: see ``completes``."""
+        raise NotImplementedError
 
     def advance(
         self,
@@ -262,6 +271,22 @@ class LayerKernels:
     def _by_parameter(self, values: Tensor) -> Tensor:
         """The sum over the layers of each parameter that are here, in a fixed order."""
         return torch.segment_reduce(values, "sum", lengths=self._column(table.COUNT), unsafe=True)
+
+
+def room(known: LayerTable, options: OptionTable) -> Coefficients:
+    """Coefficients to be written into."""
+
+    def empty(*shape: int, dtype: torch.dtype = known.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=options.table.device)
+
+    return Coefficients(
+        each=empty(known.layers, 4),
+        options=options.of_update,
+        active=empty(known.layers, dtype=torch.bool),
+        key=empty(known.layers, dtype=torch.int32),
+        row_root=empty(known.layers) if known.columns else None,
+        column_root=empty(known.columns) if known.columns else None,
+    )
 
 
 def powers(base: Tensor, exponent: Tensor) -> Tensor:

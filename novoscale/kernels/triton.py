@@ -38,6 +38,7 @@ from novoscale.kernels.shards import (
 from novoscale.kernels.triton_check import check
 from novoscale.kernels.triton_factored import Panels, to_device
 from novoscale.kernels.triton_formats import FORMATS
+from novoscale.kernels.triton_layers import LayerKernels as LayerKernels
 
 # Elements of a chunk, the work of one program: enough of them to fill a GPU from models of a few million
 # elements on (an H100 runs about two thousand programs at a time), and a table of 128 bytes in 16384

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from novoscale.collectives import FLOAT32_MAX, Noted, Plan
+from novoscale.collectives import FLOAT32_MAX, Noted, Packing
 from novoscale.kernels import layers, reference_layers
 from novoscale.kernels.layers import LayerTable, OptionTable
 from novoscale.kernels.shards import Coefficients
@@ -91,7 +91,7 @@ def _clip(options: tl.tensor, total: tl.tensor, clips: tl.constexpr) -> tl.tenso
     """What clipping the norm of the whole gradient multiplies it by."""
     factor = tl.full((), 1.0, tl.float64)
     if clips:
-        norm = tl.sqrt(tl.load(total)) + tl.full((), 1e-6, tl.float64)
+        norm = tl.sqrt(total) + tl.full((), 1e-6, tl.float64)
         factor = tl.load(options + LIMIT) / norm
         factor = tl.where(factor > 1.0, 1.0, factor)
     return factor
@@ -109,8 +109,14 @@ def _powers(base: tl.tensor, exponent: tl.tensor) -> tl.tensor:
 
 
 @jit
+def _each(number: tl.tensor, nth: tl.tensor) -> tl.tensor:
+    """Whether a number is not 0, of each lane: Triton's interpreter cannot spread what a comparison gave."""
+    return tl.zeros_like(nth) + number.to(tl.int32) != 0
+
+
+@jit
 def _fresh(v: tl.tensor, S: tl.tensor, o: tl.tensor) -> tl.tensor:
-    first = (v == 0) & (tl.load(o + INIT_ZERO) == 0)
+    first = tl.where(tl.load(o + INIT_ZERO) > 0, v < 0, v == 0)
     return tl.where(first, S, (1.0 - tl.load(o + BETA2)) * S)
 
 
@@ -241,7 +247,7 @@ def pack(
     vetoed: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
-    """What this rank gives to the collective: see ``collectives.Plan``. The last program: what is behind it."""
+    """What this rank gives to the collective: see ``collectives.Packing``. Its end is the last program's."""
     program = tl.program_id(0)
     if program < tl.num_programs(0) - 1:
         slot = program * tile + tl.arange(0, tile)
@@ -267,6 +273,40 @@ def pack(
                 counted = tl.load(sum_of + nth, mask=mask, other=0) == which + 1
                 total += tl.where(counted, tl.load(sums + nth, mask=mask, other=0.0), 0.0)
             tl.store(buffer + length + 1 + which, tl.sum(total, 0))
+
+
+@jit
+def _count_steps(
+    parameters: tl.tensor,
+    options: tl.tensor,
+    statistic: tl.tensor,
+    total: tl.tensor,
+    stepped: tl.tensor,
+    first_number: tl.tensor,
+    parameter_count: tl.tensor,
+    clips: tl.constexpr,
+    verdicts: tl.constexpr,
+    tile: tl.constexpr,
+) -> None:
+    """``stepped``: whether there is a step; with ``verdicts`` where that is said of each parameter."""
+    clip = _clip(options, total, clips)
+    for offset in range(0, parameter_count, tile):
+        nth = offset + tl.arange(0, tile)
+        row = parameters + nth * RECORD
+        mask = nth < parameter_count
+        norm_type = tl.load(options + tl.load(row + GROUP, mask=mask, other=0) * OPTIONS + NORM_TYPE)
+        number = statistic + first_number + nth
+        of_step = tl.load(number + FRESH * parameter_count, mask=mask, other=0.0)
+        kept = tl.load(number + KEPT * parameter_count, mask=mask, other=0.0)
+        steps = tl.load(row + STEPS, mask=mask, other=0)
+        moves = mask & (tl.load(row + ONCE, mask=mask, other=0) > 0) & (steps != 0)
+        moves = moves & (of_step * _power_of(clip, norm_type) + kept > 0)
+        if verdicts:
+            stepping = tl.load(stepped + nth, mask=mask, other=0) != 0
+        else:
+            stepping = _each(stepped, nth)
+        moves = moves & stepping
+        tl.store(_float32(steps), tl.load(_float32(steps), mask=moves, other=0.0) + 1.0, mask=moves)
 
 
 @jit
@@ -321,23 +361,31 @@ def verdict(
     tl.store(skipped, tl.load(skipped) + bad.to(tl.int64))
     if bad:
         tl.store(bad_at, step)
-    if counted and bad == 0:
-        clip = tl.full((), 1.0, tl.float64)
-        if clips:
-            clip = tl.load(options + LIMIT) / (tl.sqrt(whole) + tl.full((), 1e-6, tl.float64))
-            clip = tl.where(clip > 1.0, 1.0, clip)
-        for offset in range(0, parameter_count, tile):
-            nth = offset + tl.arange(0, tile)
-            row = parameters + nth * RECORD
-            mask = nth < parameter_count
-            norm_type = tl.load(options + tl.load(row + GROUP, mask=mask, other=0) * OPTIONS + NORM_TYPE)
-            number = statistic + first_number + nth
-            of_step = tl.load(number + FRESH * parameter_count, mask=mask, other=0.0)
-            kept = tl.load(number + KEPT * parameter_count, mask=mask, other=0.0)
-            steps = tl.load(row + STEPS, mask=mask, other=0)
-            once = mask & (tl.load(row + ONCE, mask=mask, other=0) > 0) & (steps != 0)
-            moves = once & (of_step * _power_of(clip, norm_type) + kept > 0)
-            tl.store(_float32(steps), tl.load(_float32(steps), mask=moves, other=0.0) + 1.0, mask=moves)
+    if counted:
+        _count_steps(
+            parameters, options, statistic, whole, bad == 0, first_number, parameter_count, clips, False, tile
+        )
+
+
+@jit
+def count(
+    parameters: tl.tensor,
+    options: tl.tensor,
+    statistic: tl.tensor,
+    total: tl.tensor,
+    finite: tl.tensor,
+    first_number: tl.tensor,
+    parameter_count: tl.tensor,
+    clips: tl.constexpr,
+    verdicts: tl.constexpr,
+    tile: tl.constexpr,
+) -> None:
+    """One program: the counts of steps that all layers of a parameter have in common go on."""
+    stepped = finite if verdicts else tl.load(finite) != 0
+    whole = tl.load(total)
+    _count_steps(
+        parameters, options, statistic, whole, stepped, first_number, parameter_count, clips, verdicts, tile
+    )
 
 
 # ---- the layers ------------------------------------------------------------------------------------------
@@ -360,7 +408,7 @@ def mean_square(
     o = options + tl.load(row + GROUP) * OPTIONS
     mean = tl.full((), 0.0, tl.float64)
     if tl.load(o + CLIP_THRESHOLD) > 0:
-        clip = _power_of(_clip(options, total, clips), tl.load(o + NORM_TYPE))
+        clip = _power_of(_clip(options, tl.load(total), clips), tl.load(o + NORM_TYPE))
         first = tl.load(row + FIRST)
         here = tl.load(row + COUNT).to(tl.int32)
         v = _float32(tl.load(row + V))
@@ -449,8 +497,8 @@ def advance(
     row = parameters + p * RECORD
     o = options + tl.load(row + GROUP) * OPTIONS
     norm_type = tl.load(o + NORM_TYPE)
-    stepped = (tl.load(finite + p) if verdicts else tl.load(finite)) != 0
-    factor = _clip(options, total, clips)
+    stepped = _each(tl.load(finite + p) if verdicts else tl.load(finite), nth)
+    factor = _clip(options, tl.load(total), clips)
     clip = _power_of(factor, norm_type)
     numel = tl.load(row + NUMEL).to(tl.float64)
     factored = tl.load(row + WIDTH) > 0
@@ -468,10 +516,10 @@ def advance(
         place = _float32(tl.load(row + V)) + nth
         layer = tl.load(row + FIRST) + nth
         v = tl.load(place, mask=mask, other=0.0)
-        once = tl.load(row + ONCE) > 0
-        counted = tl.load(row + STEPS) != 0
-        count = _float32(tl.load(row + STEPS)) + tl.where(once, 0, nth)
-        steps = tl.load(count, mask=mask & counted, other=0.0)
+        once = tl.load(row + ONCE)
+        counted = mask & _each(tl.load(row + STEPS) != 0, nth)
+        count = _float32(tl.load(row + STEPS)) + tl.where(once > 0, 0, nth)
+        steps = tl.load(count, mask=counted, other=0.0)
         if averages:
             S = tl.load(statistic + layer, mask=mask, other=0.0)
             if norms is not None:
@@ -483,8 +531,8 @@ def advance(
             tl.store(place, v, mask=mask)
             moves = stepped & (v > 0)
             tl.store(active + layer, moves, mask=mask)
-            steps = tl.where(once, steps, steps + moves.to(tl.float32))
-            tl.store(count, steps, mask=mask & counted & (once == 0))
+            steps = tl.where(once > 0, steps, steps + moves.to(tl.float32))
+            tl.store(count, steps, mask=counted & _each(once == 0, nth))
         if concludes:
             numbers = statistic + layer_count + column_count + p
             divisor = tl.where(tl.load(o + RMS) > 0, numel, 1.0)
@@ -525,3 +573,159 @@ def advance(
             start = scramble(start ^ tl.load(row + NUMBER).to(tl.uint32))
             hashed = scramble(start ^ steps.to(tl.int64).to(tl.uint32)).to(tl.int32, bitcast=True)
             tl.store(key + layer, tl.where(tl.load(row + ROUNDS) > 0, hashed, 0), mask=mask)
+
+
+class LayerKernels(reference_layers.LayerKernels):
+    """See ``reference_layers.LayerKernels``. Holds addresses of the states, and keeps no tensor alive.
+
+    Args:
+        known: the layers.
+        device: where everything is.
+    """
+
+    completes = True
+
+    def __init__(self, known: LayerTable, device: torch.device) -> None:
+        self._table, self._device = known, device
+        self._parameters, self._stretches = (t.to(device) for t in (known.records, known.stretches(TILE)))
+        self._share = None if known.share is None else known.share.to(device)
+        self._count, self._sizes = len(known.records), (known.layers, known.columns)
+        self._sums = torch.empty(self._count, dtype=torch.float64, device=device)
+        self._largest = torch.empty(self._count, dtype=torch.int64, device=device)
+        self._index = self._sums.get_device()
+        once = (known.records[:, layers.ONCE] > 0) & (known.records[:, layers.STEPS] != 0)
+        self._counts_once, self._clips = bool(once.any()), "max_grad_norm" in known.uses
+        self._noted: Noted | None = None
+
+    def hold(self, states: Callable[[], reference_layers.States]) -> None:
+        """Nothing is held: the addresses are known."""
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+    def begin(self, options: OptionTable, statistic: Tensor, scale: Tensor | None) -> None:
+        """See ``reference_layers.LayerKernels.begin``."""
+        self._begin(options, statistic, scale)
+
+    def _begin(
+        self,
+        options: OptionTable,
+        statistic: Tensor,
+        scale: Tensor | None = None,
+        buffer: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> None:
+        with torch.cuda.device(self._index):  # nothing where it is -1, the CPU's
+            begin[(self._count,)](
+                self._parameters, options.table, statistic, self._sums, self._largest, self._share, scale,
+                buffer, slots, *self._sizes, numbers=layers.SUMS if self._table.sums else 0,
+                scaled=scale is not None, cut=buffer is not None, tile=TILE, **LAUNCH,
+            )  # fmt: skip
+
+    def complete(
+        self,
+        options: OptionTable,
+        statistic: Tensor,
+        veto: Tensor | None,
+        packing: Packing | None,
+        noted: Noted,
+        skipped: Tensor,
+        step: int,
+    ) -> tuple[Tensor, Tensor]:
+        """What ``collectives.Plan.complete`` and ``record`` do, where there is one collective or none.
+
+        Args:
+            options: of the param groups.
+            statistic: the vector of the step: this rank's part; changed in place.
+            veto: see ``collectives.Plan.complete``.
+            packing: what the collective needs; None where there is none.
+            noted: where :meth:`advance` writes what the step shows of each layer.
+            skipped: int64, 0-dim: how many steps were skipped.
+            step: the number of the step.
+
+        Returns:
+            See ``collectives.Plan.complete``.
+        """
+        self._noted, buffer, sum_of = noted, None, None
+        sums, length = 0, 0
+        if packing is not None:
+            buffer = self._packed(packing, statistic, veto)
+            sum_of, sums, length, veto = packing.sum_of, packing.sums, packing.length, None
+            self._begin(options, statistic, None, buffer, packing.slots)
+        total = torch.empty((), dtype=torch.float64, device=self._device)
+        finite = torch.empty((), dtype=torch.bool, device=self._device)
+        with torch.cuda.device(self._index):
+            verdict[(1,)](
+                self._parameters, options.table, statistic, self._sums, self._largest, sum_of, buffer, veto,
+                total, finite, skipped, noted.bad_at, step, sum(self._sizes), length, self._count,
+                counted=self._counts_once, scattered=sums, vetoed=veto is not None, clips=self._clips,
+                cut=buffer is not None, tile=TILE, **LAUNCH,
+            )  # fmt: skip
+        return finite, total
+
+    def _packed(self, packing: Packing, statistic: Tensor, veto: Tensor | None) -> Tensor:
+        """The buffer of the collective, complete."""
+        length = packing.length
+        buffer = torch.empty(length + 1 + packing.sums, dtype=torch.float64, device=self._device)
+        with torch.cuda.device(self._index):
+            pack[(triton.cdiv(length, TILE) + 1,)](
+                packing.sources, statistic, buffer, self._sums, self._largest, packing.sum_of, veto, length,
+                self._count, scattered=packing.sums, vetoed=veto is not None, tile=TILE, **LAUNCH,
+            )  # fmt: skip
+        return packing.all_reduce(buffer)
+
+    def advance(
+        self,
+        options: OptionTable,
+        statistic: Tensor,
+        finite: Tensor,
+        total: Tensor,
+        scale: Tensor | None,
+        share: Callable[[Tensor], Tensor],
+    ) -> Coefficients:
+        """See ``reference_layers.LayerKernels.advance``."""
+        made = reference_layers.room(self._table, options)
+        verdicts, first = finite.ndim > 0, sum(self._sizes)
+        if self._counts_once and self._noted is None:  # else it is done already
+            with torch.cuda.device(self._index):
+                count[(1,)](
+                    self._parameters, options.table, statistic, total, finite, first, self._count,
+                    clips=self._clips, verdicts=verdicts, tile=TILE, **LAUNCH,
+                )  # fmt: skip
+        given = (options, statistic, finite, total, scale, made)
+        if "clip_threshold" in self._table.uses:
+            self._advance(*given, averages=True, concludes=False)
+            mean = torch.empty(self._count, dtype=torch.float64, device=self._device)
+            with torch.cuda.device(self._index):
+                mean_square[(self._count,)](
+                    self._parameters, options.table, statistic, self._share, made.active, total, mean,
+                    clips=self._clips, tile=TILE, **LAUNCH,
+                )  # fmt: skip
+            self._advance(*given, share(mean), averages=False, concludes=True)
+        else:
+            self._advance(*given, averages=True, concludes=True)
+        self._noted = None
+        return made
+
+    def _advance(
+        self,
+        options: OptionTable,
+        statistic: Tensor,
+        finite: Tensor,
+        total: Tensor,
+        scale: Tensor | None,
+        made: Coefficients,
+        mean: Tensor | None = None,
+        *,
+        averages: bool,
+        concludes: bool,
+    ) -> None:
+        norms, bad = (None, None) if self._noted is None else (self._noted.statistic, self._noted.bad)
+        with torch.cuda.device(self._index):
+            advance[(len(self._stretches),)](
+                self._stretches, self._parameters, options.table, statistic, finite, total, scale, mean,
+                norms, bad, made.each, made.row_root, made.column_root, made.active, made.key,
+                *self._sizes, self._count, averages=averages, concludes=concludes,
+                verdicts=finite.ndim > 0, clips=self._clips, scaled=scale is not None,
+                clipped=mean is not None, relative="scale_parameter" in self._table.uses, tile=TILE, **LAUNCH,
+            )  # fmt: skip
