@@ -14,6 +14,7 @@ rest.
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 import traceback
@@ -67,7 +68,7 @@ def measured(gpu: Gpu, chosen: list[str], seconds: float, out: Path) -> bool:
     """Run some parts, write and print what they find; whether all went well."""
     out.mkdir(parents=True, exist_ok=True)
     file, deadline = out / "chip.json", time.monotonic() + seconds
-    command = f"make chip{f' ARGS={json.dumps(chr(32).join(sys.argv[1:]))}' if sys.argv[1:] else ''}"
+    command = f'make chip ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make chip"
     report: dict[str, Any] = {"provenance": provenance(command), "gpu": gpu.about(), "parts": {}}
     write = lambda: file.write_text(json.dumps(report, indent=1) + "\n")  # noqa: E731
     console = Console(emoji=False) if sys.stdout.isatty() else Console(emoji=False, width=150)

@@ -153,7 +153,6 @@ def chip(report: dict[str, Any], path: Path) -> None:
     of_passes.invert_yaxis()
     of_passes.margins(x=0.1)
     of_passes.set(xlabel="GB/s over those of a copy", title="Passes: weights, first moment")
-    of_passes.legend(frameon=False, fontsize=8, loc="lower left")
     rows = [r for r in report["parts"].get("steps", {}).get("rows", []) if "of AdamW fused" in r]
     cases = list(dict.fromkeys((r["shape"], r["weights"]) for r in rows))
     names = {case: [r for r in rows if (r["shape"], r["weights"]) == case] for case in cases}
@@ -161,7 +160,9 @@ def chip(report: dict[str, Any], path: Path) -> None:
     of_steps.set_yticks(range(len(cases)), [f"{shape},\n{weights}" for shape, weights in cases], size=8)
     of_steps.invert_yaxis()
     of_steps.set(xlabel=f"time of a step over {BASELINE}", title="The whole step")
-    of_steps.legend(frameon=False, fontsize=7)
+    for axis in (of_passes, of_steps):
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08)}
+        axis.legend(frameon=False, fontsize=8, ncols=4, **below)
     figure.suptitle(report["gpu"]["name"], size=11)
     save(figure, path, report["provenance"])
 

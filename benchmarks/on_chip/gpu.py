@@ -40,6 +40,11 @@ class Gpu:
         """Bytes that torch has given out."""
         return torch.cuda.memory_allocated()
 
+    def free(self) -> int:
+        """Bytes that other processes can have."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info()[0]
+
     def peak(self, run: Run) -> int:
         """Bytes allocated at most while it ran."""
         self.wait()
@@ -74,4 +79,4 @@ class Gpu:
             said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         except (OSError, subprocess.CalledProcessError):
             return found
-        return found | dict(zip(QUERIED, said.strip().split(", "), strict=False))
+        return dict(zip(QUERIED, said.strip().split(", "), strict=False)) | found
