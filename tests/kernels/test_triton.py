@@ -105,7 +105,7 @@ def ones(layers):
 
 
 @settings(
-    max_examples=120,
+    max_examples=int(os.environ.get("NOVOSCALE_EXAMPLES", "120")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # in the interpreter, shrinking takes minutes
