@@ -145,7 +145,7 @@ class Prepared:
             factor = second_moment.update_scale(layers, totals, mean_square, group)
             found = second_moment.coefficients(layers, totals, scale, factor, group)
             parts.append((found, active, self.keys(index, group["seed"])))
-        return second_moment.of_all(parts)
+        return second_moment.of_all(parts, [group for group, _ in groups])
 
     def update(self, coefficients: Coefficients) -> None:
         """Change m and w of every active layer. The ranks first agree on the scales of cut blocks."""
@@ -310,7 +310,7 @@ def shards(
     made: list[kernels.Shard] = []
     tensors: list[int] = []
     tensor = 0
-    for group, params in groups:
+    for index, (group, params) in enumerate(groups):
         beta1 = group["betas"][0]
         for p in params:
             at = placed[tensor]
@@ -327,13 +327,11 @@ def shards(
                         exp_avg_scale=None if scale is None else local_tensor(scale),
                         pieces=pieces,
                         norm_type=group["norm_type"],
-                        beta1=beta1,
-                        beta3=1 - beta1 if group["grad_averaging"] else 1.0,
-                        weight_decay=group["weight_decay"],
+                        group=index,
+                        decays=group["weight_decay"] != 0,
                         reg_inside_moment=group["reg_inside_moment"],
                         stochastic_rounding=group["stochastic_rounding"],
                         fused=False if group["foreach"] else group["fused"],
-                        eps=group["eps"],
                         nesterov=group["nesterov"] and beta1 != 0,
                     )
                 )

@@ -297,7 +297,9 @@ def coefficients(
     )
 
 
-def of_all(parts: Sequence[tuple[tuple[Tensor | None, ...], Tensor, Tensor]]) -> Coefficients:
+def of_all(
+    parts: Sequence[tuple[tuple[Tensor | None, ...], Tensor, Tensor]], groups: Sequence[Options]
+) -> Coefficients:
     """The vectors of all param groups as one: of each group :func:`coefficients`, active layers and keys."""
 
     def joined(vectors: Sequence[Tensor]) -> Tensor:
@@ -314,13 +316,19 @@ def of_all(parts: Sequence[tuple[tuple[Tensor | None, ...], Tensor, Tensor]]) ->
     found, active, keys = zip(*parts, strict=True)
     grad_scale, step_size, decay, ahead, row_root, column_root = zip(*found, strict=True)
     columns = [vector for vector in column_root if vector is not None]
+    forward = optional(ahead)
+    scale = joined(grad_scale)
+    each = (scale, joined(step_size), joined(decay), torch.zeros_like(scale) if forward is None else forward)
+    options = [
+        (beta1, 1 - beta1 if g["grad_averaging"] else 1.0, g["weight_decay"], g["eps"])
+        for g in groups
+        for beta1 in g["betas"][:1]
+    ]
     return Coefficients(
-        joined(grad_scale),
-        joined(step_size),
-        joined(decay),
+        torch.stack(each, dim=1),
+        torch.tensor(options, dtype=scale.dtype, device=scale.device),
         joined(active),
-        joined(keys),
-        optional(ahead),
+        joined(keys).to(torch.int32),
         optional(row_root),
         joined(columns) if columns else None,
     )

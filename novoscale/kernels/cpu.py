@@ -76,10 +76,7 @@ class _Shard(ctypes.Structure):
         ("norm_type", ctypes.c_int32),
         ("options", ctypes.c_int32),
         ("rounds_weights", ctypes.c_int32),
-        ("beta1", ctypes.c_float),
-        ("beta3", ctypes.c_float),
-        ("weight_decay", ctypes.c_float),
-        ("eps", ctypes.c_float),
+        ("group", ctypes.c_int32),
     )
 
 
@@ -128,7 +125,6 @@ class Kernels:
     ) -> None:
         self._library, self._device, self._counts = load(), device, (layers, columns)
         self._shards = (_Shard * len(shards))(*map(_entry, shards))
-        self._nesterov = any(s.nesterov for s in shards)
         table = chunks(shards, CHUNK, BLOCK)
         self._chunks = _with_ends(table, table[:, STOP] - table[:, START])
         cut = table[table[:, CUT] >= 0]
@@ -200,15 +196,11 @@ class Kernels:
 
     def _vectors(self, c: Coefficients) -> list[Tensor]:
         """The vectors of the coefficients, in the order of the library's arguments."""
-        assert c.ahead is not None or not self._nesterov
         assert (c.row_root is not None and c.column_root is not None) or not self._factored
-        optional = (c.ahead, c.row_root, c.column_root)
         # What is not there does not enter the arithmetic, but its address may be read.
-        vectors = [c.grad_scale, c.step_size, c.decay, *(c.grad_scale if v is None else v for v in optional)]
-        vectors = [v.to("cpu", torch.float32).contiguous() for v in vectors]
-        vectors.append(c.active.to("cpu", torch.bool).contiguous())
-        vectors.append(c.key.to("cpu", torch.int64).contiguous())
-        return vectors
+        optional = (c.each if v is None else v for v in (c.row_root, c.column_root))
+        vectors = [v.to("cpu", torch.float32).contiguous() for v in (c.each, c.options, *optional)]
+        return [*vectors, c.active.to("cpu").contiguous(), c.key.to("cpu").contiguous()]
 
 
 def panel_table(shards: Sequence[Shard]) -> tuple[Tensor, int]:
@@ -269,7 +261,7 @@ def supports(shard: Shard) -> bool:
 
 def _entry(shard: Shard) -> _Shard:
     options = MOMENT * (shard.exp_avg is not None) | NESTEROV * shard.nesterov
-    options |= DECAYS * (shard.weight_decay != 0) | INSIDE * shard.reg_inside_moment
+    options |= DECAYS * shard.decays | INSIDE * shard.reg_inside_moment
     return _Shard(
         shard.param.data_ptr(),
         shard.grad.data_ptr(),
@@ -280,10 +272,7 @@ def _entry(shard: Shard) -> _Shard:
         shard.norm_type,
         options,
         shard.rounds_weights,
-        shard.beta1,
-        shard.beta3,
-        shard.weight_decay,
-        shard.eps,
+        shard.group,
     )
 
 
@@ -332,8 +321,8 @@ def _open(path: Path, compiler: Sequence[str]) -> ctypes.CDLL:
     address, integer = ctypes.c_void_p, ctypes.c_int64
     table = (address, integer)
     library.novoscale_sum_of_squares.argtypes = [address, *table * 2, *[address] * 3, *[integer] * 3]
-    library.novoscale_largest.argtypes = [address, *table, *[address] * 9, integer, *[address] * 2]
-    library.novoscale_update.argtypes = [address, *table, *[address] * 10, integer]
+    library.novoscale_largest.argtypes = [address, *table, *[address] * 7, integer, *[address] * 2]
+    library.novoscale_update.argtypes = [address, *table, *[address] * 8, integer]
     for function in (library.novoscale_sum_of_squares, library.novoscale_largest, library.novoscale_update):
         function.restype = None
     return library

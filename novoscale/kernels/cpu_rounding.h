@@ -39,8 +39,8 @@ VARIANTS void mix_key(uint32_t *bits, uint32_t key, int64_t n) {
   for (int64_t i = 0; i < n; i++) bits[i] = scramble_rest(bits[i] ^ key);
 }
 
-VARIANTS void mix_keys(uint32_t *bits, const int64_t *keys, int64_t n) {
-  for (int64_t i = 0; i < n; i++) bits[i] = scramble_rest(bits[i] ^ static_cast<uint32_t>(keys[i]));
+VARIANTS void mix_keys(uint32_t *bits, const uint32_t *keys, int64_t n) {
+  for (int64_t i = 0; i < n; i++) bits[i] = scramble_rest(bits[i] ^ keys[i]);
 }
 
 // ---- bfloat16 ----

@@ -13,7 +13,21 @@ from torch import Tensor
 
 from novoscale import momentum, rounding
 from novoscale.blocks import BLOCK
-from novoscale.kernels.shards import CUT, Coefficients, Shard, chunks, panels
+from novoscale.kernels.shards import (
+    AHEAD,
+    BETA1,
+    BETA3,
+    CUT,
+    DECAY,
+    EPS,
+    GRAD_SCALE,
+    STEP_SIZE,
+    WEIGHT_DECAY,
+    Coefficients,
+    Shard,
+    chunks,
+    panels,
+)
 
 TILE = 1 << 16
 
@@ -159,37 +173,37 @@ def _changed(shards: Sequence[Shard], row: Sequence[int], coefficients: Coeffici
     elements = torch.arange(stop - start, device=shard.param.device)
     one = position % size + len(elements) <= size
     layers = layer if one else layer + (position % size + elements) // size
+    each, of_group = c.each.to(dtype), c.options[shard.group].to(dtype)
     active = c.active[layers].expand(len(elements))
     bits = elements
     if shard.needs_positions:
-        bits = rounding.random_bits(c.key[layers], position + elements)
+        bits = rounding.random_bits(c.key[layers].long() & rounding.MASK, position + elements)
     weight = _read(shard.param, start, stop).to(dtype)
-    term = _read(shard.grad, start, stop).to(dtype) * c.grad_scale.to(dtype)[layers]
+    term = _read(shard.grad, start, stop).to(dtype) * each[layers, GRAD_SCALE]
     if column >= 0:
         assert c.row_root is not None
         assert c.column_root is not None
         of_column = c.column_root[column + (position + elements) % size].to(dtype)
         active = active & (of_column > 0)
-        root = c.row_root.to(dtype)[layers] * of_column + shard.eps
+        root = c.row_root[layers].to(dtype) * of_column + of_group[EPS]
         if shard.reg_inside_moment:
             term /= root
-    if shard.reg_inside_moment and shard.weight_decay != 0:
-        term += weight * shard.weight_decay
-    term *= shard.beta3
+    if shard.reg_inside_moment and shard.decays:
+        term += weight * of_group[WEIGHT_DECAY]
+    term *= of_group[BETA3]
     moment, kept = term, None
     if shard.exp_avg is not None:
         old = _read_moment(shard, start, stop, place, position).to(dtype)
-        moment = term + old * shard.beta1
+        moment = term + old * of_group[BETA1]
         kept = torch.where(active, moment, old)
     if shard.nesterov:
-        assert c.ahead is not None
-        change = moment * c.ahead.to(dtype)[layers] + term * c.step_size.to(dtype)[layers]
+        change = moment * each[layers, AHEAD] + term * each[layers, STEP_SIZE]
     else:
-        change = moment * c.step_size.to(dtype)[layers]
+        change = moment * each[layers, STEP_SIZE]
     if column >= 0 and not shard.reg_inside_moment:
         change /= root
-    if not shard.reg_inside_moment and shard.weight_decay != 0:
-        change += weight * c.decay.to(dtype)[layers]
+    if not shard.reg_inside_moment and shard.decays:
+        change += weight * each[layers, DECAY]
     weight = weight - change
     if shard.rounds_weights:
         weight = rounding.to_bfloat16(weight, bits)

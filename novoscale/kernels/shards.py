@@ -36,10 +36,15 @@ FIRST_LAYER = 3
 FIRST_COLUMN = 4
 OF_SHARD = 5
 
+# The columns of Coefficients.each: one record of 16 bytes for each layer.
+GRAD_SCALE, STEP_SIZE, DECAY, AHEAD = range(4)
+# The columns of Coefficients.options: one row for each param group of the step.
+BETA1, BETA3, WEIGHT_DECAY, EPS = range(4)
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tensor of a step, with the options of its param group.
+    """One tensor of a step, with what the tables know of its param group's options.
 
     Attributes:
         param: the weights; updated in place. float32, bfloat16, float16 or float64.
@@ -50,15 +55,13 @@ class Shard:
         pieces: which elements belong to which layer, and where their moment lies: int64 ``[pieces, 9]`` on
             the CPU, the columns above. The layers of a factored parameter are its rows.
         norm_type: 2 (sum of squares) or 0 (largest magnitude).
-        beta1: decay of the first moment.
-        beta3: weight of the new term in it: 1, or 1 - beta1 with ``grad_averaging``.
-        weight_decay: times the weight, it is added to the gradient's term.
-        reg_inside_moment: whether that is before (True) or after the first moment is formed.
+        group: its row of ``Coefficients.options``.
+        decays: whether its weight decay is not zero.
+        reg_inside_moment: whether the weights decay before (True) or after the first moment is formed.
         stochastic_rounding: of the weights, if they are bfloat16. A first moment that is not float32 or
             float64 is always rounded so.
         fused: True: by a fused kernel; False: by the reference; None: by whichever can.
-        eps: what is added to the root of a factored second moment.
-        nesterov: whether the weight moves along the new term too: see ``Coefficients.ahead``.
+        nesterov: whether the weight moves along the new term too: see ``Coefficients.each``.
     """
 
     param: Tensor
@@ -67,13 +70,11 @@ class Shard:
     exp_avg_scale: Tensor | None
     pieces: Tensor
     norm_type: int
-    beta1: float
-    beta3: float
-    weight_decay: float
+    group: int
+    decays: bool
     reg_inside_moment: bool
     stochastic_rounding: bool
     fused: bool | None = None
-    eps: float = 0.0
     nesterov: bool = False
 
     @property
@@ -96,28 +97,31 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """What the update needs to know of each layer: vectors, one element per layer, on one device.
+    """What the update needs to know of each layer and of each param group, on one device.
+
+    Numbers are float32, or float64 where a tensor of the step is.
 
     Attributes:
-        grad_scale: multiplies the gradient before it enters the first moment.
-        step_size: multiplies the first moment when it is taken from the weight.
-        decay: lr * weight_decay, for tensors whose decay stays outside the moment.
-        active: bool; a layer that is not active is left bit for bit as it is.
-        key: int64 of 32 bits, for stochastic rounding: see ``novoscale.rounding.keys``.
-        ahead: multiplies the first moment where a shard is ``nesterov``; step_size then multiplies the new
-            term of it. None: no shard is.
+        each: ``[layers, 4]``, contiguous. GRAD_SCALE multiplies the gradient before it enters the first
+            moment; STEP_SIZE the first moment when it is taken from the weight; DECAY, which is
+            lr * weight_decay, the weight, for tensors whose decay stays outside the moment. Where a shard is
+            ``nesterov``, AHEAD multiplies the first moment, and STEP_SIZE the new term of it.
+        options: ``[groups, 4]``, contiguous. BETA1 is the decay of the first moment; BETA3 the weight of the
+            new term in it, 1 or 1 - beta1 with ``grad_averaging``; WEIGHT_DECAY times the weight is added to
+            the gradient's term; EPS is added to the root of a factored second moment.
+        active: bool ``[layers]``; a layer that is not active is left bit for bit as it is.
+        key: int32 ``[layers]``, the 32 bits of the key for stochastic rounding: see
+            ``novoscale.rounding.keys``.
+        row_root: ``[layers]``: of each that is a row of a factored parameter, its factor of the root of the
+            second moment. None: there is none.
+        column_root: ``[columns]``: the same of each column. Where it is 0 nothing is changed.
         cut: int32 ``[2, cut blocks]``: see ``reference.largest``. None: no block is cut.
-        row_root: of each layer that is a row of a factored parameter, its factor of the root of the second
-            moment. None: there is none.
-        column_root: the same of each column; one element per *column*. Where it is 0 nothing is changed.
     """
 
-    grad_scale: Tensor
-    step_size: Tensor
-    decay: Tensor
+    each: Tensor
+    options: Tensor
     active: Tensor
     key: Tensor
-    ahead: Tensor | None = None
     row_root: Tensor | None = None
     column_root: Tensor | None = None
     cut: Tensor | None = None

@@ -39,7 +39,7 @@ from novoscale.kernels.triton_factored import Panels, to_device
 from novoscale.kernels.triton_formats import FORMATS
 
 # Elements of a chunk, the work of one program: enough of them to fill a GPU from models of a few million
-# elements on (an H100 runs about two thousand programs at a time), and a table of 112 bytes in 16384
+# elements on (an H100 runs about two thousand programs at a time), and a table of 128 bytes in 16384
 # elements, which is nothing beside what they take. A multiple of ALIGNMENT and of a moment's block, at most
 # 2**15, for passes._layers, and a power of two: a chunk aligned in its parameter does not cross 2**32.
 CHUNK = 1 << 14
@@ -102,30 +102,23 @@ class _Options(NamedTuple):
     largest: int  # code, of a moment in blocks
     codes_aligned: bool
     rounds_weights: bool
-    beta1: float
-    beta3: float
-    weight_decay: float
+    decays: bool
     reg_inside_moment: bool
     nesterov: bool
-    eps: float  # where a piece is factored
 
     def constants(self) -> dict[str, Any]:
         """The arguments of passes.update."""
         moment = None if self.exp_avg is None else FORMATS.get(self.exp_avg, tl.int8)
         return {
-            "beta1": self.beta1,
-            "beta3": self.beta3,
-            "weight_decay": self.weight_decay,
             "param_type": FORMATS[self.param],
             "grad_type": FORMATS[self.grad],
             "exp_avg_type": moment,
             "largest": self.largest,
             "codes_aligned": self.codes_aligned,
             "rounds_weights": self.rounds_weights,
-            "inside": self.weight_decay != 0 and self.reg_inside_moment,
-            "outside": self.weight_decay != 0 and not self.reg_inside_moment,
+            "inside": self.decays and self.reg_inside_moment,
+            "outside": self.decays and not self.reg_inside_moment,
             "nesterov": self.nesterov,
-            "eps": self.eps,
         }
 
 
@@ -157,19 +150,16 @@ def _options(shard: Shard) -> _Options:
         form.largest if form else 0,
         form is None or cast(Tensor, shard.exp_avg).data_ptr() % 16 == 0,
         shard.rounds_weights,
-        float(shard.beta1),
-        float(shard.beta3),
-        float(shard.weight_decay),
+        bool(shard.decays),
         bool(shard.reg_inside_moment),
         bool(shard.nesterov),
-        float(shard.eps) if (shard.pieces[:, COLUMN] >= 0).any() else 0.0,
     )
 
 
 class Kernels:
     """Both passes, for tensors that stay where they are. Holds their addresses, and does not keep them alive.
 
-    To be made anew when an option of a param group changes or a tensor moves; for gradients, which move in
+    To be made anew when a tensor moves, or an option that a shard has; for gradients, which move in
     ordinary training, there is :meth:`moved`. The passes do not wait for the device and can be captured in a
     CUDA graph, once they have run and Triton has compiled them.
 
@@ -275,15 +265,13 @@ class Kernels:
         self._launch(self._updates, coefficients, None if cut is None else cut.contiguous())
 
     def _launch(self, launches: list[tuple[_Launch, Any]], c: Coefficients, cut: Tensor | None) -> None:
-        vectors = [t.contiguous() for t in (c.grad_scale, c.step_size, c.decay, c.active, c.key)]
-        ahead, row_root = (None if t is None else t.contiguous() for t in (c.ahead, c.row_root))
-        # float32, for of these one is read for each element; of the others, one for many.
-        column_root = None if c.column_root is None else c.column_root.to(torch.float32).contiguous()
+        vectors = [c.each.float(), c.options.float(), c.active, c.key]
+        row_root, column_root = (None if t is None else t.float() for t in (c.row_root, c.column_root))
         with torch.cuda.device(self._index):
             for kind, launch in launches:
                 # None where it is not needed: the kernel is the same whatever else there is in the model.
                 roots = (row_root, column_root) if kind.factored else (None, None)
-                launch(*vectors, ahead if kind.options.nesterov else None, *roots, cut if kind.cut else None)
+                launch(*vectors, *roots, cut if kind.cut else None)
 
 
 def _rows(shards: Sequence[Shard], table: Tensor) -> Tensor:
@@ -320,6 +308,7 @@ def _rows(shards: Sequence[Shard], table: Tensor) -> Tensor:
     rows[:, passes.COLUMN.value] = torch.where(factored, column + within - begin, 0)
     rows[:, passes.WIDTH.value] = torch.where(factored & several, width, 0)
     rows[:, passes.CUT.value] = cut
+    rows[:, passes.GROUP.value] = _int64([s.group for s in shards])[shard_of]
     return rows
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
+from novoscale.kernels import shards
 from novoscale.kernels.triton_formats import (
     BLOCK,
     jit,
@@ -19,7 +20,7 @@ from novoscale.kernels.triton_formats import (
     store_elements,
 )
 
-# The columns of the table, int64. A row is 112 bytes, a multiple of 16, so that the rows of each launch are
+# The columns of the table, int64. A row is 128 bytes, a multiple of 16, so that the rows of each launch are
 # aligned alike.
 PARAM = tl.constexpr(0)  # addresses of the chunk's first element (or block), 0 where there is no such tensor
 GRAD = tl.constexpr(1)
@@ -35,7 +36,19 @@ SIZE = tl.constexpr(10)  # elements of a layer
 COLUMN = tl.constexpr(11)  # of all columns, the one of its index 0 if there is one: counted back from begin
 WIDTH = tl.constexpr(12)  # columns of its factored parameter, where it has elements of several rows; else 0
 CUT = tl.constexpr(13)  # of all cut blocks, the one that it is a piece of
-ROW = tl.constexpr(14)
+GROUP = tl.constexpr(14)  # of all param groups, its own
+ROW = tl.constexpr(16)  # the last column unused
+
+# The columns of what the update is given: see Coefficients.
+GRAD_SCALE = tl.constexpr(shards.GRAD_SCALE)
+STEP_SIZE = tl.constexpr(shards.STEP_SIZE)
+DECAY = tl.constexpr(shards.DECAY)
+AHEAD = tl.constexpr(shards.AHEAD)
+BETA1 = tl.constexpr(shards.BETA1)
+BETA3 = tl.constexpr(shards.BETA3)
+WEIGHT_DECAY = tl.constexpr(shards.WEIGHT_DECAY)
+EPS = tl.constexpr(shards.EPS)
+RECORD = tl.constexpr(4)
 
 # What is done to pieces of cut blocks, which are chunks of their own: first, find what this rank has to tell
 # the others; then, update them by what all have told.
@@ -330,19 +343,13 @@ def _update_tile(
 @jit
 def update(
     table: tl.tensor,
-    grad_scale: tl.tensor,
-    step_size: tl.tensor,
-    decay: tl.tensor,
+    each: tl.tensor,
+    options: tl.tensor,
     active: tl.tensor,
     key: tl.tensor,
-    ahead: tl.tensor,
     row_root: tl.tensor,
     column_root: tl.tensor,
     cut_blocks: tl.tensor,
-    beta1: tl.tensor,
-    beta3: tl.tensor,
-    weight_decay: tl.tensor,
-    eps: tl.tensor,
     cut_count: tl.tensor,
     param_type: tl.constexpr,
     grad_type: tl.constexpr,
@@ -361,7 +368,8 @@ def update(
 ) -> None:
     """First moment and weights of the active layers, in place.
 
-    ``ahead``, ``row_root`` and ``column_root``, which is float32, may be None where they are not needed.
+    ``each``, ``options``, ``active``, ``key``, ``row_root`` and ``column_root`` are those of Coefficients,
+    all numbers float32; the roots may be None where they are not needed.
     ``divided``, of factored parameters: "term", what is added to the moment, or "change", what is taken from
     the weight; else None. ``cut``: of pieces of cut blocks, what is done to them: see FIND; else None.
     ``group``: elements that surely are of one layer; 0, if ``cut`` is None: all of a chunk. ``ragged``, of
@@ -382,6 +390,11 @@ def update(
         last_position = position + (end - begin - 1)
         high = scramble((position >> 32).to(tl.uint32))
         next_high = scramble((last_position >> 32).to(tl.uint32))
+        of_group = options + tl.load(row + GROUP) * RECORD
+        beta1 = tl.load(of_group + BETA1)
+        beta3 = tl.load(of_group + BETA3)
+        weight_decay = tl.load(of_group + WEIGHT_DECAY)
+        eps = tl.load(of_group + EPS)
         wide = (param | grad | exp_avg) % 16 == 0
         first = tl.load(row + COLUMN) if divided is not None else None
         if divided is not None and group != 1:
@@ -390,12 +403,13 @@ def update(
         if rounds_weights or (exp_avg_type is not None and exp_avg_type != tl.float32):
             one_half = position >> 32 == last_position >> 32
         if group == 0:
-            moves, hashed = True, tl.load(key + layer).to(tl.uint32)
-            scale = tl.load(grad_scale + layer).to(tl.float32)
-            step = tl.load(step_size + layer).to(tl.float32)
-            shrink = tl.load(decay + layer).to(tl.float32)
-            forward = tl.load(ahead + layer).to(tl.float32) if nesterov else None
-            of_row = tl.load(row_root + layer).to(tl.float32) if divided is not None else None
+            moves, hashed = True, tl.load(key + layer).to(tl.uint32, bitcast=True)
+            record = each + layer * RECORD
+            scale = tl.load(record + GRAD_SCALE)
+            step = tl.load(record + STEP_SIZE)
+            shrink = tl.load(record + DECAY)
+            forward = tl.load(record + AHEAD) if nesterov else None
+            of_row = tl.load(row_root + layer) if divided is not None else None
         cut_largest, cut_active = None, None
         if cut is not None:
             cut_largest = cut_blocks + tl.load(row + CUT)
@@ -405,14 +419,15 @@ def update(
             if group > 0:
                 layers = _layers(row, offset, begin, end, group, tile)
                 moves = _each(tl.load(active + layers), group)
-                hashed = _each(tl.load(key + layers).to(tl.uint32), group)
-                scale = _each(tl.load(grad_scale + layers).to(tl.float32), group)
-                step = _each(tl.load(step_size + layers).to(tl.float32), group)
-                shrink = _each(tl.load(decay + layers).to(tl.float32), group)
-                forward = _each(tl.load(ahead + layers).to(tl.float32), group) if nesterov else None
+                hashed = _each(tl.load(key + layers).to(tl.uint32, bitcast=True), group)
+                record = each + layers * RECORD
+                scale = _each(tl.load(record + GRAD_SCALE), group)
+                step = _each(tl.load(record + STEP_SIZE), group)
+                shrink = _each(tl.load(record + DECAY), group)
+                forward = _each(tl.load(record + AHEAD), group) if nesterov else None
                 of_row = None
                 if divided is not None:
-                    of_row = _each(tl.load(row_root + layers).to(tl.float32), group)
+                    of_row = _each(tl.load(row_root + layers), group)
                     column = first - _each((layers - layer) * tl.load(row + WIDTH), group)
             if largest > 0:
                 _update_tile(

@@ -5,11 +5,11 @@ from dataclasses import replace
 import hypothesis.strategies as st
 import pytest
 import torch
-from against_reference import CPU, Part, assert_same_statistic, bits, copied, moment, shard, steps
+from against_reference import CPU, Part, assert_same_statistic, bits, copied, moment, shard, steps, uniform
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from novoscale.kernels import Coefficients, reference
+from novoscale.kernels import reference
 
 
 @st.composite
@@ -89,10 +89,10 @@ def test_no_transient_grows_with_the_tensor(form, size, shape):
     parts = [Part(0, 3_000_000, 0, 0, size)]
     exp_avg, scale = moment(form, parts, 3_000_000, torch.Generator(), 0, 0.0)
     s = shard(make(), make(), exp_avg, parts, scale=scale)
-    ones = torch.ones(3_000_000 // size, dtype=torch.float64)
-    coefficients = Coefficients(ones, ones, ones, ones > 0, ones.long())
+    layers = 3_000_000 // size
+    coefficients = uniform(layers)
     with LargestAllocation() as largest:
-        reference.sum_of_squares([s], CPU, len(ones))
+        reference.sum_of_squares([s], CPU, layers)
         reference.update([s], coefficients)
     assert 0 < largest.bytes <= 8 * reference.TILE
 
@@ -104,8 +104,7 @@ def test_elements_in_no_piece_are_neither_read_nor_changed():
         t[8:] = 1e30
     s = shard(p, g, m, [Part(0, 3, 0), Part(5, 8, 1)])
     assert reference.sum_of_squares([s], CPU, 2).tolist() == [3.0, 3.0]
-    ones = torch.ones(2, dtype=torch.float64)
-    reference.update([s], Coefficients(ones, ones, ones, torch.tensor([True, False]), ones.long()))
+    reference.update([s], replace(uniform(2), active=torch.tensor([True, False])))
     assert torch.isnan(p[3:5]).all()
     assert torch.equal(p[8:], torch.full((2,), 1e30))
     assert torch.equal(p[5:8], torch.ones(3))

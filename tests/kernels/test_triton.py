@@ -27,6 +27,7 @@ from against_reference import (
     random_coefficients,
     shard,
     steps,
+    uniform,
     values,
 )
 from hypothesis import HealthCheck, Phase, given, settings
@@ -36,7 +37,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime import interpreter
 
 from novoscale.blocks import BLOCK
-from novoscale.kernels import Coefficients, reference
+from novoscale.kernels import reference
 from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
 from novoscale.kernels import triton_passes as passes
@@ -48,9 +49,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 OPTIONS = [
-    {"beta1": 0.95, "beta3": 1.0, "weight_decay": 0.0},
-    {"beta1": 0.9, "beta3": 0.1, "weight_decay": 0.01},
-    {"beta1": 0.3, "beta3": 1.0, "weight_decay": 0.1, "reg_inside_moment": False},
+    {"group": 1, "decays": False},
+    {"group": 2, "decays": True},
+    {"group": 3, "decays": True, "reg_inside_moment": False},
 ]
 
 
@@ -95,8 +96,7 @@ def made(numel, form, parts=None, *, param=torch.float32, grad=torch.float32, of
 
 
 def ones(layers):
-    one = torch.ones(layers, dtype=torch.float64, device=DEVICE)
-    return Coefficients(one, one, one, one > 0, one.long())
+    return uniform(layers, device=DEVICE)
 
 
 # ---- both passes ----------------------------------------------------------------------------------------
@@ -157,13 +157,14 @@ def test_positions_pass_32_bits(small, form, before):
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38, 1e-45, 1e-38, 0.0])
 def test_blocks_of_extreme_values(small, form, value):
-    case = made(5 * BLOCK, form, beta1=0.0, beta3=1.0, weight_decay=0.0)
+    case = made(5 * BLOCK, form, decays=False)
     case.grad[BLOCK : 2 * BLOCK] = 0.0
     case.grad[BLOCK + 3] = value
     mine = copied([case], DEVICE)
-    kernels.Kernels(mine, DEVICE, 1).update(ones(1))
+    without_beta1 = uniform(1, options=(0.0, 1.0, 0.0, 0.0))
+    kernels.Kernels(mine, DEVICE, 1).update(without_beta1.to(DEVICE))
     expected = copied([case], CPU)
-    reference.update(expected, ones(1).to(CPU))
+    reference.update(expected, without_beta1)
     assert_same_bits(mine, expected)
     code, scale = mine[0].exp_avg[1].cpu(), mine[0].exp_avg_scale.cpu()
     if not torch.tensor(value).isfinite():
@@ -215,7 +216,7 @@ def test_rounding_to_bfloat16_is_to_nearest_even(small):
     exact = wide.flatten().to(torch.int32).view(torch.float32)
     # w - 1 * m with m = 1 * g and w = 0: the weight becomes -g.
     param = torch.zeros(len(exact), dtype=torch.bfloat16)
-    mine = copied([shard(param, exact, None, beta1=0.0, weight_decay=0.0)], DEVICE)
+    mine = copied([shard(param, exact, None, decays=False)], DEVICE)
     kernels.Kernels(mine, DEVICE, 1).update(ones(1))
     result, expected = mine[0].param.cpu(), (0 - exact).bfloat16()
     assert torch.equal(result.isnan(), expected.isnan())
@@ -299,13 +300,13 @@ def recorded(monkeypatch):
 def test_launches_do_not_grow_with_the_tensors(recorded, number):
     tensor = lambda: torch.ones(5, device=DEVICE)  # noqa: E731
     shards = [
-        shard(tensor(), tensor(), tensor(), [Part(0, 5, i)], weight_decay=0.1 * (i % 2))
-        for i in range(number)
+        shard(tensor(), tensor(), tensor(), [Part(0, 5, i)], group=i, decays=i % 2 > 0) for i in range(number)
     ]
     both = kernels.Kernels(shards, DEVICE, number)
     assert both.sum_of_squares().tolist() == [5.0] * number
-    both.update(ones(number))
-    # Two groups of options, which the statistic does not depend on.
+    options = torch.rand(number, 4, device=DEVICE)
+    both.update(replace(ones(number), options=options))
+    # Each is a param group; the statistic does not depend on whether weights decay.
     assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 1, 2, 0, 0]
     assert all(options["enable_fp_fusion"] is False for options in recorded["update"].launches)
 
@@ -330,7 +331,7 @@ def test_offsets_pass_32_bits():
     start, numel = 2**31 + 3, 2**31 + 64
     param, grad = (torch.empty(numel, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     param[start:], grad[start:] = 1.0, 2.0
-    case = shard(param, grad, None, [Part(start, start + 40, 0)], beta1=0.0, weight_decay=0.0)
+    case = shard(param, grad, None, [Part(start, start + 40, 0)], decays=False)
     both = kernels.Kernels([case], DEVICE, 1)
     assert both.sum_of_squares().item() == 160.0
     both.update(ones(1))
@@ -354,7 +355,7 @@ def test_panels(small, width):
         layers = 1 + (offset + numel - 1) // width + 1
         case = made(
             start + numel, form, parts, param=DTYPES[width % 2], grad=DTYPES[width % 3], offset=address,
-            special=0.0005, eps=1e-8, nesterov=form == "float32", stochastic_rounding=True,
+            special=0.0005, nesterov=form == "float32", stochastic_rounding=True,
             **OPTIONS[1 + width % 2],
         )  # fmt: skip
         columns = column + width + 2
@@ -395,7 +396,7 @@ def test_layers_and_columns_in_several_panels_and_waves(waves, recorded):
     for n, (a, b) in enumerate(itertools.pairwise(cuts)):
         start = parts[n % 2][-1].stop if parts[n % 2] else 0
         parts[n % 2].append(Part(start, start + b - a, 0, a, size, 0))
-    shards = [made(p[-1].stop, None, p, grad=t, beta1=0.0) for p, t in zip(parts, DTYPES[:2], strict=True)]
+    shards = [made(p[-1].stop, None, p, grad=t) for p, t in zip(parts, DTYPES[:2], strict=True)]
     assert factored._parts(shards, kernels.STRIP * kernels.CHUNK).partials <= 1500
     coefficients = random_coefficients(30, generated(), size)
     assert_as_reference(kernels, shards, (30, size), coefficients, DEVICE)
@@ -472,7 +473,7 @@ def test_a_block_of_such_columns_only_is_not_written(small, width):
         case = made(4 * BLOCK, form, [Part(0, 4 * BLOCK, 0, 0, width, 0)])
         case.exp_avg_scale[:] = 1e-40
         (mine,) = copied([case], DEVICE)
-        one = torch.ones(width, dtype=torch.float64, device=DEVICE)
+        one = torch.ones(width, device=DEVICE)
         column_root = one.clone()
         column_root[BLOCK : 2 * BLOCK] = 0
         coefficients = replace(ones(512 // width), row_root=one, column_root=column_root)
@@ -493,7 +494,7 @@ def test_launches_do_not_grow_with_the_factored_parameters(recorded, number):
     both = kernels.Kernels(shards, DEVICE, 3 * number, 5 * number)
     assert both.sum_of_squares().tolist() == [5.0] * 3 * number + [3.0] * 5 * number
     one = torch.ones(5 * number, device=DEVICE)
-    both.update(replace(ones(3 * number), ahead=one, row_root=one, column_root=one))
+    both.update(replace(ones(3 * number), row_root=one, column_root=one))
     launches = {name: len(kernel.launches) for name, kernel in recorded.items() if kernel.programs != [0]}
     assert launches == {
         "chunk_statistic": 0, "rows_statistic": 0, "update": 1, "strip_statistic": 1, "panel_statistic": 1,

@@ -29,20 +29,14 @@ TYPES = {
     "sources": "*i64",
     "partials": "*fp64",
     "statistic": "*fp64",
-    "grad_scale": "*fp64",
-    "step_size": "*fp64",
-    "decay": "*fp64",
+    "each": "*fp32",
+    "options": "*fp32",
     "active": "*i1",
-    "key": "*i64",
-    "ahead": "*fp64",
-    "row_root": "*fp64",
+    "key": "*i32",
+    "row_root": "*fp32",
     "column_root": "*fp32",
     "cut_blocks": "*i32",
     "cut_count": "i32",
-    "beta1": "fp32",
-    "beta3": "fp32",
-    "weight_decay": "fp32",
-    "eps": "fp32",
 }
 FLOAT32, BFLOAT16, FLOAT16 = tl.float32, tl.bfloat16, tl.float16
 UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay outside, group; further options
@@ -109,7 +103,6 @@ def cases():
             "group": group,
             "ragged": "ragged" in more,
         }
-        constants |= {} if "nesterov" in more else {"ahead": None}
         constants |= {} if constants["cut"] else {"cut_blocks": None}
         constants |= {} if divided else {"row_root": None, "column_root": None}
         # Of codes a thread has less than 128 bits; where any lane may be of another layer, none is sure to be
