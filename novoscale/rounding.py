@@ -17,14 +17,16 @@ MASK = 0xFFFFFFFF
 NAN_BFLOAT16 = 0x7FC0
 
 
-def scramble(x: Tensor) -> Tensor:
-    """A bijection of the numbers of 32 bits in which each bit of the input affects each of the output.
+def scramble(x: Tensor, key: Tensor | int = 0) -> Tensor:
+    """A bijection of the numbers of 32 bits, another one for each key, that mixes their bits.
 
-    ``lowbias32`` of Chris Wellons (nullprogram.com/blog/2018/07/31), with multipliers found since.
+    Each bit of the input affects each of the output. A key has to be scrambled itself: two that differ in
+    their uppermost bits only give similar results. ``lowbias32`` of Chris Wellons
+    (nullprogram.com/blog/2018/07/31), which is without a key.
     """
-    x = (x ^ (x >> 16)) * 0x21F0AAAD & MASK
-    x = (x ^ (x >> 15)) * 0xD35A2D97 & MASK
-    return x ^ (x >> 15)
+    x = (x ^ (x >> 16) ^ key) * 0x7FEB352D & MASK
+    x = (x ^ (x >> 15)) * 0x846CA68B & MASK
+    return x ^ (x >> 16)
 
 
 def keys(seed: int | Tensor, number: Tensor, step: Tensor) -> Tensor:
@@ -50,7 +52,8 @@ def random_bits(key: Tensor, position: Tensor) -> Tensor:
         position: the element's place in its parameter, int64.
     """
     low, high = position & MASK, position >> 32
-    return scramble(scramble(low ^ scramble(high)) ^ key)
+    # Multiplied (by the golden ratio), so that elements next to each other differ in many bits.
+    return scramble(low * 0x9E3779B9 & MASK, key ^ scramble(high))
 
 
 def to_bfloat16(value: Tensor, bits: Tensor) -> Tensor:
