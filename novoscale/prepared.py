@@ -103,9 +103,7 @@ class Prepared:
 
     def statistic(self, scale: Tensor | None) -> Tensor:
         """This rank's part of the vector of the step: see ``collectives.Plan``."""
-        statistic = self.kernels.sum_of_squares()
-        if self.plan.numbers:
-            statistic = torch.cat((statistic, statistic.new_zeros(self.plan.numbers * self.plan.parameters)))
+        statistic = self.kernels.sum_of_squares(self.plan.numbers * self.plan.parameters)
         if self.weights is not None:
             first = self.plan.layers + self.plan.columns + WEIGHTS * self.plan.parameters
             statistic[first : first + self.plan.parameters] = self.weights.sum_of_squares()

@@ -82,10 +82,13 @@ class Kernels:
             if module is reference:
                 kernel.release()
 
-    def sum_of_squares(self) -> Tensor:
-        """This rank's part of each layer's and column's statistic: see ``reference.sum_of_squares``."""
+    def sum_of_squares(self, more: int = 0) -> Tensor:
+        """This rank's part of each layer's and column's statistic: see ``reference.sum_of_squares``.
+
+        Followed by ``more`` zeros.
+        """
         # Each layer lies in one tensor, so that all parts but one have 0 for it.
-        parts = [kernel.sum_of_squares().to(self._device) for _, kernel in self._parts]
+        parts = [kernel.sum_of_squares(more).to(self._device) for _, kernel in self._parts]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def largest(self, coefficients: Coefficients) -> Tensor:

@@ -145,13 +145,13 @@ class Kernels:
         for entry, address in zip(self._shards, gradients, strict=True):
             entry.grad = address
 
-    def sum_of_squares(self) -> Tensor:
+    def sum_of_squares(self, more: int = 0) -> Tensor:
         """This rank's part of each layer's and column's statistic: see ``reference.sum_of_squares``.
 
         Returns:
-            float64 ``[layers + columns]``. The bits do not depend on the number of threads.
+            float64 ``[layers + columns + more]``. The bits do not depend on the number of threads.
         """
-        result = torch.empty(sum(self._counts), dtype=torch.float64, device="cpu")
+        result = torch.zeros(sum(self._counts) + more, dtype=torch.float64, device="cpu")
         self._library.novoscale_sum_of_squares(
             ctypes.addressof(self._shards),
             self._plain.data_ptr(),

@@ -259,9 +259,9 @@ class Kernels:
             self._addresses = addresses
             self._arrange()
 
-    def sum_of_squares(self) -> Tensor:
+    def sum_of_squares(self, more: int = 0) -> Tensor:
         """See :func:`novoscale.kernels.reference.sum_of_squares`."""
-        statistic = torch.zeros(self._statistic_size, dtype=torch.float64, device=self._device)
+        statistic = torch.zeros(self._statistic_size + more, dtype=torch.float64, device=self._device)
         with torch.cuda.device(self._index):  # nothing where it is -1, the CPU's
             for launch in self._statistics:
                 launch(statistic)
