@@ -1,6 +1,7 @@
 """Tables are made once, and again whenever anything has moved: the training never notices."""
 
 import copy
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -179,3 +180,104 @@ def test_the_state_of_each_tensor_is_its_own():
     assert [optimizer.state[p]["exp_avg_sq"].item() for p in params] == pytest.approx(
         [g.double().square().sum().item() for g in gradients(0)]
     )
+
+
+def contiguous(g):
+    return g.contiguous()
+
+
+def channels_last(g):
+    return g.contiguous(memory_format=torch.channels_last)
+
+
+def expanded(g):
+    return g.flatten()[:1].view(1, 1, 1, 1).expand(g.shape)
+
+
+def of_a_larger_tensor(g):
+    return torch.cat((g, g), dim=1)[:, : g.shape[1]]
+
+
+def transposed(g):
+    return g.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+ORDERS = [contiguous, channels_last, expanded, of_a_larger_tensor, transposed]
+
+
+@pytest.mark.parametrize("of_param", [contiguous, channels_last], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum_dtype": "int8"}, {"granularity": "row", "normalize": "rms"}, {"preset": "adamw"}],
+    ids=str,
+)
+def test_gradients_may_have_any_order_and_another_at_each_step(of_param, options):
+    """Dense in another order, expanded from one element: the step is that of a contiguous copy."""
+    torch.manual_seed(0)
+    weight = of_param(torch.randn(16, 8, 9, 16))
+    optimizers = [NovoGrad([nn.Parameter(weight.clone())], lr=0.1, **options) for _ in range(2)]
+    params = [optimizer.param_groups[0]["params"][0] for optimizer in optimizers]
+    for step in range(2 * len(ORDERS)):
+        params[0].grad = ORDERS[(3 * step) % len(ORDERS)](torch.randn(weight.shape))
+        params[1].grad = params[0].grad.clone(memory_format=torch.contiguous_format)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(*params)
+        for name, state in optimizers[0].state[params[0]].items():
+            assert torch.equal(state, optimizers[1].state[params[1]][name]), name
+
+
+COST = {
+    "a schedule of the weight decay": lambda group, step: group.update(weight_decay=0.01 * step),
+    "cycled betas": lambda group, step: group.update(betas=(0.9 + 0.001 * step, 0.98)),
+    "a schedule of eps, seed and clipping": lambda group, step: group.update(
+        eps=1e-8 * step, seed=step, max_grad_norm=1.0 * step
+    ),
+}
+
+
+@pytest.mark.skipif(kernels.fused("cpu") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("change", COST.values(), ids=COST)
+def test_options_that_change_make_no_new_tables(change):
+    params = parameters()
+    optimizer = NovoGrad(params, lr=0.1, weight_decay=1.0)
+    with mock.patch.object(prepared, "build", wraps=prepared.build) as made:
+        for step in range(1, 6):
+            change(optimizer.param_groups[0], step)
+            for p, g in zip(params, gradients(step), strict=True):
+                p.grad = g
+            optimizer.step()
+    assert made.call_count == 1
+
+
+def test_sets_of_tensors_that_take_turns_have_their_tables():
+    params = parameters()
+    optimizer = NovoGrad(params, lr=0.1, preset="adamw")
+    with mock.patch.object(prepared, "build", wraps=prepared.build) as made:
+        for step in range(12):
+            for i, (p, g) in enumerate(zip(params, gradients(step), strict=True)):
+                p.grad = None if i == step % 3 else g
+            optimizer.step()
+    assert made.call_count == 3
+
+
+def test_one_tensor_for_the_reference_does_not_cost_the_others_their_tables(monkeypatch):
+    """A transposed parameter that is rounded: memory is not in the order of its elements."""
+    optimizers, made, build = [], [], prepared.build
+    monkeypatch.setattr(prepared, "build", lambda *args: made.append(1) or build(*args))
+    for fused in (None, False):
+        params = [*parameters(), nn.Parameter(torch.ones(4, 6).t())]
+        optimizers.append((NovoGrad(params, lr=0.1, momentum_dtype="bfloat16", fused=fused), params))
+    for step in range(4):
+        for optimizer, params in optimizers:
+            for p, g in zip(params, [*gradients(step), torch.full((6, 4), 0.1 * step)], strict=True):
+                p.grad = g
+            del g
+            optimizer.step()
+            # Its tensors are held for the step only.
+            alive = weakref.ref(params[-1].grad)
+            params[-1].grad = None
+            assert alive() is None
+    assert len(made) == 2
+    for p, q in zip(*(params for _, params in optimizers), strict=True):
+        assert torch.equal(p, q)

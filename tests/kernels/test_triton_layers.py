@@ -1,6 +1,5 @@
 """The pass over the layers in Triton gives the bits of the reference."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from layers_against_reference import assert_as_reference, cases
