@@ -6,6 +6,7 @@ packed and unpacked here too, if it is one collective: see ``collectives.Plan``.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
 import torch
@@ -61,7 +62,7 @@ KEPT = tl.constexpr(layers.KEPT)
 WEIGHTS = tl.constexpr(layers.WEIGHTS)
 LEAST_SCALE = tl.constexpr(layers.LEAST_SCALE)
 # As _bits: above it are infinity and NaN.
-LARGEST = tl.constexpr(torch.tensor(FLOAT32_MAX, dtype=torch.float64).view(torch.int64).item())
+LARGEST = tl.constexpr(struct.unpack("<q", struct.pack("<d", FLOAT32_MAX))[0])
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------
@@ -302,10 +303,9 @@ def _count_steps(
         moves = mask & (tl.load(row + ONCE, mask=mask, other=0) > 0) & (steps != 0)
         moves = moves & (of_step * _power_of(clip, norm_type) + kept > 0)
         if verdicts:
-            stepping = tl.load(stepped + nth, mask=mask, other=0) != 0
-        else:
-            stepping = _each(stepped, nth)
-        moves = moves & stepping
+            moves = moves & (tl.load(stepped + nth, mask=moves, other=0) != 0)
+        if not verdicts:
+            moves = moves & _each(stepped, nth)
         tl.store(_float32(steps), tl.load(_float32(steps), mask=moves, other=0.0) + 1.0, mask=moves)
 
 
