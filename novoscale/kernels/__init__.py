@@ -62,7 +62,6 @@ class Kernels:
             (where, module.Kernels([shards[i] for i in places], where, layers, columns, cut_blocks))
             for (module, where), places in self._places.items()
         ]
-        self.release()
 
     def moved(self, gradients: Sequence[int]) -> None:
         """Go on with gradients at other addresses: one for each shard."""

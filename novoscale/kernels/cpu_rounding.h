@@ -14,7 +14,7 @@ constexpr int64_t BLOCK = 128;  // elements of the first moment that have one sc
 INLINE uint32_t scramble_rest(uint32_t x) {
   x *= 0x7feb352d;
   x = (x ^ x >> 15) * 0x846ca68b;
-  return x ^ x >> 16;
+  return x ^ x >> 15;
 }
 
 INLINE uint32_t scramble(uint32_t x) { return scramble_rest(x ^ x >> 16); }

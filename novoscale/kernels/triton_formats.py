@@ -186,7 +186,7 @@ def scramble(x: tl.tensor, key: tl.tensor = 0) -> tl.tensor:
     """See ``rounding.scramble``; uint32."""
     x = (x ^ (x >> 16) ^ key) * 0x7FEB352D
     x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
+    return x ^ (x >> 15)
 
 
 @jit

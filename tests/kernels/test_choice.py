@@ -58,9 +58,16 @@ def test_the_reference_when_it_is_asked_for(options):
 
 def test_what_the_fused_kernel_does_not_take_goes_to_the_reference():
     assert used(parameter(torch.float64)) == {"reference"}
+    p = nn.Parameter(torch.ones(4, 5, dtype=torch.bfloat16).t())
+    p.grad = torch.ones_like(p)
+    assert used(p) == {"reference"}
+
+
+@needs_compiler
+def test_a_gradient_in_another_order_than_its_parameter_goes_to_the_fused_kernel_all_the_same():
     p = parameter()
     p.grad = torch.full((4, 5), 0.5).t()
-    assert used(p) == {"reference"}
+    assert used(p, fused=True) == {"cpu"}
 
 
 @needs_compiler
@@ -146,9 +153,9 @@ def test_fused_true_where_there_is_no_fused_kernel(p, says):
 
 
 @needs_compiler
-def test_fused_true_with_a_gradient_of_other_strides_is_an_error_before_anything_is_changed():
-    p = parameter()
-    p.grad = torch.full((4, 5), 0.5).t()
+def test_fused_true_with_a_parameter_it_cannot_take_is_an_error_before_anything_is_changed():
+    p = nn.Parameter(torch.ones(4, 5, dtype=torch.bfloat16).t())
+    p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match=r"`fused=True`: the fused kernel takes .*equal strides"):
         NovoGrad([p], lr=0.1, fused=True).step()
     assert torch.equal(p, torch.ones(5, 4))

@@ -653,9 +653,68 @@ def test_compiled_code(compiled, architecture, record_property):
         # 40 % of the threads that may run, or on AMD's a quarter; less where a launch is of few chunks, and a
         # quarter where each element is divided.
         divided = "factored" in kernel["name"] or architecture.startswith("gfx")
-        limit = 128 if divided else 96 if kernel["rare"] else 80 if "nesterov" in kernel["name"] else 72
+        limit = (
+            140
+            if "bf16 bf16 float32" in kernel["name"]
+            else 128
+            if divided
+            else 96
+            if kernel["rare"]
+            else 80
+            if "nesterov" in kernel["name"]
+            else 72
+        )
         assert kernel["registers"] <= limit
         assert kernel["float32 fma"] == 0
         assert kernel["other divisions"] == 0
         assert kernel["128-bit loads"] >= kernel["tensors"]
         assert kernel["128-bit stores"] >= kernel["stored"]
+
+
+# Of the main loop, for each element on sm_90: all instructions, and those of the pipe for integers,
+# comparisons and selections, which is the busiest. A fiftieth more than there were: to be lowered with them.
+MOST = {
+    "update fp32 fp32 float32": (12, 1),
+    "update fp32 bf16 bfloat16": (31.5, 15.5),
+    "update bf16 bf16 bfloat16": (39, 22),
+    "update bf16 bf16 bfloat16 rounded": (37, 20),
+    "update fp16 fp16 float32": (15.5, 1.5),
+    "update bf16 bf16 None": (16.5, 8.5),
+    "update bf16 bf16 None rounded": (25, 14),
+    "update fp32 fp32 int8": (50, 24),
+    "update fp32 bf16 int8": (52.5, 25.5),
+    "update bf16 bf16 int8 rounded": (53.5, 28),
+    "update fp32 fp32 int4": (52.5, 27),
+    "update bf16 bf16 int4 rounded": (55.5, 30.5),
+    "update fp32 fp32 float32, layers of 8s": (22, 5),
+    "update bf16 bf16 int8 rounded, layers of 8s": (75.5, 39.5),
+    "update bf16 bf16 int4 rounded, layers of 8s": (79, 43.5),
+    "update bf16 bf16 int8 rounded, nesterov": (55, 28),
+    "update fp32 fp32 float32, factored, change": (28.5, 5),
+    "update fp32 bf16 bfloat16, factored, change, nesterov": (51, 19.5),
+    "update bf16 bf16 bfloat16 rounded, factored, term, nesterov": (57, 26.5),
+    "update fp32 fp32 int8, factored, term, nesterov": (75.5, 33),
+    "update bf16 bf16 int8 rounded, factored, change, nesterov": (78.5, 38),
+    "update bf16 bf16 int4 rounded, factored, term": (77.5, 39),
+    "update bf16 bf16 int8 rounded, layers of 8s, factored, change, nesterov": (88, 42.5),
+    "update fp32 fp32 float32, layers of 8s, factored, term, nesterov": (59.5, 24),
+    "update bf16 bf16 float32 rounded, layers of 8s, factored, term, nesterov": (61.5, 25.5),
+    "update bf16 bf16 int8 rounded, layers of 8s, factored, term, nesterov": (87.5, 42),
+    "update bf16 bf16 int4 rounded, layers of 8s, factored, term, nesterov": (89, 44),
+    "chunk sum fp32": (4, 1),
+    "rows of 1024 sum fp32": (7.5, 4.5),
+    "chunk sum bf16": (5.5, 1.5),
+    "rows of 64 sum bf16": (7.5, 4),
+    "chunk max bf16": (5.5, 3.5),
+    "rows of 1024 max bf16": (7, 5),
+    "strips of 256 fp32": (16, 4.5),
+    "strips of 256 bf16": (12.5, 3.5),
+    "strips of 16 bf16": (11, 3.5),
+}
+
+
+def test_instructions_do_not_grow(compiled):
+    loops = {k["name"]: k["loop"] for k in compiled if k["architecture"] == "sm_90" and k["loop"]}
+    assert loops.keys() == MOST.keys()
+    found = {name: (loop["issue"], loop["ALU"]) for name, loop in loops.items()}
+    assert {n: f for n, f in found.items() if f[0] > MOST[n][0] or f[1] > MOST[n][1]} == {}

@@ -3,14 +3,13 @@
     python tests/kernels/triton_compile.py sm_90 gfx942
 
 Not under TRITON_INTERPRET, which leaves nothing to compile. ``tensors`` and ``stored`` are how many tensors
-the kernel reads and writes by 128 bits at least once where they are aligned.
+the kernel reads and writes by 128 bits at least once where they are aligned. ``loop``, for NVIDIA's: how many
+instructions of its main loop each pipe gets for each element.
 """
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import triton
@@ -18,6 +17,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks import sass
 from novoscale.blocks import BLOCK
 from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
@@ -66,6 +68,10 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (BFLOAT16, BFLOAT16, "int8", True, False, True, 0, "change", "nesterov"),
     (BFLOAT16, BFLOAT16, "int4", True, True, False, 0, "term"),
     (BFLOAT16, BFLOAT16, "int8", True, False, True, 8, "change", "nesterov"),
+    (FLOAT32, FLOAT32, "float32", False, True, False, 8, "term", "nesterov"),
+    (BFLOAT16, BFLOAT16, "float32", True, True, False, 8, "term", "nesterov"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 8, "term", "nesterov"),
+    (BFLOAT16, BFLOAT16, "int4", True, True, False, 8, "term", "nesterov"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "term", "ragged"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 8, "cut: find"),
@@ -129,13 +135,16 @@ def cases():
     yield "sums of strips", factored.panel_statistic, {}, 0, 0
 
 
+def of_thread(constants):
+    """How many elements each thread handles at a time, as Kernels would have it."""
+    return 4 if "param_type" in constants and kernels.halved(constants) else 8
+
+
 def build(kernel, constants, architecture):
     """Compile as Kernels would launch it."""
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
-    # By each thread as many elements as Kernels would give it.
-    half = "param_type" in constants and kernels.halved(constants)
-    tile = (4 if half else 8) * kernels.WARPS * target.warp_size
+    tile = of_thread(constants) * kernels.WARPS * target.warp_size
     constants = constants | {"tile": BLOCK if constants.get("cut") else tile}
     types = {name: kind for name, kind in TYPES.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -144,12 +153,29 @@ def build(kernel, constants, architecture):
     return triton.compile(source, target=target, options=dict(kernels.LAUNCH)).asm
 
 
-def nvidia(asm):
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(asm["cubin"])
-        command = [str(tool), "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def by_pipe(text, constants):
+    """Instructions of the main loop for each element; nothing if it reads or writes element by element."""
+    if constants.get("group") == 1:
+        return {}
+    try:
+        way = sass.main_loop(sass.instructions(text))
+    except ValueError:
+        return {}
+    moved = lambda kind: 8 * sum(x.bytes for x in way if x.name.startswith(kind))  # noqa: E731
+    if "param_type" in constants:
+        form, largest = constants["exp_avg_type"], constants["largest"]
+        moment = 0 if form is None else 4 if 0 < largest < 8 else form.primitive_bitwidth
+        elements = moved("STG") / (constants["param_type"].primitive_bitwidth + moment)
+    else:
+        elements = moved("LDG") / constants["grad_type"].primitive_bitwidth
+    # The compiler may have unrolled the loop. Scales of blocks make it a little more.
+    at_a_time = of_thread(constants)
+    elements = at_a_time * max(1, round(elements / at_a_time))
+    return {pipe: count / elements for pipe, count in sass.by_pipe(way).items()}
+
+
+def nvidia(asm, constants):
+    text = sass.disassembled(asm["cubin"])
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     # A correctly rounded division is made of multiply-adds: six, and ten or eleven in a function for extreme
     # numbers.
@@ -163,6 +189,7 @@ def nvidia(asm):
         "float32 fma": max(0, fused) + asm["ptx"].count("fma.rn.f32"),
         "divisions": divisions,
         "other divisions": len(re.findall(r"\b(?:div|rcp)\.(?:full|approx)\S*f32", asm["ptx"])),
+        "loop": by_pipe(text, constants),
     }
 
 
@@ -192,7 +219,7 @@ if __name__ == "__main__":
     for name, kernel, constants, tensors, stored in cases():
         for architecture in sys.argv[1:]:
             asm = build(kernel, constants, architecture)
-            facts = amd(asm) if architecture.startswith("gfx") else nvidia(asm)
+            facts = amd(asm) if architecture.startswith("gfx") else nvidia(asm, constants)
             rare = any(word in name for word in ("ragged", "layers of 1s", "cut"))
             line = {
                 "architecture": architecture,
