@@ -88,12 +88,12 @@ def _inverse(scale: tl.tensor, scaled: tl.constexpr) -> tl.tensor:
 
 
 @jit
-def _clip(options: tl.tensor, total: tl.tensor, clips: tl.constexpr) -> tl.tensor:
+def _clip(param_groups: tl.tensor, total: tl.tensor, clips: tl.constexpr) -> tl.tensor:
     """What clipping the norm of the whole gradient multiplies it by."""
     factor = tl.full((), 1.0, tl.float64)
     if clips:
         norm = tl.sqrt(total) + tl.full((), 1e-6, tl.float64)
-        factor = tl.load(options + LIMIT) / norm
+        factor = tl.load(param_groups + LIMIT) / norm
         factor = tl.where(factor > 1.0, 1.0, factor)
     return factor
 
@@ -161,7 +161,7 @@ def _settled(
 @jit
 def begin(
     parameters: tl.tensor,
-    options: tl.tensor,
+    param_groups: tl.tensor,
     statistic: tl.tensor,
     sums: tl.tensor,
     largest: tl.tensor,
@@ -184,7 +184,7 @@ def begin(
     count = tl.num_programs(0)
     p = tl.program_id(0)
     row = parameters + p * RECORD
-    o = options + tl.load(row + GROUP) * OPTIONS
+    o = param_groups + tl.load(row + GROUP) * OPTIONS
     factor = _power_of(_inverse(scale, scaled), tl.load(o + NORM_TYPE))
     first = tl.load(row + FIRST)
     here = tl.load(row + COUNT).to(tl.int32)
@@ -279,7 +279,7 @@ def pack(
 @jit
 def _count_steps(
     parameters: tl.tensor,
-    options: tl.tensor,
+    param_groups: tl.tensor,
     statistic: tl.tensor,
     total: tl.tensor,
     stepped: tl.tensor,
@@ -290,12 +290,12 @@ def _count_steps(
     tile: tl.constexpr,
 ) -> None:
     """``stepped``: whether there is a step; with ``verdicts`` where that is said of each parameter."""
-    clip = _clip(options, total, clips)
+    clip = _clip(param_groups, total, clips)
     for offset in range(0, parameter_count, tile):
         nth = offset + tl.arange(0, tile)
         row = parameters + nth * RECORD
         mask = nth < parameter_count
-        norm_type = tl.load(options + tl.load(row + GROUP, mask=mask, other=0) * OPTIONS + NORM_TYPE)
+        norm_type = tl.load(param_groups + tl.load(row + GROUP, mask=mask, other=0) * OPTIONS + NORM_TYPE)
         number = statistic + first_number + nth
         of_step = tl.load(number + FRESH * parameter_count, mask=mask, other=0.0)
         kept = tl.load(number + KEPT * parameter_count, mask=mask, other=0.0)
@@ -309,10 +309,10 @@ def _count_steps(
         tl.store(_float32(steps), tl.load(_float32(steps), mask=moves, other=0.0) + 1.0, mask=moves)
 
 
-@jit
+@triton.jit(do_not_specialize=["step"])
 def verdict(
     parameters: tl.tensor,
-    options: tl.tensor,
+    param_groups: tl.tensor,
     statistic: tl.tensor,
     sums: tl.tensor,
     largest: tl.tensor,
@@ -363,14 +363,23 @@ def verdict(
         tl.store(bad_at, step)
     if counted:
         _count_steps(
-            parameters, options, statistic, whole, bad == 0, first_number, parameter_count, clips, False, tile
+            parameters,
+            param_groups,
+            statistic,
+            whole,
+            bad == 0,
+            first_number,
+            parameter_count,
+            clips,
+            False,
+            tile,
         )
 
 
 @jit
 def count(
     parameters: tl.tensor,
-    options: tl.tensor,
+    param_groups: tl.tensor,
     statistic: tl.tensor,
     total: tl.tensor,
     finite: tl.tensor,
@@ -384,7 +393,16 @@ def count(
     stepped = finite if verdicts else tl.load(finite) != 0
     whole = tl.load(total)
     _count_steps(
-        parameters, options, statistic, whole, stepped, first_number, parameter_count, clips, verdicts, tile
+        parameters,
+        param_groups,
+        statistic,
+        whole,
+        stepped,
+        first_number,
+        parameter_count,
+        clips,
+        verdicts,
+        tile,
     )
 
 
@@ -394,7 +412,7 @@ def count(
 @jit
 def mean_square(
     parameters: tl.tensor,
-    options: tl.tensor,
+    param_groups: tl.tensor,
     statistic: tl.tensor,
     share: tl.tensor,
     active: tl.tensor,
@@ -405,10 +423,10 @@ def mean_square(
 ) -> None:
     """Of the normalised gradient of each parameter, a program, the mean of squares: this rank's part."""
     row = parameters + tl.program_id(0) * RECORD
-    o = options + tl.load(row + GROUP) * OPTIONS
+    o = param_groups + tl.load(row + GROUP) * OPTIONS
     mean = tl.full((), 0.0, tl.float64)
     if tl.load(o + CLIP_THRESHOLD) > 0:
-        clip = _power_of(_clip(options, tl.load(total), clips), tl.load(o + NORM_TYPE))
+        clip = _power_of(_clip(param_groups, tl.load(total), clips), tl.load(o + NORM_TYPE))
         first = tl.load(row + FIRST)
         here = tl.load(row + COUNT).to(tl.int32)
         v = _float32(tl.load(row + V))
@@ -462,7 +480,7 @@ def _update_scale(
 def advance(
     stretches: tl.tensor,
     parameters: tl.tensor,
-    options: tl.tensor,
+    param_groups: tl.tensor,
     statistic: tl.tensor,
     finite: tl.tensor,
     total: tl.tensor,
@@ -495,10 +513,10 @@ def advance(
     mask = nth < tl.load(row + 2).to(tl.int32)
     of_columns = tl.load(row + 3) > 0
     row = parameters + p * RECORD
-    o = options + tl.load(row + GROUP) * OPTIONS
+    o = param_groups + tl.load(row + GROUP) * OPTIONS
     norm_type = tl.load(o + NORM_TYPE)
     stepped = _each(tl.load(finite + p) if verdicts else tl.load(finite), nth)
-    factor = _clip(options, tl.load(total), clips)
+    factor = _clip(param_groups, tl.load(total), clips)
     clip = _power_of(factor, norm_type)
     numel = tl.load(row + NUMEL).to(tl.float64)
     factored = tl.load(row + WIDTH) > 0

@@ -354,7 +354,7 @@ def update(
     table: tl.tensor,
     gradients: tl.tensor,
     each: tl.tensor,
-    options: tl.tensor,
+    groups: tl.tensor,
     active: tl.tensor,
     key: tl.tensor,
     row_root: tl.tensor,
@@ -378,7 +378,7 @@ def update(
 ) -> None:
     """First moment and weights of the active layers, in place.
 
-    ``gradients``: the address of each. ``each``, ``options``, ``active``, ``key`` and the roots are those of
+    ``gradients``: the address of each. ``each``, ``groups``, ``active``, ``key`` and the roots are those of
     Coefficients, numbers float32; the roots may be None where they are not needed.
     ``divided``, of factored parameters: "term", what is added to the moment, or "change", what is taken from
     the weight; else None. ``cut``: of pieces of cut blocks, what is done to them: see FIND; else None.
@@ -400,7 +400,7 @@ def update(
         last_position = position + (end - begin - 1)
         high = scramble((position >> 32).to(tl.uint32))
         next_high = scramble((last_position >> 32).to(tl.uint32))
-        of_group = options + tl.load(row + GROUP) * RECORD
+        of_group = groups + tl.load(row + GROUP) * RECORD
         beta1 = tl.load(of_group + BETA1)
         beta3 = tl.load(of_group + BETA3)
         weight_decay = tl.load(of_group + WEIGHT_DECAY)

@@ -653,8 +653,11 @@ def test_compiled_code(compiled, architecture, record_property):
         # 40 % of the threads that may run, or on AMD's a quarter; less where a launch is of few chunks, and a
         # quarter where each element is divided.
         divided = "factored" in kernel["name"] or architecture.startswith("gfx")
+        of_layers = kernel["name"].startswith("layers:")  # float64, of few elements
         limit = (
-            140
+            168
+            if of_layers
+            else 140
             if "bf16 bf16 float32" in kernel["name"]
             else 128
             if divided
@@ -665,7 +668,7 @@ def test_compiled_code(compiled, architecture, record_property):
             else 72
         )
         assert kernel["registers"] <= limit
-        assert kernel["float32 fma"] == 0
+        assert kernel["float32 fma"] == 0 or of_layers  # with which divisions in float64 begin
         assert kernel["other divisions"] == 0
         assert kernel["128-bit loads"] >= kernel["tensors"]
         assert kernel["128-bit stores"] >= kernel["stored"]

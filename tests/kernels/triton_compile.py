@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -23,6 +25,7 @@ from benchmarks import sass
 from novoscale.blocks import BLOCK
 from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
+from novoscale.kernels import triton_layers as layers
 from novoscale.kernels import triton_passes as passes
 from novoscale.momentum import FORMATS
 
@@ -33,13 +36,35 @@ TYPES = {
     "partials": "*fp64",
     "statistic": "*fp64",
     "each": "*fp32",
-    "options": "*fp32",
+    "groups": "*fp32",
     "active": "*i1",
     "key": "*i32",
     "row_root": "*fp32",
     "column_root": "*fp32",
     "cut_blocks": "*i32",
     "cut_count": "i32",
+    "parameters": "*i64",
+    "stretches": "*i64",
+    "param_groups": "*fp64",
+    "sums": "*fp64",
+    "largest": "*i64",
+    "share": "*fp64",
+    "scale": "*fp32",
+    "buffer": "*fp64",
+    "slots": "*i32",
+    "sum_of": "*i32",
+    "veto": "*i1",
+    "total": "*fp64",
+    "finite": "*i1",
+    "skipped": "*i64",
+    "bad_at": "*i64",
+    "norms": "*fp64",
+    "bad": "*i1",
+    "mean_square": "*fp64",
+    "result": "*fp64",
+    **dict.fromkeys(
+        ("step", "first_number", "length", "parameter_count", "layer_count", "column_count"), "i32"
+    ),
 }
 FLOAT32, BFLOAT16, FLOAT16 = tl.float32, tl.bfloat16, tl.float16
 UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay outside, group; further options
@@ -80,6 +105,35 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term", "nesterov", "cut: agreed", "ragged"),
     (FLOAT32, FLOAT32, "int4", False, False, True, 8, "cut: agreed"),
 ]
+FEW = {"scale": None, "scaled": False}
+LAYERS = [  # kernel, its constants
+    ("begin", layers.begin, {"numbers": 3, "scaled": True, "cut": False, "buffer": None, "slots": None}),
+    ("begin, cut", layers.begin, {"numbers": 3, "cut": True, **FEW}),
+    ("pack", layers.pack, {"scattered": 1, "vetoed": True}),
+    (
+        "verdict",
+        layers.verdict,
+        {"counted": True, "scattered": 1, "vetoed": False, "veto": None, "clips": True, "cut": True},
+    ),
+    ("count", layers.count, {"clips": True, "verdicts": True}),
+    ("mean square", layers.mean_square, {"clips": True}),
+    (
+        "advance",
+        layers.advance,
+        {
+            "averages": True, "concludes": True, "verdicts": False, "clips": True, "scaled": True,
+            "clipped": False, "mean_square": None, "relative": True,
+        },
+    ),
+    (
+        "conclude",
+        layers.advance,
+        {
+            "averages": False, "concludes": True, "verdicts": True, "clips": True, "clipped": True,
+            "relative": False, "norms": None, "bad": None, **FEW,
+        },
+    ),
+]  # fmt: skip
 CUTS = {"cut: find": passes.FIND.value, "cut: agreed": passes.AGREED.value}
 STATISTICS = [(FLOAT32, True, 1024), (BFLOAT16, True, 64), (BFLOAT16, False, 1024)]
 STRIPS = [(FLOAT32, 256), (BFLOAT16, 256), (BFLOAT16, 16)]
@@ -133,6 +187,8 @@ def cases():
         constants = {"grad_type": dtype, "width": width}
         yield f"strips of {width} {dtype}", factored.strip_statistic, constants, 1, 0
     yield "sums of strips", factored.panel_statistic, {}, 0, 0
+    for name, kernel, constants in LAYERS:
+        yield f"layers: {name}", kernel, constants, 0, 0
 
 
 def of_thread(constants):
@@ -144,8 +200,12 @@ def build(kernel, constants, architecture):
     """Compile as Kernels would launch it."""
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
+    # Triton makes a function of the names of the arguments, and has some of its own.
+    create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
     tile = of_thread(constants) * kernels.WARPS * target.warp_size
-    constants = constants | {"tile": BLOCK if constants.get("cut") else tile}
+    if kernel in [of_layers for _, of_layers, _ in LAYERS]:
+        constants = constants | {"tile": layers.TILE}
+    constants = {"tile": BLOCK if constants.get("cut") else tile} | constants
     types = {name: kind for name, kind in TYPES.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
