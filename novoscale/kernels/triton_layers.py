@@ -528,7 +528,7 @@ def advance(
             S = tl.load(statistic + layer_count + first + nth, mask=mask, other=0.0) * clip
             c = tl.where(stepped, _averaged(c, S / tl.load(row + LAYERS).to(tl.float64), o), c)
             tl.store(place, c, mask=mask)
-        if concludes:
+        if concludes and column_root is not None:
             tl.store(column_root + first + nth, tl.sqrt(c.to(tl.float64)).to(tl.float32), mask=mask)
     else:
         place = _float32(tl.load(row + V)) + nth
