@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +23,9 @@ from novoscale.kernels.triton_formats import jit, scramble
 
 TILE = 1024  # layers that a program does at once
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+# The same where a program has all layers of a parameter, and one has more than TILE: what waits for memory
+# takes as long for many as for few.
+MANY = {"tile": 8 * TILE, "num_warps": 32, "enable_fp_fusion": False}
 
 LR = tl.constexpr(layers.LR)
 BETA1 = tl.constexpr(layers.BETA1)
@@ -63,6 +67,9 @@ WEIGHTS = tl.constexpr(layers.WEIGHTS)
 LEAST_SCALE = tl.constexpr(layers.LEAST_SCALE)
 # As _bits: above it are infinity and NaN.
 LARGEST = tl.constexpr(struct.unpack("<q", struct.pack("<d", FLOAT32_MAX))[0])
+
+# With a type, as jit. Compiled once for all steps, and not for 1 and for multiples of 16 anew.
+_jit_of_any_step: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=["step"])
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------
@@ -309,7 +316,7 @@ def _count_steps(
         tl.store(_float32(steps), tl.load(_float32(steps), mask=moves, other=0.0) + 1.0, mask=moves)
 
 
-@triton.jit(do_not_specialize=["step"])
+@_jit_of_any_step
 def verdict(
     parameters: tl.tensor,
     param_groups: tl.tensor,
@@ -613,6 +620,8 @@ class LayerKernels(reference_layers.LayerKernels):
         self._index = self._sums.get_device()
         once = (known.records[:, layers.ONCE] > 0) & (known.records[:, layers.STEPS] != 0)
         self._counts_once, self._clips = bool(once.any()), "max_grad_norm" in known.uses
+        many = (known.records[:, layers.COUNT] > TILE) | (known.records[:, layers.WIDTH] > TILE)
+        self._of_parameter: dict[str, Any] = MANY if bool(many.any()) else {"tile": TILE, **LAUNCH}
         self._noted: Noted | None = None
 
     def hold(self, states: Callable[[], reference_layers.States]) -> None:
@@ -637,7 +646,7 @@ class LayerKernels(reference_layers.LayerKernels):
             begin[(self._count,)](
                 self._parameters, options.table, statistic, self._sums, self._largest, self._share, scale,
                 buffer, slots, *self._sizes, numbers=layers.SUMS if self._table.sums else 0,
-                scaled=scale is not None, cut=buffer is not None, tile=TILE, **LAUNCH,
+                scaled=scale is not None, cut=buffer is not None, **self._of_parameter,
             )  # fmt: skip
 
     def complete(
@@ -717,7 +726,7 @@ class LayerKernels(reference_layers.LayerKernels):
             with torch.cuda.device(self._index):
                 mean_square[(self._count,)](
                     self._parameters, options.table, statistic, self._share, made.active, total, mean,
-                    clips=self._clips, tile=TILE, **LAUNCH,
+                    clips=self._clips, **self._of_parameter,
                 )  # fmt: skip
             self._advance(*given, share(mean), averages=False, concludes=True)
         else:
