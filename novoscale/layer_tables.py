@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from novoscale import second_moment
 from novoscale.kernels.layers import NEEDED, RECORD, LayerTable
@@ -28,11 +27,6 @@ def rounds(group: Group) -> bool:
 def counts_steps(group: Group) -> bool:
     """Whether the steps of each layer (or parameter) of a param group have to be known."""
     return group["bias_correction"] or rounds(group)
-
-
-def has_dtensors(tensors: Sequence[Any]) -> bool:
-    """Whether any of them is one. By type first: there may be a thousand."""
-    return any(issubclass(kind, DTensor) for kind in set(map(type, tensors)))
 
 
 def states_of(own: Sequence[Mapping[str, Any]]) -> States:

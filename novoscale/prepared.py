@@ -17,12 +17,12 @@ from torch import Tensor
 from novoscale import kernels, momentum, second_moment
 from novoscale.blocks import NONE
 from novoscale.collectives import Packing, Placed, Plan
-from novoscale.dtensors import local_gradient
+from novoscale.dtensors import local_gradients
 from novoscale.kernels import Coefficients, Held, Kernels, LayerKernels
 from novoscale.kernels.layers import SUMS, WEIGHTS, OptionTable
 from novoscale.kernels.reference_layers import States
-from novoscale.layer_tables import Group, Groups, State, has_dtensors, states_of, table_of_layers
-from novoscale.layout import Layout, local_tensor
+from novoscale.layer_tables import Group, Groups, State, states_of, table_of_layers
+from novoscale.layout import Layout, local_tensor, local_tensors
 from novoscale.telemetry import Telemetry
 
 # What of a param group the tables depend on; the other options are numbers that are given to the kernels.
@@ -176,8 +176,8 @@ class Tensors:
     def __init__(self, groups: Groups, state: State) -> None:
         self.groups = groups
         members = [p for _, params in groups for p in params]
-        self.params = _locals(members)
-        self.gradients = _local_gradients(members)
+        self.params = local_tensors(members)
+        self.gradients = local_gradients(members)
         self.contiguous = [*map(Tensor.is_contiguous, self.params)]
         self._in_one_order()
         self.addresses = [*map(Tensor.data_ptr, self.gradients)]
@@ -233,7 +233,10 @@ def facts(tensors: Tensors) -> list[Any]:
     found += [p.dtype for p in tensors.params]
     found += [g.dtype for g in tensors.gradients]
     found += map(Tensor.data_ptr, tensors.params)
-    found += map(Tensor.data_ptr, _locals([t for own in tensors.own for t in own.values()]))
+    states = [value for own in tensors.own for value in own.values()]
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, states))):  # a user's own
+        states = [value for value in states if isinstance(value, Tensor)]
+    found += map(Tensor.data_ptr, local_tensors(states))
     return found
 
 
@@ -241,18 +244,6 @@ def structure(group: Group) -> tuple[Any, ...]:
     """What the tables depend on of a param group's options: of the numbers, which of them are zero."""
     numbers = (group["betas"][0], group["weight_decay"], group["clip_threshold"], group["max_grad_norm"])
     return (*map(bool, numbers), *(group[option] for option in STRUCTURE))
-
-
-def _locals(tensors: list[Any]) -> list[Tensor]:
-    # Once a step for each tensor: for 1,000 layers this is most of the step's time.
-    return [*map(local_tensor, tensors)] if has_dtensors(tensors) else tensors
-
-
-def _local_gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """This rank's part of the gradient of every tensor. A collective for those to redistribute."""
-    if has_dtensors(params):
-        return [*map(local_gradient, params)]
-    return [p.grad for p in params]  # type: ignore[misc]
 
 
 def build(
