@@ -264,18 +264,19 @@ def build(
     made, named = shards(tensors, planned.placed)
     weighed = of_weights(groups, planned.placed, made, named)
     table = table_of_layers(groups, layouts, tensors.own)
+    of_layers = kernels.layer_kernels(table, device, tensors.states(), made)
     return Prepared(
         plan=planned,
         agreed=rests_on,
         kernels=Kernels(made, device, planned.layers, planned.columns, planned.cut_blocks),
         weights=Kernels([*weighed.values()], device, planned.parameters) if weighed else None,
-        layers=kernels.layer_kernels(table, device, tensors.states(), made),
+        layers=of_layers,
         options=OptionTable(len(groups), device, table.dtype),
         shards=named,
         weighed=[*weighed],
         facts=tensors.facts,
         addresses=tensors.addresses,
-        packing=planned.packing(),
+        packing=planned.packing() if of_layers.completes else None,
     )
 
 

@@ -150,11 +150,13 @@ class OptionTable:
             table = torch.tensor(rows, dtype=torch.float64, device="cpu")
             self._all.write(table)
             self._of_update.write(torch.stack([table[:, column] for column in UPDATE], dim=1))
-        if any(_on_device(group["lr"]) for group in groups):
-            # Not by way of the host: it would wait for the device. Again at each replay of a CUDA graph.
-            for row, group in zip(self.table, groups, strict=True):
-                if _on_device(group["lr"]):
-                    row[LR].copy_(group["lr"].reshape(()))
+        # Not by way of the host: it would wait for the device. Again at each replay of a CUDA graph.
+        rates = {index: group["lr"] for index, group in enumerate(groups) if _on_device(group["lr"])}
+        if len({id(lr) for lr in rates.values()}) == 1 and len(rates) == len(groups):
+            self.table[:, LR].copy_(rates[0].reshape(1))
+        else:
+            for index, lr in rates.items():
+                self.table[index, LR].copy_(lr.reshape(()))
 
 
 def _on_device(lr: Tensor | float) -> bool:
