@@ -27,6 +27,8 @@ from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
 from novoscale.kernels import triton_layers as layers
 from novoscale.kernels import triton_passes as passes
+from novoscale.kernels import triton_second_moments as second_moments
+from novoscale.kernels import triton_verdict as of_verdict
 from novoscale.momentum import FORMATS
 
 TYPES = {
@@ -107,19 +109,19 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
 ]
 FEW = {"scale": None, "scaled": False}
 LAYERS = [  # kernel, its constants
-    ("begin", layers.begin, {"numbers": 3, "scaled": True, "cut": False, "buffer": None, "slots": None}),
-    ("begin, cut", layers.begin, {"numbers": 3, "cut": True, **FEW}),
-    ("pack", layers.pack, {"scattered": 1, "vetoed": True}),
+    ("begin", of_verdict.begin, {"numbers": 3, "scaled": True, "cut": False, "buffer": None, "slots": None}),
+    ("begin, cut", of_verdict.begin, {"numbers": 3, "cut": True, **FEW}),
+    ("pack", of_verdict.pack, {"scattered": 1, "vetoed": True}),
     (
         "verdict",
-        layers.verdict,
+        of_verdict.verdict,
         {"counted": True, "scattered": 1, "vetoed": False, "veto": None, "clips": True, "cut": True},
     ),
-    ("count", layers.count, {"clips": True, "verdicts": True}),
-    ("mean square", layers.mean_square, {"clips": True}),
+    ("count", of_verdict.count, {"clips": True, "verdicts": True}),
+    ("mean square", second_moments.mean_square, {"clips": True}),
     (
         "advance",
-        layers.advance,
+        second_moments.advance,
         {
             "averages": True, "concludes": True, "verdicts": False, "clips": True, "scaled": True,
             "clipped": False, "mean_square": None, "relative": True,
@@ -127,7 +129,7 @@ LAYERS = [  # kernel, its constants
     ),
     (
         "conclude",
-        layers.advance,
+        second_moments.advance,
         {
             "averages": False, "concludes": True, "verdicts": True, "clips": True, "clipped": True,
             "relative": False, "norms": None, "bad": None, **FEW,
