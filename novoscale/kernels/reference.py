@@ -72,7 +72,8 @@ def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int, c
     """This rank's part of each layer's statistic, and of each column's of factored parameters.
 
     Squares are formed and added in float64, where the square of a float32, bfloat16 or float16 is
-    exact, so the way a layer is cut shows in the last bits of a float64 only.
+    exact, so the way a layer is cut shows in the last bits of a float64 only; and in a float32 made of it
+    with a chance of about 1e-9: see docs/kernels.md.
 
     Args:
         shards: the tensors of the step.
