@@ -18,6 +18,7 @@ from torch import Tensor
 
 from novoscale.kernels.shards import OF_SHARD, WIDTH, Shard, panels
 from novoscale.kernels.triton_formats import FORMATS, jit, load_elements
+from novoscale.kernels.triton_tables import ratio, to_device
 from novoscale.layout import repeated
 
 # Columns of a strip: few in a narrow panel, so that no thread is without work; in a wide one as many as a
@@ -249,8 +250,8 @@ def _parts(shards: Sequence[Shard], area: int) -> _Parts:
     order = torch.argsort(dtype * WIDTHS[-1] + width, stable=True)
     start, rows, pitch, layer, column, shard = table[order].unbind(1)
     # How many of them are beside each other, and where each begins in its panel.
-    beside = _ratio(pitch, SIDE)
-    panel, nth = repeated(_ratio(rows, SIDE) * beside)
+    beside = ratio(pitch, SIDE)
+    panel, nth = repeated(ratio(rows, SIDE) * beside)
     top, left = nth // beside[panel] * SIDE, nth % beside[panel] * SIDE
     start, rows, pitch, layer, column, shard, dtype, width = (
         x[panel] for x in (start, rows, pitch, layer, column, shard, dtype[order], width[order])
@@ -258,7 +259,7 @@ def _parts(shards: Sequence[Shard], area: int) -> _Parts:
     start += top * pitch + left
     rows, columns = (rows - top).clamp(max=SIDE), (pitch - left).clamp(max=SIDE)
     height = area // width
-    across, down = _ratio(columns, width), _ratio(rows, height)
+    across, down = ratio(columns, width), ratio(rows, height)
     partials = rows * across + columns * down
     before = partials.cumsum(0) - partials
     # A part is of the wave that it begins in, and may end beyond it: by one part's partials at most.
@@ -307,7 +308,7 @@ def _sums(parts: _Parts, layers: int) -> tuple[Tensor, Tensor, Tensor]:
     of_columns = (parts.place + parts.rows * parts.across, first, first + parts.columns, parts.down)
     sources = torch.stack([torch.stack(s, dim=1) for s in (of_rows, of_columns)], dim=1).view(-1, 4)
     begin = sources[:, BEGIN.value] // SUMS.value
-    source, nth = repeated(_ratio(sources[:, END.value], SUMS.value) - begin)
+    source, nth = repeated(ratio(sources[:, END.value], SUMS.value) - begin)
     destination, wave = begin[source] + nth, parts.wave[source // 2]
     order = torch.argsort(destination, stable=True)
     order = order[torch.argsort(wave[order], stable=True)]
@@ -326,15 +327,5 @@ def _runs(keys: Tensor) -> list[tuple[list[int], int, int]]:
     return list(zip(found.tolist(), (stop - counts).tolist(), stop.tolist(), strict=True))
 
 
-def _ratio(numerator: Tensor, denominator: Tensor | int) -> Tensor:
-    """Rounded up."""
-    return (numerator + denominator - 1) // denominator
-
-
 def _int64(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
-
-
-def to_device(device: torch.device, table: Tensor) -> Tensor:
-    """A table of the CPU's, on the device, without waiting for it."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

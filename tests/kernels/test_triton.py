@@ -43,6 +43,7 @@ from novoscale.kernels import reference
 from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
 from novoscale.kernels import triton_passes as passes
+from novoscale.kernels.triton_tables import Kind, updates
 from novoscale.momentum import FORMATS
 
 # NumPy says of the interpreter's arithmetic what float32 does with infinity, and uint32 beyond 2**32.
@@ -228,12 +229,14 @@ def test_rounding_to_bfloat16_is_to_nearest_even(small):
 def test_chunks_are_aligned_where_the_tensor_is_and_the_piece_is_not(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 128)
     tensors = [torch.ones(400, device=DEVICE) for _ in range(2)]
-    rows = kernels.Kernels([shard(*tensors, None, [Part(115, 350, 0)])], DEVICE, 1)._table.cpu()
-    assert rows[:, [passes.BEGIN.value, passes.END.value]].tolist() == [[3, 16], [0, 128], [0, 94]]
-    param, grad = rows[:, passes.PARAM.value], rows[:, passes.GRAD.value]
-    assert (param % 16 == 0).all()
-    assert (param - param[0]).tolist() == [0, 4 * 16, 4 * 144]
-    assert grad.tolist() == [4 * 112, 4 * 128, 4 * 256]
+    case = shard(*tensors, None, [Part(115, 390, 0)])
+    rows, kinds, chunks = updates([case], torch.zeros(1, dtype=torch.int64), 128)
+    columns = [passes.BEGIN.value, passes.END.value, passes.PARAM.value, passes.GRAD.value]
+    rows = rows[:, columns]
+    rows[:, 2] -= case.param.data_ptr()
+    assert rows.tolist() == [[115, 128, 0, 0], [0, 256, 512, 512], [0, 6, 1536, 1536]]
+    assert [Kind(*kind).whole for kind in kinds.tolist()] == [0, 1, 0]
+    assert chunks.tolist() == [1, 2, 1]
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -273,7 +276,6 @@ def moving():
 
 def test_of_gradients_that_move_one_address_each_is_sent(small):
     both, mine, elsewhere = moving()
-    assert len(both._table) > 8
     with Copied() as counted:
         both.moved([t.data_ptr() for t in elsewhere])
     assert counted.bytes == 8 * len(mine)
@@ -356,7 +358,7 @@ def test_launches_do_not_grow_with_the_tensors(recorded, number):
     options = torch.rand(number, 4, device=DEVICE)
     both.update(replace(ones(number), options=options))
     # Each is a param group; the statistic does not depend on whether weights decay.
-    assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 1, 2, 0, 0]
+    assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 0, 2, 0, 0]
     assert all(options["enable_fp_fusion"] is False for options in recorded["update"].launches)
 
 
@@ -368,12 +370,9 @@ def test_neither_launches_nor_programs_nor_tables_grow_with_the_layers(small, re
     both.sum_of_squares()
     both.update(ones(1024 // size))
     rows = size < 512
-    assert [len(kernel.launches) for kernel in recorded.values()] == [not rows, rows, 1, 1, 0, 0]
-    assert [kernel.programs for kernel in recorded.values() if kernel.programs][1:] == [
-        [4 if rows else 2],
-        [2],
-    ]
-    assert len(both._table) == 2
+    assert [len(kernel.launches) for kernel in recorded.values()] == [not rows, rows, 0, 1, 0, 0]
+    assert [kernel.programs for kernel in recorded.values() if kernel.programs] == [[2], [2]]
+    assert len(both._runs.rows) == 1
 
 
 def test_offsets_pass_32_bits():
@@ -546,7 +545,8 @@ def test_launches_do_not_grow_with_the_factored_parameters(recorded, number):
     both.update(replace(ones(3 * number), row_root=one, column_root=one))
     launches = {name: len(kernel.launches) for name, kernel in recorded.items() if kernel.programs != [0]}
     assert launches == {
-        "chunk_statistic": 0, "rows_statistic": 0, "update": 1, "strip_statistic": 1, "panel_statistic": 1,
+        "chunk_statistic": 0, "rows_statistic": 0, "layer_statistic": 0, "update": 1,
+        "strip_statistic": 1, "panel_statistic": 1,
     }  # fmt: skip
 
 
