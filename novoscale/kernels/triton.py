@@ -106,17 +106,15 @@ class _Options(NamedTuple):
 
 
 def halved(constants: dict[str, Any]) -> bool:
-    """Whether an update of these arguments handles half of a tile at a time.
+    """Whether an update of these arguments handles half of a tile at a time, and of a group.
 
     Moments in blocks and divisions take more registers. Half of the elements are still 128 bits of float32
     weights; and where it is done by elements, there is nothing to lose.
     """
-    divided, by_elements = (
-        constants["divided"] is not None,
-        not constants["aligned"] or constants["group"] == 1,
-    )
+    divided, in_blocks = constants["divided"] is not None, constants["largest"] > 0
+    by_elements = not constants["aligned"] or constants["group"] == 1
     wide = constants["param_type"] == tl.float32
-    return (wide and (constants["largest"] > 0 or divided)) or (divided and by_elements)
+    return (divided or in_blocks) if wide or by_elements else divided and in_blocks
 
 
 def _options(shard: Shard) -> _Options:
@@ -222,7 +220,9 @@ class Kernels:
             "aligned": bool(kind.aligned),
             "whole": bool(kind.whole),
         }
-        tile = BLOCK if kind.cut else TILE // 2 if halved(constants) else TILE
+        half = 2 if halved(constants) else 1
+        constants["group"] = -(-kind.group // half)
+        tile = BLOCK if kind.cut else TILE // half
         constants |= {"chunk": CHUNK, "tile": tile, "cut_count": self._cut_blocks}
         return kind, partial(passes.update[(count,)], *given, **constants, **LAUNCH)
 

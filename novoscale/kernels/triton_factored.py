@@ -98,11 +98,13 @@ def _strip(
     column = tl.arange(0, width)
     totals = tl.zeros([tile // width, width], tl.float64)
     value = _tile(grad, row, column, rows, columns, pitch, grad_type, aligned)
+    following = _tile(grad, row + tile // width, column, rows, columns, pitch, grad_type, aligned)
     for _ in range(0, rows, tile // width):
         squares = value.to(tl.float64) * value.to(tl.float64)
         totals += squares
-        # The next tile is on its way while the rows of this one are added.
-        value = _tile(grad, row + tile // width, column, rows, columns, pitch, grad_type, aligned)
+        # Two tiles are on their way while the rows of this one are added.
+        value = following
+        following = _tile(grad, row + 2 * (tile // width), column, rows, columns, pitch, grad_type, aligned)
         tl.store(of_rows + row, tl.sum(squares, 1), mask=row < rows)
         row += tile // width
     tl.store(of_columns + column, tl.sum(totals, 0), mask=column < columns)

@@ -21,6 +21,7 @@ from novoscale.kernels.shards import (
     LAYER,
     PLACE,
     POSITION,
+    SIZE,
     START,
     STOP,
     Shard,
@@ -275,12 +276,14 @@ def statistic(
     length = ratio(ratio(width, ratio(width, chunk)), ALIGNMENT) * ALIGNMENT
     parts = ratio(width, length)
     many = torch.where(layers > 1, chunk // width, 1).clamp(min=1)
-    # Whole layers of one chunk are complete, and so is what is alone in its layer; of the others the partials
-    # are next to each other.
-    of, nth = repeated(layers)
+    # A layer in one chunk is complete if that has all of its elements, or if no other has any. Of the others the
+    # partials are next to each other, for they are in the order of the layers.
+    shared = (width < pieces[piece, SIZE]) | (parts > 1)
+    of, nth = repeated(torch.where(shared, layers, 0))
     found, inverse = torch.unique_consecutive(layer[of] + nth, return_inverse=True)
     sources = torch.zeros_like(found).index_add_(0, inverse, parts[of])
-    partial = sources[inverse][layers.cumsum(0) - layers] > 1
+    partial = shared.clone()
+    partial[of] = sources[inverse] > 1
     count = torch.where(many > 1, ratio(layers, many), layers * parts)
     slots = torch.where(partial, count, 0)
     rows = torch.zeros(len(start), passes.SUM_ROW.value, dtype=torch.int64, device="cpu")

@@ -148,6 +148,8 @@ def build(kernel, constants, architecture):
     half = "param_type" in constants and kernels.halved(constants)
     tile = (4 if half else 8) * kernels.WARPS * target.warp_size
     constants = constants | {"tile": BLOCK if constants.get("cut") else tile}
+    if half:
+        constants["group"] = -(-constants["group"] // 2)
     types = {name: kind for name, kind in TYPES.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
