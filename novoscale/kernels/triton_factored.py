@@ -18,6 +18,7 @@ from torch import Tensor
 
 from novoscale.kernels.shards import OF_SHARD, WIDTH, Shard, panels
 from novoscale.kernels.triton_formats import FORMATS, jit, load_elements
+from novoscale.kernels.triton_tables import ratio, to_device
 from novoscale.layout import repeated
 
 # Columns of a strip: few in a narrow panel, so that no thread is without work; in a wide one as many as a
@@ -31,14 +32,15 @@ PARTIALS = 1 << 23
 # Sums that a program of the second kernel makes: 512 bytes that follow each other of each row of partials.
 SUMS = tl.constexpr(64)
 
-# The columns of the table of strips, int64; 48 bytes.
-GRAD = tl.constexpr(0)  # address of the first element
+# The columns of the table of strips, int64; 64 bytes, the last eight unused.
+GRAD = tl.constexpr(0)  # of the first element, the bytes from the beginning of the gradient, which may move
 ROWS = tl.constexpr(1)
 COLUMNS = tl.constexpr(2)
 PITCH = tl.constexpr(3)  # elements from a row to the next
 OF_ROWS = tl.constexpr(4)  # where the partials of its rows go
 OF_COLUMNS = tl.constexpr(5)
-STRIP = tl.constexpr(6)
+SHARD = tl.constexpr(6)  # of all gradients, its own
+STRIP = tl.constexpr(8)
 
 # The columns of the table of sources: matrices of partials, of which the sum of each column is one of the
 # statistic's. 32 bytes.
@@ -96,11 +98,13 @@ def _strip(
     column = tl.arange(0, width)
     totals = tl.zeros([tile // width, width], tl.float64)
     value = _tile(grad, row, column, rows, columns, pitch, grad_type, aligned)
+    following = _tile(grad, row + tile // width, column, rows, columns, pitch, grad_type, aligned)
     for _ in range(0, rows, tile // width):
         squares = value.to(tl.float64) * value.to(tl.float64)
         totals += squares
-        # The next tile is on its way while the rows of this one are added.
-        value = _tile(grad, row + tile // width, column, rows, columns, pitch, grad_type, aligned)
+        # Two tiles are on their way while the rows of this one are added.
+        value = following
+        following = _tile(grad, row + 2 * (tile // width), column, rows, columns, pitch, grad_type, aligned)
         tl.store(of_rows + row, tl.sum(squares, 1), mask=row < rows)
         row += tile // width
     tl.store(of_columns + column, tl.sum(totals, 0), mask=column < columns)
@@ -109,6 +113,7 @@ def _strip(
 @jit
 def strip_statistic(
     table: tl.tensor,
+    gradients: tl.tensor,
     partials: tl.tensor,
     statistic: tl.tensor,
     grad_type: tl.constexpr,
@@ -117,10 +122,10 @@ def strip_statistic(
 ) -> None:
     """Of each strip, of at most ``width`` columns, the sums of g**2 of its rows and of its columns.
 
-    ``statistic`` is for panel_statistic only.
+    ``gradients``: the address of each; ``statistic`` is for panel_statistic only.
     """
     strip = table + tl.program_id(0) * STRIP
-    grad = tl.load(strip + GRAD)
+    grad = tl.load(gradients + tl.load(strip + SHARD)) + tl.load(strip + GRAD)
     rows = tl.load(strip + ROWS).to(tl.int32)
     columns = tl.load(strip + COLUMNS).to(tl.int32)
     pitch = tl.load(strip + PITCH)
@@ -165,7 +170,7 @@ class Panels:
 
     Args:
         shards: the tensors, of which the pieces of factored parameters count here.
-        device: where they are.
+        gradients: the address of each, int64 on the device.
         layers: how many layers there are; the columns come after them in the statistic.
         area: elements of a strip: a power of two, at most SIDE times the smallest of WIDTHS.
         tile: elements a program handles at a time: a power of two, from the largest of WIDTHS to ``area``.
@@ -173,21 +178,17 @@ class Panels:
     """
 
     def __init__(
-        self, shards: Sequence[Shard], device: torch.device, layers: int, area: int, tile: int, **options: Any
+        self, shards: Sequence[Shard], gradients: Tensor, layers: int, area: int, tile: int, **options: Any
     ) -> None:
         parts = _parts(shards, area)
-        strips, start, part = _strips(parts)
-        itemsize = _int64([s.grad.element_size() for s in shards])
-        self._device, self._shard_of = device, parts.shard[part]
-        self._from_grad = start * itemsize[self._shard_of]
-        self._strips = to_device(device, strips)
-        self.moved([s.grad.data_ptr() for s in shards])
+        strips, part = _strips(parts, _int64([s.grad.element_size() for s in shards]))
+        device = self._device = gradients.device
+        strips = to_device(device, strips)
         self._partials = parts.partials
         launches: list[tuple[int, Any]] = []
         for (wave, dtype, width), a, b in _runs(torch.stack((parts.wave, parts.dtype, parts.width), 1)[part]):
             kind = {"grad_type": list(FORMATS.values())[dtype], "width": width, "tile": tile, **options}
-            table = self._strips[a:b]
-            launches.append((wave, partial(strip_statistic[(b - a,)], table, **kind)))
+            launches.append((wave, partial(strip_statistic[(b - a,)], strips[a:b], gradients, **kind)))
         destinations, wave_of, sources = _sums(parts, layers)
         destinations, sources = to_device(device, destinations), to_device(device, sources)
         for (wave,), a, b in _runs(wave_of[:, None]):
@@ -195,12 +196,6 @@ class Panels:
             launches.append((wave, partial(panel_statistic[(b - a,)], *tables, tile=tile, **options)))
         # In each wave the strips first, whose partials the sums are of.
         self._launches = [launch for _, launch in sorted(launches, key=lambda x: x[0])]
-
-    def moved(self, gradients: Sequence[int]) -> None:
-        """Go on with gradients at other addresses."""
-        if len(self._strips):
-            addresses = _int64(gradients)[self._shard_of] + self._from_grad
-            self._strips[:, GRAD.value] = to_device(self._device, addresses)
 
     def add_to(self, statistic: Tensor) -> None:
         """Add the sums to those of the statistic."""
@@ -257,8 +252,8 @@ def _parts(shards: Sequence[Shard], area: int) -> _Parts:
     order = torch.argsort(dtype * WIDTHS[-1] + width, stable=True)
     start, rows, pitch, layer, column, shard = table[order].unbind(1)
     # How many of them are beside each other, and where each begins in its panel.
-    beside = _ratio(pitch, SIDE)
-    panel, nth = repeated(_ratio(rows, SIDE) * beside)
+    beside = ratio(pitch, SIDE)
+    panel, nth = repeated(ratio(rows, SIDE) * beside)
     top, left = nth // beside[panel] * SIDE, nth % beside[panel] * SIDE
     start, rows, pitch, layer, column, shard, dtype, width = (
         x[panel] for x in (start, rows, pitch, layer, column, shard, dtype[order], width[order])
@@ -266,7 +261,7 @@ def _parts(shards: Sequence[Shard], area: int) -> _Parts:
     start += top * pitch + left
     rows, columns = (rows - top).clamp(max=SIDE), (pitch - left).clamp(max=SIDE)
     height = area // width
-    across, down = _ratio(columns, width), _ratio(rows, height)
+    across, down = ratio(columns, width), ratio(rows, height)
     partials = rows * across + columns * down
     before = partials.cumsum(0) - partials
     # A part is of the wave that it begins in, and may end beyond it: by one part's partials at most.
@@ -280,8 +275,8 @@ def _parts(shards: Sequence[Shard], area: int) -> _Parts:
     )  # fmt: skip
 
 
-def _strips(parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
-    """Their table without the addresses, the first element of each in its tensor, and its part."""
+def _strips(parts: _Parts, itemsize: Tensor) -> tuple[Tensor, Tensor]:
+    """Their table, and the part of each; ``itemsize``: of the gradients."""
     part, nth = repeated(parts.across * parts.down)
     rows, columns, place, across = (
         parts.rows[part],
@@ -294,15 +289,18 @@ def _strips(parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
     down, right = nth // across, nth % across
     top, left = down * height, right * width
     entries = {
-        GRAD: torch.zeros_like(part),
+        GRAD: (parts.start[part] + top * pitch + left) * itemsize[parts.shard[part]],
         ROWS: torch.minimum(rows - top, height),
         COLUMNS: torch.minimum(columns - left, width),
         PITCH: pitch,
         OF_ROWS: place + right * rows + top,
         OF_COLUMNS: place + rows * across + down * columns + left,
+        SHARD: parts.shard[part],
     }
-    table = torch.stack([entries[c] for c in sorted(entries, key=lambda c: c.value)], dim=1)
-    return table, parts.start[part] + top * pitch + left, part
+    table = torch.zeros(len(part), STRIP.value, dtype=torch.int64, device="cpu")
+    for column, values in entries.items():
+        table[:, column.value] = values
+    return table, part
 
 
 def _sums(parts: _Parts, layers: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,7 +310,7 @@ def _sums(parts: _Parts, layers: int) -> tuple[Tensor, Tensor, Tensor]:
     of_columns = (parts.place + parts.rows * parts.across, first, first + parts.columns, parts.down)
     sources = torch.stack([torch.stack(s, dim=1) for s in (of_rows, of_columns)], dim=1).view(-1, 4)
     begin = sources[:, BEGIN.value] // SUMS.value
-    source, nth = repeated(_ratio(sources[:, END.value], SUMS.value) - begin)
+    source, nth = repeated(ratio(sources[:, END.value], SUMS.value) - begin)
     destination, wave = begin[source] + nth, parts.wave[source // 2]
     order = torch.argsort(destination, stable=True)
     order = order[torch.argsort(wave[order], stable=True)]
@@ -331,15 +329,5 @@ def _runs(keys: Tensor) -> list[tuple[list[int], int, int]]:
     return list(zip(found.tolist(), (stop - counts).tolist(), stop.tolist(), strict=True))
 
 
-def _ratio(numerator: Tensor, denominator: Tensor | int) -> Tensor:
-    """Rounded up."""
-    return (numerator + denominator - 1) // denominator
-
-
 def _int64(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
-
-
-def to_device(device: torch.device, table: Tensor) -> Tensor:
-    """A table of the CPU's, on the device, without waiting for it."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

@@ -31,6 +31,8 @@ from against_reference import (
     values,
 )
 from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -41,6 +43,7 @@ from novoscale.kernels import reference
 from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
 from novoscale.kernels import triton_passes as passes
+from novoscale.kernels.triton_tables import Kind, updates
 from novoscale.momentum import FORMATS
 
 # NumPy says of the interpreter's arithmetic what float32 does with infinity, and uint32 beyond 2**32.
@@ -226,11 +229,14 @@ def test_rounding_to_bfloat16_is_to_nearest_even(small):
 def test_chunks_are_aligned_where_the_tensor_is_and_the_piece_is_not(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 128)
     tensors = [torch.ones(400, device=DEVICE) for _ in range(2)]
-    rows = kernels.Kernels([shard(*tensors, None, [Part(115, 350, 0)])], DEVICE, 1)._table.cpu()
-    assert rows[:, [passes.BEGIN.value, passes.END.value]].tolist() == [[3, 16], [0, 128], [0, 94]]
-    addresses = rows[:, [passes.PARAM.value, passes.GRAD.value]]
-    assert (addresses % 16 == 0).all()
-    assert (addresses - addresses[0]).tolist() == [[0, 0], [4 * 16] * 2, [4 * 144] * 2]
+    case = shard(*tensors, None, [Part(115, 390, 0)])
+    rows, kinds, chunks = updates([case], torch.zeros(1, dtype=torch.int64), 128)
+    columns = [passes.BEGIN.value, passes.END.value, passes.PARAM.value, passes.GRAD.value]
+    rows = rows[:, columns]
+    rows[:, 2] -= case.param.data_ptr()
+    assert rows.tolist() == [[115, 128, 0, 0], [0, 256, 512, 512], [0, 6, 1536, 1536]]
+    assert [Kind(*kind).whole for kind in kinds.tolist()] == [0, 1, 0]
+    assert chunks.tolist() == [1, 2, 1]
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -245,6 +251,51 @@ def test_gradients_may_move(small, offset):
         )
         shards.append(case)
     assert_follows_gradients(kernels, shards, DEVICE)
+
+
+class Copied(TorchDispatchMode):
+    """Counts the bytes that are copied between tensors."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            self.bytes += result.nbytes
+        return result
+
+
+def moving():
+    """Tables of plain and of factored gradients of several chunks, and whereto the gradients move."""
+    parts = [Part(0, 1500, 0), Part(1500, 2100, 1, 0, 20, 0)]
+    shards = [made(2100, "int8", parts), made(2100, None, [Part(0, 2100, 31)])]
+    mine = copied(shards, DEVICE)
+    both = kernels.Kernels(mine, DEVICE, 32, 20)
+    return both, mine, [torch.full_like(s.grad, 2.0) for s in mine]
+
+
+def test_of_gradients_that_move_one_address_each_is_sent(small):
+    both, mine, elsewhere = moving()
+    with Copied() as counted:
+        both.moved([t.data_ptr() for t in elsewhere])
+    assert counted.bytes == 8 * len(mine)
+    assert both.sum_of_squares().tolist() == [6000.0, *[80.0] * 30, 8400.0, *[120.0] * 20]
+
+
+def test_gradients_may_move_while_a_graph_is_captured(small, monkeypatch):
+    """What it copies the addresses from is kept, and not written to by a later step."""
+    both, _, elsewhere = moving()
+    before = both._captured
+    with monkeypatch.context() as capturing:
+        capturing.setattr(kernels, "_capturing", lambda device: True)
+        capturing.setattr(Tensor, "pin_memory", None)
+        both.moved([t.data_ptr() for t in elsewhere])
+        with pytest.raises(RuntimeError, match="aligned"):
+            both.moved([t.data_ptr() + 4 for t in elsewhere])
+    assert both.sum_of_squares()[0] == 6000.0
+    both.moved([0, 16])
+    assert both._captured is before
+    assert both._captured.tolist() == [t.data_ptr() for t in elsewhere]
 
 
 def test_layers_without_elements_are_zero():
@@ -307,7 +358,7 @@ def test_launches_do_not_grow_with_the_tensors(recorded, number):
     options = torch.rand(number, 4, device=DEVICE)
     both.update(replace(ones(number), options=options))
     # Each is a param group; the statistic does not depend on whether weights decay.
-    assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 1, 2, 0, 0]
+    assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 0, 2, 0, 0]
     assert all(options["enable_fp_fusion"] is False for options in recorded["update"].launches)
 
 
@@ -319,12 +370,9 @@ def test_neither_launches_nor_programs_nor_tables_grow_with_the_layers(small, re
     both.sum_of_squares()
     both.update(ones(1024 // size))
     rows = size < 512
-    assert [len(kernel.launches) for kernel in recorded.values()] == [not rows, rows, 1, 1, 0, 0]
-    assert [kernel.programs for kernel in recorded.values() if kernel.programs][1:] == [
-        [4 if rows else 2],
-        [2],
-    ]
-    assert len(both._table) == 2
+    assert [len(kernel.launches) for kernel in recorded.values()] == [not rows, rows, 0, 1, 0, 0]
+    assert [kernel.programs for kernel in recorded.values() if kernel.programs] == [[2], [2]]
+    assert len(both._runs.rows) == 1
 
 
 def test_offsets_pass_32_bits():
@@ -497,7 +545,8 @@ def test_launches_do_not_grow_with_the_factored_parameters(recorded, number):
     both.update(replace(ones(3 * number), row_root=one, column_root=one))
     launches = {name: len(kernel.launches) for name, kernel in recorded.items() if kernel.programs != [0]}
     assert launches == {
-        "chunk_statistic": 0, "rows_statistic": 0, "update": 1, "strip_statistic": 1, "panel_statistic": 1,
+        "chunk_statistic": 0, "rows_statistic": 0, "layer_statistic": 0, "update": 1,
+        "strip_statistic": 1, "panel_statistic": 1,
     }  # fmt: skip
 
 
@@ -506,10 +555,18 @@ def test_rows_of_a_strip_may_be_further_apart_than_32_bits():
     grad = torch.empty(2 * pitch + 8, dtype=torch.bfloat16, device=DEVICE)
     for row in range(3):
         grad[row * pitch : row * pitch + 8] = row + 1.0
-    table = torch.tensor([[grad.data_ptr(), 3, 8, pitch, 0, 3]], device=DEVICE)
+    table = torch.tensor([[0, 3, 8, pitch, 0, 3, 0, 0]], device=DEVICE)
+    gradients = torch.tensor([grad.data_ptr()], device=DEVICE)
     partials = torch.zeros(11, dtype=torch.float64, device=DEVICE)
     factored.strip_statistic[(1,)](
-        table, partials, None, grad_type=kernels.FORMATS[grad.dtype], width=16, tile=256, **kernels.LAUNCH
+        table,
+        gradients,
+        partials,
+        None,
+        grad_type=kernels.FORMATS[grad.dtype],
+        width=16,
+        tile=256,
+        **kernels.LAUNCH,
     )
     assert partials.tolist() == [8.0, 32.0, 72.0] + [14.0] * 8
 

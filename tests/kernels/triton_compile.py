@@ -28,7 +28,9 @@ from novoscale.momentum import FORMATS
 
 TYPES = {
     "table": "*i64",
+    "run_of": "*i32",
     "sources": "*i64",
+    "gradients": "*i64",
     "partials": "*fp64",
     "statistic": "*fp64",
     "each": "*fp32",
@@ -58,10 +60,17 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 8),
     (BFLOAT16, BFLOAT16, "int4", True, False, True, 8),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 1),
-    (BFLOAT16, BFLOAT16, "int4", True, True, False, 0, "ragged"),
+    (FLOAT32, FLOAT32, "float32", False, True, False, 0, "edges"),
+    (BFLOAT16, BFLOAT16, "bfloat16", True, True, False, 0, "edges"),
+    (BFLOAT16, BFLOAT16, "bfloat16", True, True, False, 0, "misaligned"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "edges"),
+    (BFLOAT16, BFLOAT16, "int4", True, True, False, 0, "misaligned"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "nesterov"),
     (FLOAT32, FLOAT32, "float32", False, False, True, 0, "change"),
     (FLOAT32, BFLOAT16, "bfloat16", False, False, True, 0, "change", "nesterov"),
+    (BFLOAT16, BFLOAT16, "float32", True, False, True, 0, "change"),
+    (BFLOAT16, BFLOAT16, "int8", True, False, True, 0, "change"),
+    (BFLOAT16, BFLOAT16, "int4", True, False, True, 8, "change"),
     (BFLOAT16, BFLOAT16, "bfloat16", True, True, False, 0, "term", "nesterov"),
     (FLOAT32, FLOAT32, "int8", False, True, False, 0, "term", "nesterov"),
     (BFLOAT16, BFLOAT16, "int8", True, False, True, 0, "change", "nesterov"),
@@ -72,11 +81,11 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 8, "term", "nesterov"),
     (BFLOAT16, BFLOAT16, "int4", True, True, False, 8, "term", "nesterov"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term"),
-    (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "term", "ragged"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "term", "misaligned"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 8, "cut: find"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 8, "cut: agreed"),
-    (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term", "nesterov", "cut: find", "ragged"),
-    (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term", "nesterov", "cut: agreed", "ragged"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term", "nesterov", "cut: find", "misaligned"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term", "nesterov", "cut: agreed", "misaligned"),
     (FLOAT32, FLOAT32, "int4", False, False, True, 8, "cut: agreed"),
 ]
 CUTS = {"cut: find": passes.FIND.value, "cut: agreed": passes.AGREED.value}
@@ -107,7 +116,9 @@ def cases():
             "divided": divided,
             "cut": next((cut for name, cut in CUTS.items() if name in more), None),
             "group": group,
-            "ragged": "ragged" in more,
+            "aligned": "misaligned" not in more,
+            "whole": not any(word in more for word in ("misaligned", "edges", *CUTS)),
+            "chunk": kernels.CHUNK,
         }
         constants |= {} if constants["cut"] else {"cut_blocks": None}
         constants |= {} if divided else {"row_root": None, "column_root": None}
@@ -120,14 +131,15 @@ def cases():
         writes = in_128_bits([param, *moments], half) * (group != 1)
         options = "".join(f", {'factored, ' * (option == divided)}{option}" for option in more)
         name = f"update {param} {grad} {form}{' rounded' * rounds}{f', layers of {group}s' * (group > 0)}"
-        counts = (0, 0) if "ragged" in more or constants["cut"] else (reads, writes)
+        counts = (0, 0) if "misaligned" in more or constants["cut"] else (reads, writes)
         yield f"{name}{options}", passes.update, constants, *counts
     for dtype, squares, width in STATISTICS:
         constants = {"grad_type": dtype, "squares": squares, "width": 0}
         name = f"{'sum' if squares else 'max'} {dtype}"
         yield f"chunk {name}", passes.chunk_statistic, constants, 1, 0
         yield f"rows of {width} {name}", passes.rows_statistic, constants | {"width": width}, 1, 0
-    yield "layer", passes.layer_statistic, {}, 0, 0
+    for width in (passes.FEW.value, kernels.TILE):
+        yield f"layers of {width} partials", passes.layer_statistic, {"width": width}, 0, 0
     for dtype, width in STRIPS:
         constants = {"grad_type": dtype, "width": width}
         yield f"strips of {width} {dtype}", factored.strip_statistic, constants, 1, 0
@@ -145,6 +157,8 @@ def build(kernel, constants, architecture):
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     tile = of_thread(constants) * kernels.WARPS * target.warp_size
     constants = constants | {"tile": BLOCK if constants.get("cut") else tile}
+    if of_thread(constants) == 4:
+        constants["group"] = -(-constants["group"] // 2)
     types = {name: kind for name, kind in TYPES.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
@@ -219,7 +233,7 @@ if __name__ == "__main__":
         for architecture in sys.argv[1:]:
             asm = build(kernel, constants, architecture)
             facts = amd(asm) if architecture.startswith("gfx") else nvidia(asm, constants)
-            rare = any(word in name for word in ("ragged", "layers of 1s", "cut"))
+            rare = any(word in name for word in ("edges", "misaligned", "layers of 1s", "cut"))
             line = {
                 "architecture": architecture,
                 "name": name,
