@@ -46,6 +46,10 @@ TILE = 8 * WARPS * (64 if torch.version.hip else 32)
 # No multiply-add is fused but where the kernels say so: the reference rounds each product and each sum.
 LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
 
+# The compute capabilities of chips whose float64 is about half as fast as their float32: P100, V100, A100,
+# H100 and B200.
+MUCH_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+
 # Chunks in a strip of a factored parameter, the work of one program of its statistic. The larger it is, the
 # fewer partials there are; with two, they take a twentieth of the bytes of a bfloat16 gradient.
 STRIP = 2
@@ -103,6 +107,17 @@ class _Options(NamedTuple):
             "outside": self.decays and not self.reg_inside_moment,
             "nesterov": self.nesterov,
         }
+
+
+def little_float64(device: torch.device) -> bool:
+    """Whether sums of squares are to be made as in triton_sums.
+
+    All other chips of NVIDIA do two operations in float64 where they do 128 in float32, some of those for
+    data centres too: A10, L4, L40S, B300.
+    """
+    if device.type != "cuda" or torch.version.hip:
+        return False
+    return torch.cuda.get_device_capability(device) not in MUCH_FLOAT64
 
 
 def halved(constants: dict[str, Any]) -> bool:
@@ -178,13 +193,16 @@ class Kernels:
 
     def _statistic(self, shards: Sequence[Shard], layers: int) -> None:
         """The tables and the launches of the statistic. Its partials come after it."""
+        in_words = little_float64(self._device)
         tables = statistic(shards, list(FORMATS), self._size, CHUNK, TILE)
         self._partials = tables.partials
         rows, run_of = (to_device(self._device, t) for t in tables.chunks[:2])
         self._sums: list[Any] = []
         for (norm_type, dtype, width), begin, count in tables.chunks.launches:
             kernel = passes.rows_statistic if width else passes.chunk_statistic
-            kind = {"grad_type": list(FORMATS.values())[dtype], "squares": norm_type == 2, "width": width}
+            squares = norm_type == 2
+            kind = {"grad_type": list(FORMATS.values())[dtype], "squares": squares, "width": width}
+            kind["in_words"] = squares and in_words
             given = (rows, run_of[begin:], self._gradients)
             self._sums.append(partial(kernel[(count,)], *given, tile=TILE, **kind, **LAUNCH))
         few, several = tables.few, TILE // passes.FEW.value
@@ -196,7 +214,7 @@ class Kernels:
             if programs:
                 launch = passes.layer_statistic[(programs,)]
                 self._sums.append(partial(launch, table, width=width, tile=TILE, **LAUNCH))
-        self._panels = Panels(shards, self._gradients, layers, STRIP * CHUNK, TILE, **LAUNCH)
+        self._panels = Panels(shards, self._gradients, layers, STRIP * CHUNK, TILE, in_words, **LAUNCH)
 
     def _arrange(self) -> None:
         """The tables of the update on the device, the chunks of a launch next to each other; the launches."""

@@ -16,6 +16,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from novoscale.kernels import triton_sums
 from novoscale.kernels.shards import OF_SHARD, WIDTH, Shard, panels
 from novoscale.kernels.triton_formats import FORMATS, jit, load_elements
 from novoscale.kernels.triton_tables import ratio, to_device
@@ -82,7 +83,7 @@ def _tile(
 
 
 @jit
-def _strip(
+def _strip_in_float64(
     grad: tl.tensor,
     of_rows: tl.tensor,
     of_columns: tl.tensor,
@@ -111,18 +112,77 @@ def _strip(
 
 
 @jit
+def _strip_in_words(
+    grad: tl.tensor,
+    of_rows: tl.tensor,
+    of_columns: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    pitch: tl.tensor,
+    grad_type: tl.constexpr,
+    width: tl.constexpr,
+    tile: tl.constexpr,
+    aligned: tl.constexpr,
+) -> tl.tensor:
+    """The same, as triton_sums adds; whether any of the sums are not right."""
+    row = tl.arange(0, tile // width)
+    column = tl.arange(0, width)
+    high = tl.zeros([tile // width, width], tl.float32)
+    middle, low = high, high
+    any_wrong = row < 0
+    value = _tile(grad, row, column, rows, columns, pitch, grad_type, aligned)
+    for _ in range(0, rows, tile // width):
+        product, rest, least = triton_sums.square(value)
+        high, middle, low = triton_sums.add(high, middle, low, product, rest, least)
+        value = _tile(grad, row + tile // width, column, rows, columns, pitch, grad_type, aligned)
+        sums, wrong = triton_sums.total(product, rest, least, 1)
+        any_wrong = any_wrong | wrong
+        tl.store(of_rows + row, sums, mask=row < rows)
+        row += tile // width
+    sums, wrong = triton_sums.total(high, middle, low, 0)
+    tl.store(of_columns + column, sums, mask=column < columns)
+    return (tl.max(any_wrong.to(tl.int32)) | tl.max(wrong.to(tl.int32))) > 0
+
+
+@jit
+def _strip(
+    grad: tl.tensor,
+    of_rows: tl.tensor,
+    of_columns: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    pitch: tl.tensor,
+    grad_type: tl.constexpr,
+    in_words: tl.constexpr,
+    width: tl.constexpr,
+    tile: tl.constexpr,
+    aligned: tl.constexpr,
+) -> None:
+    if in_words:
+        if _strip_in_words(grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, aligned):
+            tl.debug_barrier()  # another thread may have written what is written again
+            _strip_in_float64(
+                grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, aligned
+            )
+    else:
+        _strip_in_float64(grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, aligned)
+
+
+@jit
 def strip_statistic(
     table: tl.tensor,
     gradients: tl.tensor,
     partials: tl.tensor,
     statistic: tl.tensor,
     grad_type: tl.constexpr,
+    in_words: tl.constexpr,
     width: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
     """Of each strip, of at most ``width`` columns, the sums of g**2 of its rows and of its columns.
 
-    ``gradients``: the address of each; ``statistic`` is for panel_statistic only.
+    ``gradients``: the address of each. ``in_words``: see triton_passes.chunk_statistic. ``statistic`` is for
+    panel_statistic only.
     """
     strip = table + tl.program_id(0) * STRIP
     grad = tl.load(gradients + tl.load(strip + SHARD)) + tl.load(strip + GRAD)
@@ -132,9 +192,9 @@ def strip_statistic(
     of_rows = partials + tl.load(strip + OF_ROWS)
     of_columns = partials + tl.load(strip + OF_COLUMNS)
     if (grad % 16 == 0) & ((pitch | columns) % 8 == 0):
-        _strip(grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, True)
+        _strip(grad, of_rows, of_columns, rows, columns, pitch, grad_type, in_words, width, tile, True)
     else:
-        _strip(grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, False)
+        _strip(grad, of_rows, of_columns, rows, columns, pitch, grad_type, in_words, width, tile, False)
 
 
 @jit
@@ -174,11 +234,19 @@ class Panels:
         layers: how many layers there are; the columns come after them in the statistic.
         area: elements of a strip: a power of two, at most SIDE times the smallest of WIDTHS.
         tile: elements a program handles at a time: a power of two, from the largest of WIDTHS to ``area``.
+        in_words: see triton_passes.chunk_statistic.
         options: of all launches.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], gradients: Tensor, layers: int, area: int, tile: int, **options: Any
+        self,
+        shards: Sequence[Shard],
+        gradients: Tensor,
+        layers: int,
+        area: int,
+        tile: int,
+        in_words: bool,
+        **options: Any,
     ) -> None:
         parts = _parts(shards, area)
         strips, part = _strips(parts, _int64([s.grad.element_size() for s in shards]))
@@ -187,8 +255,9 @@ class Panels:
         self._partials = parts.partials
         launches: list[tuple[int, Any]] = []
         for (wave, dtype, width), a, b in _runs(torch.stack((parts.wave, parts.dtype, parts.width), 1)[part]):
-            kind = {"grad_type": list(FORMATS.values())[dtype], "width": width, "tile": tile, **options}
-            launches.append((wave, partial(strip_statistic[(b - a,)], strips[a:b], gradients, **kind)))
+            kind = {"grad_type": list(FORMATS.values())[dtype], "in_words": in_words, "width": width}
+            launch = strip_statistic[(b - a,)]
+            launches.append((wave, partial(launch, strips[a:b], gradients, tile=tile, **kind, **options)))
         destinations, wave_of, sources = _sums(parts, layers)
         destinations, sources = to_device(device, destinations), to_device(device, sources)
         for (wave,), a, b in _runs(wave_of[:, None]):

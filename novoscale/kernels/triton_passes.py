@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from novoscale.kernels import shards
+from novoscale.kernels import shards, triton_sums
 from novoscale.kernels.triton_formats import (
     BLOCK,
     jit,
@@ -91,6 +91,52 @@ def _total(totals: tl.tensor, axis: tl.constexpr, squares: tl.constexpr) -> tl.t
 
 
 @jit
+def _elements(
+    grad: tl.tensor,
+    offset: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    grad_type: tl.constexpr,
+    tile: tl.constexpr,
+) -> tl.tensor:
+    """A tile of elements from ``offset`` on; 0 where they are not of those begin..end."""
+    index = offset + tl.arange(0, tile)
+    if (offset >= begin) & (offset + tile <= end):
+        value = load_elements(grad, index, None, grad_type, True)
+    else:
+        inside = (index >= begin) & (index < end)
+        value = tl.where(inside, load_elements(grad, index, inside, grad_type, False), 0.0)
+    return value
+
+
+@jit
+def _of_chunk(
+    grad: tl.tensor,
+    begin: tl.tensor,
+    end: tl.tensor,
+    grad_type: tl.constexpr,
+    squares: tl.constexpr,
+    tile: tl.constexpr,
+) -> tl.tensor:
+    totals = tl.zeros([tile], tl.float64 if squares else tl.int32)
+    for offset in range(0, end, tile):
+        totals = _accumulate(totals, _elements(grad, offset, begin, end, grad_type, tile), squares)
+    return _total(totals, 0, squares)
+
+
+@jit
+def _of_chunk_in_words(
+    grad: tl.tensor, begin: tl.tensor, end: tl.tensor, grad_type: tl.constexpr, tile: tl.constexpr
+) -> tuple[tl.tensor, tl.tensor]:
+    high = tl.zeros([tile], tl.float32)
+    middle, low = high, high
+    for offset in range(0, end, tile):
+        value = _elements(grad, offset, begin, end, grad_type, tile)
+        high, middle, low = triton_sums.add(high, middle, low, *triton_sums.square(value))
+    return triton_sums.total(high, middle, low, 0)
+
+
+@jit
 def chunk_statistic(
     table: tl.tensor,
     run_of: tl.tensor,
@@ -98,12 +144,14 @@ def chunk_statistic(
     statistic: tl.tensor,
     grad_type: tl.constexpr,
     squares: tl.constexpr,
+    in_words: tl.constexpr,
     width: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
     """The statistic of each chunk that lies in one layer: the sum of g**2, or the largest abs(g).
 
-    ``gradients``: the address of each. ``width`` is for rows_statistic only.
+    ``gradients``: the address of each. ``in_words``: whether squares are added as triton_sums does it, or in
+    float64. ``width`` is for rows_statistic only.
     """
     program = tl.program_id(0)
     row = table + tl.load(run_of + program) * SUM_ROW
@@ -119,39 +167,76 @@ def chunk_statistic(
     begin = (grad % 16).to(tl.int32) // (grad_type.primitive_bitwidth // 8)
     end = begin + tl.minimum(length, size - done).to(tl.int32)
     grad -= grad % 16
-    totals = tl.zeros([tile], tl.float64 if squares else tl.int32)
-    for offset in range(0, end, tile):
-        index = offset + tl.arange(0, tile)
-        if (offset >= begin) & (offset + tile <= end):
-            totals = _accumulate(totals, load_elements(grad, index, None, grad_type, True), squares)
-        else:
-            inside = (index >= begin) & (index < end)
-            value = tl.where(inside, load_elements(grad, index, inside, grad_type, False), 0.0)
-            totals = _accumulate(totals, value, squares)
-    tl.store(statistic + tl.load(row + RESULT) + nth, _total(totals, 0, squares))
+    if in_words:
+        result, wrong = _of_chunk_in_words(grad, begin, end, grad_type, tile)
+        if wrong:
+            result = _of_chunk(grad, begin, end, grad_type, squares, tile)
+    else:
+        result = _of_chunk(grad, begin, end, grad_type, squares, tile)
+    tl.store(statistic + tl.load(row + RESULT) + nth, result)
 
 
 @jit
-def _add_rows(
-    totals: tl.tensor,
+def _elements_of_rows(
     grad: tl.tensor,
     first: tl.tensor,
     offset: tl.tensor,
     size: tl.tensor,
     end: tl.tensor,
     grad_type: tl.constexpr,
-    squares: tl.constexpr,
+    width: tl.constexpr,
     aligned: tl.constexpr,
 ) -> tl.tensor:
-    """Add to each row's total the row's elements from ``offset`` on, of those 0..end of the chunk."""
-    column = offset + tl.arange(0, totals.shape[1])[None, :]
+    """The elements of each row from ``offset`` on; 0 where they are not of the row, and of those 0..end."""
+    column = offset + tl.arange(0, width)[None, :]
     index = first[:, None] + column
     inside = (column < size) & (index < end)
     if aligned:
         index = tl.max_contiguous(tl.multiple_of(index, (1, 8)), (1, 8))
         inside = tl.max_constancy(inside, (1, 8))
-    value = load_elements(grad, index, inside, grad_type, aligned)
-    return _accumulate(totals, tl.where(inside, value, 0.0), squares)
+    return tl.where(inside, load_elements(grad, index, inside, grad_type, aligned), 0.0)
+
+
+@jit
+def _of_rows(
+    grad: tl.tensor,
+    first: tl.tensor,
+    size: tl.tensor,
+    end: tl.tensor,
+    aligned: tl.tensor,
+    grad_type: tl.constexpr,
+    squares: tl.constexpr,
+    width: tl.constexpr,
+) -> tl.tensor:
+    totals = tl.zeros([first.shape[0], width], tl.float64 if squares else tl.int32)
+    for offset in range(0, size, width):
+        if aligned:
+            value = _elements_of_rows(grad, first, offset, size, end, grad_type, width, True)
+        else:
+            value = _elements_of_rows(grad, first, offset, size, end, grad_type, width, False)
+        totals = _accumulate(totals, value, squares)
+    return _total(totals, 1, squares)
+
+
+@jit
+def _of_rows_in_words(
+    grad: tl.tensor,
+    first: tl.tensor,
+    size: tl.tensor,
+    end: tl.tensor,
+    aligned: tl.tensor,
+    grad_type: tl.constexpr,
+    width: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    high = tl.zeros([first.shape[0], width], tl.float32)
+    middle, low = high, high
+    for offset in range(0, size, width):
+        if aligned:
+            value = _elements_of_rows(grad, first, offset, size, end, grad_type, width, True)
+        else:
+            value = _elements_of_rows(grad, first, offset, size, end, grad_type, width, False)
+        high, middle, low = triton_sums.add(high, middle, low, *triton_sums.square(value))
+    return triton_sums.total(high, middle, low, 1)
 
 
 @jit
@@ -162,12 +247,13 @@ def rows_statistic(
     statistic: tl.tensor,
     grad_type: tl.constexpr,
     squares: tl.constexpr,
+    in_words: tl.constexpr,
     width: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
     """The statistic of each layer in each chunk of several whole ones.
 
-    A layer is a row of a tile, ``width`` elements of it at a time.
+    A layer is a row of a tile, ``width`` elements of it at a time. ``in_words``: see chunk_statistic.
     """
     rows: tl.constexpr = tile // width
     program = tl.program_id(0)
@@ -184,15 +270,14 @@ def rows_statistic(
     for number in range(0, layers, rows):
         nth = number + tl.arange(0, rows)
         first = nth * size
-        totals = tl.zeros([rows, width], tl.float64 if squares else tl.int32)
-        for offset in range(0, size, width):
-            if aligned:
-                totals = _add_rows(totals, grad, first, offset, size, layers * size, grad_type, squares, True)
-            else:
-                totals = _add_rows(
-                    totals, grad, first, offset, size, layers * size, grad_type, squares, False
-                )
-        tl.store(result + nth, _total(totals, 1, squares), mask=nth < layers)
+        end = layers * size
+        if in_words:
+            found, wrong = _of_rows_in_words(grad, first, size, end, aligned, grad_type, width)
+            if tl.max(wrong.to(tl.int32)) > 0:
+                found = _of_rows(grad, first, size, end, aligned, grad_type, squares, width)
+        else:
+            found = _of_rows(grad, first, size, end, aligned, grad_type, squares, width)
+        tl.store(result + nth, found, mask=nth < layers)
 
 
 @jit

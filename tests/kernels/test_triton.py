@@ -645,7 +645,7 @@ def compiled():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled_code(compiled, architecture, record_property):
     mine = [kernel for kernel in compiled if kernel["architecture"] == architecture]
-    assert len(mine) == len(compiled) / len(ARCHITECTURES)
+    assert {kernel["name"] for kernel in mine} >= {k["name"] for k in compiled if "in words" not in k["name"]}
     for kernel in mine:
         print(json.dumps(kernel))
         record_property(kernel["name"], kernel["registers"])
@@ -653,19 +653,13 @@ def test_compiled_code(compiled, architecture, record_property):
         # 40 % of the threads that may run, or on AMD's a quarter; less where a launch is of few chunks, and a
         # quarter where each element is divided.
         divided = "factored" in kernel["name"] or architecture.startswith("gfx")
+        limit = 128 if divided or "in words" in kernel["name"] else 96 if kernel["rare"] else 72
         limit = (
-            140
-            if "bf16 bf16 float32" in kernel["name"]
-            else 128
-            if divided
-            else 96
-            if kernel["rare"]
-            else 80
-            if "nesterov" in kernel["name"]
-            else 72
+            140 if "bf16 bf16 float32" in kernel["name"] else max(limit, 80 * ("nesterov" in kernel["name"]))
         )
         assert kernel["registers"] <= limit
         assert kernel["float32 fma"] == 0
+        assert (kernel["written fma"] > 0) == ("in words" in kernel["name"])
         assert kernel["other divisions"] == 0
         assert kernel["128-bit loads"] >= kernel["tensors"]
         assert kernel["128-bit stores"] >= kernel["stored"]
