@@ -18,7 +18,6 @@ from novoscale.kernels.triton_formats import jit
 # A sum of up to 2**20 squares from here on lacks at most 2**-58 of itself: of each product and of its rest,
 # what is below float32's smallest number.
 _LEAST = tl.constexpr(2.0**-70)
-_SMALLEST = tl.constexpr(2.0**-149)
 _INFINITY = tl.constexpr(float("inf"))
 
 
@@ -34,7 +33,8 @@ def _two_sum(a: tl.tensor, b: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 def square(value: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """value**2 in three words; not 0 where the value is not."""
     product = value * value
-    return product, tl.fma(value, value, -product), tl.minimum(tl.abs(value), _SMALLEST)
+    smallest = tl.full([], 1, tl.int32).to(tl.float32, bitcast=True)  # as a number it would be float64
+    return product, tl.fma(value, value, -product), tl.minimum(tl.abs(value), smallest)
 
 
 @jit
