@@ -564,6 +564,7 @@ def test_rows_of_a_strip_may_be_further_apart_than_32_bits():
         partials,
         None,
         grad_type=kernels.FORMATS[grad.dtype],
+        in_words=False,
         width=16,
         tile=256,
         **kernels.LAUNCH,
