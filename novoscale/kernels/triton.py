@@ -160,9 +160,10 @@ class Kernels:
         cut_blocks: int = 0,
     ) -> None:
         self._device, self._size, self._cut_blocks = device, layers + columns, cut_blocks
-        self._index = torch.empty(0, device=device).get_device()
+        here = torch.empty(0, device=device)
+        self._index = here.get_device()
         for shard in shards:
-            if not supports(shard) or shard.param.device.type != device.type:
+            if not supports(shard) or shard.param.device != here.device:
                 where = f"of strides {shard.param.stride()} on {shard.param.device}"
                 raise ValueError(f"the Triton kernels on {device} cannot take {_options(shard)} {where}")
         addresses = _int64([s.grad.data_ptr() for s in shards])
@@ -173,7 +174,7 @@ class Kernels:
         options = [_options(s) for s in shards]
         self._options = list(dict.fromkeys(options))
         option_of = _int64([self._options.index(o) for o in options])
-        self._runs = updates(shards, option_of, CHUNK)
+        self._runs = updates(shards, option_of, CHUNK, TILE)
         self._arrange()
 
     def _statistic(self, shards: Sequence[Shard], layers: int) -> None:
@@ -221,7 +222,8 @@ class Kernels:
             "whole": bool(kind.whole),
         }
         half = 2 if halved(constants) else 1
-        constants["group"] = -(-kind.group // half)
+        if kind.group > 1:
+            constants["group"] //= half
         tile = BLOCK if kind.cut else TILE // half
         constants |= {"chunk": CHUNK, "tile": tile, "cut_count": self._cut_blocks}
         return kind, partial(passes.update[(count,)], *given, **constants, **LAUNCH)

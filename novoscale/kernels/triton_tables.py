@@ -126,13 +126,14 @@ class Updates(NamedTuple):
         return arranged(self.rows, kinds, self.chunks, passes.FIRST.value)
 
 
-def updates(shards: Sequence[Shard], option_of: Tensor, chunk: int) -> Updates:
+def updates(shards: Sequence[Shard], option_of: Tensor, chunk: int, tile: int) -> Updates:
     """The runs of the update.
 
     Args:
         shards: the tensors.
         option_of: which options each has.
         chunk: elements of a chunk.
+        tile: elements a program handles at a time.
     """
     # Bytes of a block of codes; 0 where the moment is not in blocks.
     width = _int64([BLOCK // form.packed if (form := in_blocks(s)) else 0 for s in shards])
@@ -181,10 +182,11 @@ def updates(shards: Sequence[Shard], option_of: Tensor, chunk: int) -> Updates:
     left = size - within
     # Of large layers only a chunk that has the end of one within it: see _runs.
     several = (left < stop - begin) & ((size < chunk) | ((begin + left) % chunk != 0))
-    group = torch.where(((within - begin) | size) % GROUP == 0, GROUP, 1)
-    group = torch.where(
-        several | (cut >= 0), group, 0
-    )  # cut blocks always with what each element's layer does
+    bounds = (within - begin) | size  # of layers, all are multiples of what these are
+    in_tiles = bounds % tile == 0
+    large = in_tiles | (size >= 4 * tile) & (~blocks | (bounds % BLOCK == 0))
+    group = torch.where(bounds % GROUP == 0, GROUP, 1)  # in cut blocks too
+    group = torch.where((cut >= 0) | several & ~large, group, torch.where(several, passes.IN_TURN.value, 0))
     addresses = rows[:, passes.PARAM.value] | torch.where(blocks, 0, rows[:, passes.EXP_AVG.value])
     aligned = addresses % 16 == 0
     columns = (column + within - begin) | torch.where(several, size, 0)
@@ -192,7 +194,7 @@ def updates(shards: Sequence[Shard], option_of: Tensor, chunk: int) -> Updates:
     aligned &= ~blocks | ((begin | stop) % GROUP == 0)
     counted = _int64([s.needs_positions for s in shards])[shard] > 0
     aligned &= blocks | ~counted | ((position + done) >> 32 == (position + end - 1) >> 32)
-    whole = (begin == 0) & (stop % chunk == 0)
+    whole = (begin == 0) & (stop % chunk == 0) & (~several | (group > 0) | in_tiles)
     facts = (option_of[shard], factored, group, cut >= 0, aligned, whole)
     kinds = torch.stack([fact.long() for fact in facts], dim=1)
     return Updates(rows, kinds, (stop - 1) // chunk + 1)
@@ -276,8 +278,8 @@ def statistic(
     length = ratio(ratio(width, ratio(width, chunk)), ALIGNMENT) * ALIGNMENT
     parts = ratio(width, length)
     many = torch.where(layers > 1, chunk // width, 1).clamp(min=1)
-    # A layer in one chunk is complete if that has all of its elements, or if no other has any. Of the others the
-    # partials are next to each other, for they are in the order of the layers.
+    # A layer in one chunk is complete if that has all of its elements, or if no other has any. Of the others
+    # the partials are next to each other, for they are in the order of the layers.
     shared = (width < pieces[piece, SIZE]) | (parts > 1)
     of, nth = repeated(torch.where(shared, layers, 0))
     found, inverse = torch.unique_consecutive(layer[of] + nth, return_inverse=True)

@@ -128,7 +128,7 @@ def test_every_mix_of_formats(small, param, grad, form, rounding):
     assert_as_reference(kernels, [case], 3, random_coefficients(3, generated()), DEVICE)
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 127, 128, 129, 256, 264, 511, 512, 513, 640])
+@pytest.mark.parametrize("size", [1, 7, 8, 127, 128, 129, 256, 264, 511, 512, 513, 640, 1100, 1152])
 @pytest.mark.parametrize(("form", "norm_type"), [("float32", 2), ("bfloat16", 0), ("int8", 2), ("int4", 0)])
 def test_rows(small, size, form, norm_type):
     """Layers below, at and above a block, a tile and a chunk; the piece begins and ends within one."""
@@ -230,7 +230,7 @@ def test_chunks_are_aligned_where_the_tensor_is_and_the_piece_is_not(monkeypatch
     monkeypatch.setattr(kernels, "CHUNK", 128)
     tensors = [torch.ones(400, device=DEVICE) for _ in range(2)]
     case = shard(*tensors, None, [Part(115, 390, 0)])
-    rows, kinds, chunks = updates([case], torch.zeros(1, dtype=torch.int64), 128)
+    rows, kinds, chunks = updates([case], torch.zeros(1, dtype=torch.int64), 128, 64)
     columns = [passes.BEGIN.value, passes.END.value, passes.PARAM.value, passes.GRAD.value]
     rows = rows[:, columns]
     rows[:, 2] -= case.param.data_ptr()
@@ -389,7 +389,7 @@ def test_offsets_pass_32_bits():
 # ---- factored parameters ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [1, 7, 8, 16, 17, 64, 72, 256, 264, 511, 520, 1104])
+@pytest.mark.parametrize("width", [1, 7, 8, 16, 17, 64, 72, 256, 264, 511, 520, 1104, 1152])
 def test_panels(small, width):
     """Columns below, at and above those of a strip, a tile and a chunk; pieces begin and end within a row."""
     numel = max(3 * width, 400)

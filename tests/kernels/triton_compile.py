@@ -68,7 +68,8 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (FLOAT32, BFLOAT16, "bfloat16", False, False, True, 0, "change", "nesterov"),
     (BFLOAT16, BFLOAT16, "float32", True, False, True, 0, "change"),
     (BFLOAT16, BFLOAT16, "int8", True, False, True, 0, "change"),
-    (BFLOAT16, BFLOAT16, "int4", True, False, True, 8, "change"),
+    (BFLOAT16, BFLOAT16, "int4", True, False, True, -1, "change"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, -1),
     (BFLOAT16, BFLOAT16, "bfloat16", True, True, False, 0, "term", "nesterov"),
     (FLOAT32, FLOAT32, "int8", False, True, False, 0, "term", "nesterov"),
     (BFLOAT16, BFLOAT16, "int8", True, False, True, 0, "change", "nesterov"),
@@ -82,6 +83,7 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term", "nesterov", "cut: agreed", "misaligned"),
     (FLOAT32, FLOAT32, "int4", False, False, True, 8, "cut: agreed"),
 ]
+GROUPS = {0: "", 1: ", layers of 1s", 8: ", layers of 8s", passes.IN_TURN.value: ", layers in turn"}
 CUTS = {"cut: find": passes.FIND.value, "cut: agreed": passes.AGREED.value}
 STATISTICS = [(FLOAT32, True, 1024), (BFLOAT16, True, 64), (BFLOAT16, False, 1024)]
 STRIPS = [(FLOAT32, 256), (BFLOAT16, 256), (BFLOAT16, 16)]
@@ -124,7 +126,7 @@ def cases():
         reads = in_128_bits([param, grad, *moments, *roots], half)
         writes = in_128_bits([param, *moments], half) * (group != 1)
         options = "".join(f", {'factored, ' * (option == divided)}{option}" for option in more)
-        name = f"update {param} {grad} {form}{' rounded' * rounds}{f', layers of {group}s' * (group > 0)}"
+        name = f"update {param} {grad} {form}{' rounded' * rounds}{GROUPS[group]}"
         counts = (0, 0) if "misaligned" in more or constants["cut"] else (reads, writes)
         yield f"{name}{options}", passes.update, constants, *counts
     for dtype, squares, width in STATISTICS:
@@ -148,8 +150,8 @@ def build(kernel, constants, architecture):
     half = "param_type" in constants and kernels.halved(constants)
     tile = (4 if half else 8) * kernels.WARPS * target.warp_size
     constants = constants | {"tile": BLOCK if constants.get("cut") else tile}
-    if half:
-        constants["group"] = -(-constants["group"] // 2)
+    if half and constants["group"] > 1:
+        constants["group"] //= 2
     types = {name: kind for name, kind in TYPES.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
