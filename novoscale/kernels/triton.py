@@ -188,15 +188,11 @@ class Kernels:
             kind = {"grad_type": list(FORMATS.values())[dtype], "squares": norm_type == 2, "width": width}
             given = (rows, run_of[begin:], self._gradients)
             self._sums.append(partial(kernel[(count,)], *given, tile=TILE, **kind, **LAUNCH))
-        few, several = tables.few, TILE // passes.FEW.value
-        ends = to_device(self._device, tables.ends)
-        for table, programs, width in (
-            (ends[:few], few // several, passes.FEW.value),
-            (ends[few:], len(ends) - few, TILE),
-        ):
-            if programs:
-                launch = passes.layer_statistic[(programs,)]
-                self._sums.append(partial(launch, table, width=width, tile=TILE, **LAUNCH))
+        ends, few, several = to_device(self._device, tables.ends), tables.few, passes.SEVERAL.value
+        for table, many, width in ((ends[:few], several, passes.FEW.value), (ends[few:], 1, TILE)):
+            if len(table):
+                launch = passes.layer_statistic[(len(table) // many,)]
+                self._sums.append(partial(launch, table, width=width, tile=many * width, **LAUNCH))
         self._panels = Panels(shards, self._gradients, layers, STRIP * CHUNK, TILE, **LAUNCH)
 
     def _arrange(self) -> None:

@@ -50,7 +50,8 @@ LENGTH = tl.constexpr(5)
 RESULT = tl.constexpr(6)  # where the sums go, one after another
 SUM_FIRST = tl.constexpr(7)
 SUM_ROW = tl.constexpr(8)
-FEW = tl.constexpr(16)  # partials of a layer up to which a program adds those of several layers
+FEW = tl.constexpr(16)  # partials of a layer up to which a program adds those of
+SEVERAL = tl.constexpr(32)  # layers
 
 # What is done to pieces of cut blocks, which are chunks of their own: first, find what this rank has to tell
 # the others; then, update them by what all have told.
@@ -437,8 +438,8 @@ def update(
     ``divided``, of factored parameters: "term", what is added to the moment, or "change", what is taken from
     the weight; else None. ``cut``: of pieces of cut blocks, what is done to them: see FIND; else None.
     ``group``: elements that surely are of one layer; 0: all of a chunk; or IN_TURN. ``aligned``: see
-    _update_tile; if no moment is in blocks, of the tiles that are whole. ``whole``: all tiles are. That this is
-    known of a launch, and no branches, saves registers.
+    _update_tile; if no moment is in blocks, of the tiles that are whole. ``whole``: all tiles are. That this
+    is known of a launch, and no branches, saves registers.
     """
     # From the end: what the first pass read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)

@@ -244,7 +244,7 @@ class Statistic(NamedTuple):
         chunks: see passes.chunk_statistic. A launch's facts are the norm type; the gradient's dtype, as a
             place in a list; the ``width`` of passes.rows_statistic, or 0 where chunks have one layer each.
         ends: int64 ``[layers, 4]``: see passes.layer_statistic; those with few partials first.
-        few: how many these are, a multiple of ``several``.
+        few: how many these are, a multiple of passes.SEVERAL.
         partials: how many there are.
     """
 
@@ -311,8 +311,7 @@ def statistic(
     ends = torch.stack((found, stop - sources, stop, of_found), dim=1)
     small = sources <= passes.FEW.value
     few, most = ends[summed & small], ends[summed & ~small]
-    several = tile // passes.FEW.value
-    few = torch.nn.functional.pad(few, (0, 0, 0, -len(few) % several))
+    few = torch.nn.functional.pad(few, (0, 0, 0, -len(few) % passes.SEVERAL.value))
     table = arranged(rows, kinds, count, passes.SUM_FIRST.value)
     return Statistic(table, torch.cat((few, most)), len(few), int(slots.sum()))
 

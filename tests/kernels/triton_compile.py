@@ -134,8 +134,9 @@ def cases():
         name = f"{'sum' if squares else 'max'} {dtype}"
         yield f"chunk {name}", passes.chunk_statistic, constants, 1, 0
         yield f"rows of {width} {name}", passes.rows_statistic, constants | {"width": width}, 1, 0
-    for width in (passes.FEW.value, kernels.TILE):
-        yield f"layers of {width} partials", passes.layer_statistic, {"width": width}, 0, 0
+    few = {"width": passes.FEW.value, "tile": passes.FEW.value * passes.SEVERAL.value}
+    yield "layers of few partials", passes.layer_statistic, few, 0, 0
+    yield "layers of many partials", passes.layer_statistic, {"width": kernels.TILE}, 0, 0
     for dtype, width in STRIPS:
         constants = {"grad_type": dtype, "width": width}
         yield f"strips of {width} {dtype}", factored.strip_statistic, constants, 1, 0
@@ -149,7 +150,7 @@ def build(kernel, constants, architecture):
     # By each thread as many elements as Kernels would give it.
     half = "param_type" in constants and kernels.halved(constants)
     tile = (4 if half else 8) * kernels.WARPS * target.warp_size
-    constants = constants | {"tile": BLOCK if constants.get("cut") else tile}
+    constants = {"tile": BLOCK if constants.get("cut") else tile, **constants}
     if half and constants["group"] > 1:
         constants["group"] //= 2
     types = {name: kind for name, kind in TYPES.items() if name not in constants}
