@@ -318,13 +318,22 @@ def statistic(
 
 def _distinct(kinds: Tensor) -> tuple[Tensor, Tensor]:
     """The different rows in ascending order, and which of them each row is."""
-    code, least = torch.zeros(len(kinds), dtype=torch.int64, device="cpu"), kinds.amin(0) if len(kinds) else 0
-    for column in (kinds - least).unbind(1):
-        code = code * (int(column.max()) + 1 if len(column) else 1) + column
-    _, kind = torch.unique(code, return_inverse=True)
+    _, kind = torch.unique(codes(kinds), return_inverse=True)
     some = torch.zeros(int(kind.max()) + 1 if len(kind) else 0, dtype=torch.int64, device="cpu")
     some[kind] = torch.arange(len(kind), device="cpu")
     return kinds[some], kind
+
+
+def codes(rows: Tensor) -> Tensor:
+    """A number for each row of small numbers, of which those of equal rows are equal; in the rows' order.
+
+    To sort or compare numbers takes a fraction of the time that rows do.
+    """
+    code = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
+    for column in rows.unbind(1) if len(rows) else ():
+        least, most = column.aminmax()
+        code = code * (most - least + 1) + (column - least)
+    return code
 
 
 def in_blocks(shard: Shard) -> momentum.Format | None:
