@@ -6,6 +6,7 @@ Works on tiles of a bounded number of elements, so no transient grows with a ten
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from novoscale.kernels.shards import (
     STEP_SIZE,
     WEIGHT_DECAY,
     Coefficients,
+    Held,
     Shard,
     chunks,
     panels,
@@ -57,9 +59,22 @@ class Kernels:
         self._shards, self._device, self._layers, self._columns = shards, device, layers, columns
         self._cut_blocks = cut_blocks
 
-    def sum_of_squares(self) -> Tensor:
-        """See :func:`sum_of_squares`."""
-        return sum_of_squares(self._shards, self._device, self._layers, self._columns)
+    def hold(self, tensors: Sequence[Held]) -> None:
+        """Take the tensors of the shards, for one step."""
+        self._shards = [
+            replace(shard, **held._asdict()) for shard, held in zip(self._shards, tensors, strict=True)
+        ]
+
+    def release(self) -> None:
+        """Let go of them."""
+        none = torch.empty(0, device="cpu")
+        self._shards = [
+            replace(s, param=none, grad=none, exp_avg=None, exp_avg_scale=None) for s in self._shards
+        ]
+
+    def sum_of_squares(self, more: int = 0) -> Tensor:
+        """See :func:`sum_of_squares`; followed by ``more`` zeros."""
+        return sum_of_squares(self._shards, self._device, self._layers, self._columns, more)
 
     def largest(self, coefficients: Coefficients) -> Tensor:
         """See :func:`largest`."""
@@ -70,7 +85,9 @@ class Kernels:
         update(self._shards, coefficients)
 
 
-def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> Tensor:
+def sum_of_squares(
+    shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0, more: int = 0
+) -> Tensor:
     """This rank's part of each layer's statistic, and of each column's of factored parameters.
 
     Squares are formed and added in float64, where the square of a float32, bfloat16 or float16 is
@@ -81,11 +98,12 @@ def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int, c
         device: where the result goes.
         layers: how many layers there are.
         columns: how many columns.
+        more: how many zeros are to follow.
 
     Returns:
-        float64 ``[layers + columns]``: the sum of g**2 (``norm_type`` 2) or the largest abs(g) (0).
+        float64 ``[layers + columns + more]``: the sum of g**2 (``norm_type`` 2) or the largest abs(g) (0).
     """
-    result = torch.zeros(layers + columns, dtype=torch.float64, device=device)
+    result = torch.zeros(layers + columns + more, dtype=torch.float64, device=device)
     tile = _tile(shards)
     table = chunks(shards, tile, BLOCK, factored=False)
     for start, stop, layer, position, size, *_, index in table.tolist():

@@ -182,14 +182,14 @@ def store_blocks(
 
 
 @jit
-def scramble(x: tl.tensor) -> tl.tensor:
+def scramble(x: tl.tensor, key: tl.tensor = 0) -> tl.tensor:
     """See ``rounding.scramble``; uint32."""
-    x = (x ^ (x >> 16)) * 0x21F0AAAD
-    x = (x ^ (x >> 15)) * 0xD35A2D97
+    x = (x ^ (x >> 16) ^ key) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 15)
 
 
 @jit
 def random_bits(key: tl.tensor, low: tl.tensor, scrambled_high: tl.tensor) -> tl.tensor:
     """See ``rounding.random_bits``; of the position the lower half, and the upper one scrambled."""
-    return scramble(scramble(low ^ scrambled_high) ^ key)
+    return scramble(low * 0x9E3779B9, key ^ scrambled_high)

@@ -115,8 +115,9 @@ def chunk_statistic(
     parts = tl.load(row + PARTS)
     length = tl.load(row + LENGTH)
     size = tl.load(row + WIDTH)
-    done = nth % parts * length
-    first = nth // parts * size + done
+    layer = nth // parts
+    done = (nth - layer * parts) * length
+    first = layer * size + done
     grad = tl.load(gradients + tl.load(row + SUM_SHARD)) + tl.load(row + SUM_GRAD)
     grad += first * (grad_type.primitive_bitwidth // 8)
     # From the last aligned address before it.
@@ -203,7 +204,8 @@ def rows_statistic(
 def layer_statistic(table: tl.tensor, statistic: tl.tensor, width: tl.constexpr, tile: tl.constexpr) -> None:
     """The sums of partials, those of each layer ``width`` at a time.
 
-    A row of its table: layer, first and last (exclusive) partial, norm type. One without partials is idle.
+    A row of its table: the sum's place, first and last (exclusive) partial, norm type. Without partials it is
+    idle.
     """
     many: tl.constexpr = tile // width
     row = table + (tl.program_id(0) * many + tl.arange(0, many)) * 4
@@ -407,7 +409,7 @@ def update(
     run_of: tl.tensor,
     gradients: tl.tensor,
     each: tl.tensor,
-    options: tl.tensor,
+    groups: tl.tensor,
     active: tl.tensor,
     key: tl.tensor,
     row_root: tl.tensor,
@@ -433,7 +435,7 @@ def update(
 ) -> None:
     """First moment and weights of the active layers, in place.
 
-    ``gradients``: the address of each. ``each``, ``options``, ``active``, ``key`` and the roots are those of
+    ``gradients``: the address of each. ``each``, ``groups``, ``active``, ``key`` and the roots are those of
     Coefficients, numbers float32; the roots may be None where they are not needed.
     ``divided``, of factored parameters: "term", what is added to the moment, or "change", what is taken from
     the weight; else None. ``cut``: of pieces of cut blocks, what is done to them: see FIND; else None.
@@ -453,8 +455,9 @@ def update(
     within = tl.load(row + WITHIN) + done
     layer = tl.load(row + LAYER)
     if within >= size:
-        layer += within // size
-        within = within % size
+        ended = within // size
+        layer += ended
+        within -= ended * size
     element = tl.load(gradients + tl.load(row + SHARD)) + tl.load(row + GRAD)
     grad = element + base * (grad_type.primitive_bitwidth // 8)
     param = tl.load(row + PARAM) + base * (param_type.primitive_bitwidth // 8)
@@ -470,7 +473,7 @@ def update(
     origin = (position - begin).to(tl.uint32)
     high = scramble((position >> 32).to(tl.uint32))
     next_high = scramble(((position + chunk) >> 32).to(tl.uint32))
-    of_group = options + tl.load(row + GROUP) * RECORD
+    of_group = groups + tl.load(row + GROUP) * RECORD
     beta1 = tl.load(of_group + BETA1)
     beta3 = tl.load(of_group + BETA3)
     weight_decay = tl.load(of_group + WEIGHT_DECAY)

@@ -245,7 +245,7 @@ class Statistic(NamedTuple):
             place in a list; the ``width`` of passes.rows_statistic, or 0 where chunks have one layer each.
         ends: int64 ``[layers, 4]``: see passes.layer_statistic; those with few partials first.
         few: how many these are, a multiple of passes.SEVERAL.
-        partials: how many there are.
+        partials: how many there are; they come before the statistic. A multiple of 16: that is aligned too.
     """
 
     chunks: Table
@@ -254,15 +254,12 @@ class Statistic(NamedTuple):
     partials: int
 
 
-def statistic(
-    shards: Sequence[Shard], dtypes: Sequence[torch.dtype], size: int, chunk: int, tile: int
-) -> Statistic:
+def statistic(shards: Sequence[Shard], dtypes: Sequence[torch.dtype], chunk: int, tile: int) -> Statistic:
     """The runs of the statistic, and the layers whose statistics are sums of partials.
 
     Args:
         shards: the tensors.
         dtypes: the list.
-        size: of the statistic; its partials come after it.
         chunk: elements of a chunk.
         tile: elements a program handles at a time.
     """
@@ -288,6 +285,7 @@ def statistic(
     partial[of] = sources[inverse] > 1
     count = torch.where(many > 1, ratio(layers, many), layers * parts)
     slots = torch.where(partial, count, 0)
+    partials = ratio(slots.sum(), 16) * 16
     rows = torch.zeros(len(start), passes.SUM_ROW.value, dtype=torch.int64, device="cpu")
     entries = {
         passes.SUM_GRAD: start * _int64([s.grad.element_size() for s in shards])[shard],
@@ -296,7 +294,7 @@ def statistic(
         passes.WIDTH: width,
         passes.PARTS: torch.where(many > 1, many, parts),
         passes.LENGTH: length,
-        passes.RESULT: torch.where(partial, size + slots.cumsum(0) - slots, layer),
+        passes.RESULT: torch.where(partial, slots.cumsum(0) - slots, partials + layer),
     }
     for entry, values in entries.items():
         rows[:, entry.value] = values
@@ -306,14 +304,14 @@ def statistic(
     of_rows = torch.where(many > 1, widths[torch.bucketize(width.clamp(max=tile), widths)], 0)
     kinds = torch.stack((norm_type, dtype, of_rows), dim=1)
     summed = sources > 1
-    stop = size + (sources * summed).cumsum(0)
+    stop = (sources * summed).cumsum(0)
     of_found = torch.zeros_like(found).index_copy_(0, inverse, norm_type[of])
-    ends = torch.stack((found, stop - sources, stop, of_found), dim=1)
+    ends = torch.stack((partials + found, stop - sources, stop, of_found), dim=1)
     small = sources <= passes.FEW.value
     few, most = ends[summed & small], ends[summed & ~small]
     few = torch.nn.functional.pad(few, (0, 0, 0, -len(few) % passes.SEVERAL.value))
     table = arranged(rows, kinds, count, passes.SUM_FIRST.value)
-    return Statistic(table, torch.cat((few, most)), len(few), int(slots.sum()))
+    return Statistic(table, torch.cat((few, most)), len(few), int(partials))
 
 
 def _distinct(kinds: Tensor) -> tuple[Tensor, Tensor]:

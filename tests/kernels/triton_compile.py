@@ -3,24 +3,29 @@
     python tests/kernels/triton_compile.py sm_90 gfx942
 
 Not under TRITON_INTERPRET, which leaves nothing to compile. ``tensors`` and ``stored`` are how many tensors
-the kernel reads and writes by 128 bits at least once where they are aligned.
+the kernel reads and writes by 128 bits at least once where they are aligned. ``loop``, for NVIDIA's: how many
+instructions of its main loop each pipe gets for each element.
 """
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from benchmarks import sass
 from novoscale.blocks import BLOCK
 from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
+from novoscale.kernels import triton_layers as layers
 from novoscale.kernels import triton_passes as passes
 from novoscale.momentum import FORMATS
 
@@ -32,15 +37,38 @@ TYPES = {
     "partials": "*fp64",
     "statistic": "*fp64",
     "each": "*fp32",
-    "options": "*fp32",
+    "groups": "*fp32",
     "active": "*i1",
     "key": "*i32",
     "row_root": "*fp32",
     "column_root": "*fp32",
     "cut_blocks": "*i32",
     "cut_count": "i32",
+    "parameters": "*i64",
+    "stretches": "*i64",
+    "param_groups": "*fp64",
+    "sums": "*fp64",
+    "largest": "*i64",
+    "share": "*fp64",
+    "scale": "*fp32",
+    "buffer": "*fp64",
+    "slots": "*i32",
+    "sum_of": "*i32",
+    "veto": "*i1",
+    "total": "*fp64",
+    "finite": "*i1",
+    "skipped": "*i64",
+    "bad_at": "*i64",
+    "norms": "*fp64",
+    "bad": "*i1",
+    "mean_square": "*fp64",
+    "result": "*fp64",
+    **dict.fromkeys(
+        ("step", "first_number", "length", "parameter_count", "layer_count", "column_count"), "i32"
+    ),
 }
 FLOAT32, BFLOAT16, FLOAT16 = tl.float32, tl.bfloat16, tl.float16
+IN_TURN = passes.IN_TURN.value
 UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay outside, group; further options
     (FLOAT32, FLOAT32, "float32", False, True, False, 0),
     (FLOAT32, BFLOAT16, "bfloat16", False, False, True, 0),
@@ -66,15 +94,16 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "nesterov"),
     (FLOAT32, FLOAT32, "float32", False, False, True, 0, "change"),
     (FLOAT32, BFLOAT16, "bfloat16", False, False, True, 0, "change", "nesterov"),
-    (BFLOAT16, BFLOAT16, "float32", True, False, True, 0, "change"),
-    (BFLOAT16, BFLOAT16, "int8", True, False, True, 0, "change"),
-    (BFLOAT16, BFLOAT16, "int4", True, False, True, -1, "change"),
-    (BFLOAT16, BFLOAT16, "int8", True, True, False, -1),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, IN_TURN),
     (BFLOAT16, BFLOAT16, "bfloat16", True, True, False, 0, "term", "nesterov"),
     (FLOAT32, FLOAT32, "int8", False, True, False, 0, "term", "nesterov"),
     (BFLOAT16, BFLOAT16, "int8", True, False, True, 0, "change", "nesterov"),
     (BFLOAT16, BFLOAT16, "int4", True, True, False, 0, "term"),
     (BFLOAT16, BFLOAT16, "int8", True, False, True, 8, "change", "nesterov"),
+    (FLOAT32, FLOAT32, "float32", False, True, False, IN_TURN, "term", "nesterov"),
+    (BFLOAT16, BFLOAT16, "float32", True, True, False, IN_TURN, "term", "nesterov"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, IN_TURN, "term", "nesterov"),
+    (BFLOAT16, BFLOAT16, "int4", True, True, False, IN_TURN, "term", "nesterov"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "term", "misaligned"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 8, "cut: find"),
@@ -83,7 +112,36 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term", "nesterov", "cut: agreed", "misaligned"),
     (FLOAT32, FLOAT32, "int4", False, False, True, 8, "cut: agreed"),
 ]
-GROUPS = {0: "", 1: ", layers of 1s", 8: ", layers of 8s", passes.IN_TURN.value: ", layers in turn"}
+GROUPS = {0: "", 1: ", layers of 1s", 8: ", layers of 8s", IN_TURN: ", layers in turn"}
+FEW = {"scale": None, "scaled": False}
+LAYERS = [  # kernel, its constants
+    ("begin", layers.begin, {"numbers": 3, "scaled": True, "cut": False, "buffer": None, "slots": None}),
+    ("begin, cut", layers.begin, {"numbers": 3, "cut": True, **FEW}),
+    ("pack", layers.pack, {"scattered": 1, "vetoed": True}),
+    (
+        "verdict",
+        layers.verdict,
+        {"counted": True, "scattered": 1, "vetoed": False, "veto": None, "clips": True, "cut": True},
+    ),
+    ("count", layers.count, {"clips": True, "verdicts": True}),
+    ("mean square", layers.mean_square, {"clips": True}),
+    (
+        "advance",
+        layers.advance,
+        {
+            "averages": True, "concludes": True, "verdicts": False, "clips": True, "scaled": True,
+            "clipped": False, "mean_square": None, "relative": True,
+        },
+    ),
+    (
+        "conclude",
+        layers.advance,
+        {
+            "averages": False, "concludes": True, "verdicts": True, "clips": True, "clipped": True,
+            "relative": False, "norms": None, "bad": None, **FEW,
+        },
+    ),
+]  # fmt: skip
 CUTS = {"cut: find": passes.FIND.value, "cut: agreed": passes.AGREED.value}
 STATISTICS = [(FLOAT32, True, 1024), (BFLOAT16, True, 64), (BFLOAT16, False, 1024)]
 STRIPS = [(FLOAT32, 256), (BFLOAT16, 256), (BFLOAT16, 16)]
@@ -141,18 +199,27 @@ def cases():
         constants = {"grad_type": dtype, "width": width}
         yield f"strips of {width} {dtype}", factored.strip_statistic, constants, 1, 0
     yield "sums of strips", factored.panel_statistic, {}, 0, 0
+    for name, kernel, constants in LAYERS:
+        yield f"layers: {name}", kernel, constants, 0, 0
+
+
+def of_thread(constants):
+    """How many elements each thread handles at a time, as Kernels would have it."""
+    return 4 if "param_type" in constants and kernels.halved(constants) else 8
 
 
 def build(kernel, constants, architecture):
     """Compile as Kernels would launch it."""
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
-    # By each thread as many elements as Kernels would give it.
-    half = "param_type" in constants and kernels.halved(constants)
-    tile = (4 if half else 8) * kernels.WARPS * target.warp_size
-    constants = {"tile": BLOCK if constants.get("cut") else tile, **constants}
-    if half and constants["group"] > 1:
-        constants["group"] //= 2
+    # Triton makes a function of the names of the arguments, and has some of its own.
+    create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
+    tile = of_thread(constants) * kernels.WARPS * target.warp_size
+    if kernel in [of_layers for _, of_layers, _ in LAYERS]:
+        constants = constants | {"tile": layers.TILE}
+    if "param_type" in constants and kernels.halved(constants) and constants["group"] > 1:
+        constants = constants | {"group": constants["group"] // 2}
+    constants = {"tile": BLOCK if constants.get("cut") else tile} | constants
     types = {name: kind for name, kind in TYPES.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
@@ -160,12 +227,29 @@ def build(kernel, constants, architecture):
     return triton.compile(source, target=target, options=dict(kernels.LAUNCH)).asm
 
 
-def nvidia(asm):
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(asm["cubin"])
-        command = [str(tool), "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+def by_pipe(text, constants):
+    """Instructions of the main loop for each element; nothing if it reads or writes element by element."""
+    if constants.get("group") == 1:
+        return {}
+    try:
+        way = sass.main_loop(sass.instructions(text))
+    except ValueError:
+        return {}
+    moved = lambda kind: 8 * sum(x.bytes for x in way if x.name.startswith(kind))  # noqa: E731
+    if "param_type" in constants:
+        form, largest = constants["exp_avg_type"], constants["largest"]
+        moment = 0 if form is None else 4 if 0 < largest < 8 else form.primitive_bitwidth
+        elements = moved("STG") / (constants["param_type"].primitive_bitwidth + moment)
+    else:
+        elements = moved("LDG") / constants["grad_type"].primitive_bitwidth
+    # The compiler may have unrolled the loop. Scales of blocks make it a little more.
+    at_a_time = of_thread(constants)
+    elements = at_a_time * max(1, round(elements / at_a_time))
+    return {pipe: count / elements for pipe, count in sass.by_pipe(way).items()}
+
+
+def nvidia(asm, constants):
+    text = sass.disassembled(asm["cubin"])
     usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
     # A correctly rounded division is made of multiply-adds: six, and ten or eleven in a function for extreme
     # numbers.
@@ -179,6 +263,7 @@ def nvidia(asm):
         "float32 fma": max(0, fused) + asm["ptx"].count("fma.rn.f32"),
         "divisions": divisions,
         "other divisions": len(re.findall(r"\b(?:div|rcp)\.(?:full|approx)\S*f32", asm["ptx"])),
+        "loop": by_pipe(text, constants),
     }
 
 
@@ -192,13 +277,14 @@ def amd(asm):
         if not re.search(r"fma_mix_f32.*(neg\(0\)|, 1\.0,)", line)
     ]
     divisions = len(re.findall(r"\bv_div_fixup_f32\w*", text))  # each with six of the above
+    of_integers = len(re.findall(r"\b[su](?:div|rem) i64 %[^,]+, %", asm["llir"]))  # each with two
     return {
         "registers": count["vgpr_count"],
         "spilled": sum(count[f"{name}_spill_count"] for name in ("vgpr", "sgpr"))
         + count["private_segment_fixed_size"],
         "128-bit loads": len(re.findall(r"\b(?:global|flat|buffer)_load_dwordx4\b", text)),
         "128-bit stores": len(re.findall(r"\b(?:global|flat|buffer)_store_dwordx4\b", text)),
-        "float32 fma": len(fused) - 6 * divisions,
+        "float32 fma": len(fused) - 6 * divisions - 2 * of_integers,
         "divisions": divisions,
         "other divisions": len(re.findall(r"amdgcn\.(?:rcp|fdiv)|fdiv (?:fast|arcp|afn)", asm["llir"])),
     }
@@ -208,7 +294,7 @@ if __name__ == "__main__":
     for name, kernel, constants, tensors, stored in cases():
         for architecture in sys.argv[1:]:
             asm = build(kernel, constants, architecture)
-            facts = amd(asm) if architecture.startswith("gfx") else nvidia(asm)
+            facts = amd(asm) if architecture.startswith("gfx") else nvidia(asm, constants)
             rare = any(word in name for word in ("edges", "misaligned", "layers of 1s", "cut"))
             line = {
                 "architecture": architecture,
