@@ -6,7 +6,8 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts speed instructions memory step-memory quality changeover faults eight-billion format clean
+.PHONY: demo test lint cuts speed chip instructions memory step-memory quality changeover faults eight-billion
+.PHONY: format clean
 
 demo: $(VENV)/.installed
 	$(RUN) python benchmarks/demo.py $(ARGS)
@@ -24,6 +25,9 @@ cuts: $(VENV)/.rivals
 
 speed: $(VENV)/.installed
 	$(RUN) python benchmarks/speed.py $(ARGS)
+
+chip: $(VENV)/.installed
+	$(RUN) python benchmarks/chip.py $(ARGS)
 
 instructions: $(VENV)/.installed
 	$(RUN) python benchmarks/instructions.py $(ARGS)

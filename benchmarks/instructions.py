@@ -46,11 +46,11 @@ PASSES = {
     "update bfloat16, moment bfloat16": Pass("update bf16 bf16 bfloat16 rounded", 10),
     "update bfloat16, int8": Pass("update bf16 bf16 int8 rounded", 8),
     "update bfloat16, int4": Pass("update bf16 bf16 int4 rounded", 7),
-    "update bfloat16, int8, rows": Pass("update bf16 bf16 int8 rounded, layers of 8s", 8),
+    "update bfloat16, int8, rows": Pass("update bf16 bf16 int8 rounded, layers in turn", 8),
     # As preset="adamw": factored, and matrices' rows shorter than a chunk.
     **{
         f'preset="adamw", {weights}{form}': Pass(
-            f"update {types} {moment}, layers of 8s, factored, term, nesterov", moved
+            f"update {types} {moment}, layers in turn, factored, term, nesterov", moved
         )
         for weights, types, form, moment, moved in (
             ("float32", "fp32 fp32", "", "float32", 20),

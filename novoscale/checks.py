@@ -320,3 +320,17 @@ def check_fused(group: Mapping[str, Any], where: str) -> None:
             )
         if kernels.fused(device) is None:
             raise RuntimeError(f"{where}: `fused=True`: {kernels.unfused_reason(device)}")
+
+
+def captured(again: bool) -> str:
+    """What is wrong with a step in a CUDA graph for which the tables of the kernels would have to be made."""
+    if not again:
+        return (
+            "NovoGrad has never stepped these tensors, and a CUDA graph is being captured: nothing can be "
+            "allocated and compiled now. Make three steps before the capture, as torch's documentation says"
+        )
+    return (
+        "a tensor, a state or an option of NovoGrad is not what it was at its last step, or an earlier CUDA "
+        "graph has its tables, and a graph is being captured: they cannot be made anew now. Make one step "
+        "with what is to be captured, outside of the graph, before each capture"
+    )

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from novoscale import checks, momentum, prepared, second_moment
 from novoscale.dtensors import sharded
+from novoscale.kernels.uploads import capturing
 from novoscale.layer_tables import Group, Groups, counts_steps
 from novoscale.layout import Layout, describe, whole
-from novoscale.prepared import Prepared
+from novoscale.prepared import Prepared, Tensors
 
 # Tables kept, one for each set of tensors that is stepped together, beside one for each tensor: a model of
 # which other parts get gradients at each step has many.
@@ -28,12 +29,13 @@ class KnowsLayers(Optimizer):
     _layouts: dict[int, Layout]  # by id(tensor)
     _sharded: dict[int, tuple[DeviceMesh, Any, Layout]]  # of DTensors: mesh, placements; by id(tensor)
     _prepared: dict[Any, Prepared]  # by prepared.key(), last used last
+    _captured: list[Prepared]  # those that CUDA graphs read at each replay: never freed, never written to
     _wrapper: str | None  # what replaced the parameters, if anything did; copied
     _released: object | None  # the handle of release_gradients, if it is in use
 
     def _forget(self) -> None:
         """Start with empty caches."""
-        self._layouts, self._sharded, self._prepared = {}, {}, {}
+        self._layouts, self._sharded, self._prepared, self._captured = {}, {}, {}, []
         self._wrapper = self._released = None
 
     # ---- a set of tensors ---------------------------------------------------------------------------
@@ -54,20 +56,36 @@ class KnowsLayers(Optimizer):
 
         Refuses by name what cannot be stepped, before anything is changed.
         """
-        gradients = prepared.local_gradients(groups)
+        try:
+            tensors = Tensors(groups, self.state)
+        except RuntimeError:  # a sparse gradient has no address
+            self._check(groups)
+            raise
         apart = self._released is not None
         key = prepared.key(groups, apart)
         ready = self._prepared.pop(key, None)
-        if ready is None or not ready.serves(groups, gradients, self.state):
-            layouts = self._check(groups)
-            for (group, params), known in zip(groups, layouts, strict=True):
-                for p, layout in zip(params, known, strict=True):
-                    self._init_state(p, layout, group)
-            ready = prepared.build(groups, layouts, gradients, self.state, ready, apart)
+        if ready is None or not ready.serves(tensors):
+            ready = self._tables(groups, tensors, ready, apart)
+        if capturing() and not ready.captured:
+            ready.captured = True
+            self._captured.append(ready)
         self._prepared[key] = ready
         if len(self._prepared) > MAX_PREPARED + sum(len(group["params"]) for group in self.param_groups):
             del self._prepared[next(iter(self._prepared))]
+        ready.hold(tensors)
         return ready
+
+    def _tables(self, groups: Groups, tensors: Tensors, before: Prepared | None, apart: bool) -> Prepared:
+        """New tables of a set of tensors, which get a state if they have none."""
+        layouts = self._check(groups)
+        if capturing():
+            raise RuntimeError(checks.captured(before is not None))
+        for (group, params), known in zip(groups, layouts, strict=True):
+            counted = counts_steps(group)
+            for p, layout in zip(params, known, strict=True):
+                self._init_state(p, layout, group, counted)
+        tensors.look_up(self.state)
+        return prepared.build(tensors, layouts, before, apart)
 
     def _check(self, groups: Groups) -> list[list[Layout]]:
         """The layouts of the tensors of a step, by param group; raises if one cannot be stepped."""
@@ -102,13 +120,13 @@ class KnowsLayers(Optimizer):
             raise RuntimeError(checks.unknown_layers(name, p, known, self._wrapper))
         return known
 
-    def _init_state(self, p: Tensor, layout: Layout, group: Group) -> None:
+    def _init_state(self, p: Tensor, layout: Layout, group: Group, counted: bool) -> None:
         state = self.state[p]
         if "exp_avg_sq" not in state and "exp_avg_sq_row" not in state:
             state.update(second_moment.allocate(p, layout))
         if "exp_avg" not in state and group["betas"][0] != 0:
             state.update(momentum.allocate(p, layout, group["momentum_dtype"]))
-        if "step" not in state and counts_steps(group):
+        if "step" not in state and counted:
             state["step"] = second_moment.allocate_steps(p, layout)
 
     def _numbered(self) -> Iterator[tuple[int, int, int, Tensor]]:
@@ -169,8 +187,9 @@ class KnowsLayers(Optimizer):
         self._wrapper = wrapper
         self._layouts = given
         self._prepared = {}
+        counted = [*map(counts_steps, self.param_groups)]
         for index, tensor, layout in layouts:
-            self._init_state(tensor, layout, self.param_groups[index])
+            self._init_state(tensor, layout, self.param_groups[index], counted[index])
 
     def refuse_clipping(self, wrapper: str) -> None:
         """Raise ValueError if ``max_grad_norm`` is in use, for a wrapper under which it cannot be right."""

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from novoscale import checkpoint, checks, foreign, presets, reassembly, second_moment
+from novoscale import checkpoint, checks, foreign, presets, reassembly
 from novoscale.collectives import Plan
 from novoscale.from_adam import Target
 from novoscale.known_layers import KnowsLayers
@@ -216,22 +216,22 @@ class NovoGrad(KnowsLayers):
             raise RuntimeError(checks.clipped_and_released(limit))
         if groups:
             ready = self._prepare(groups)
-            inverse_scale, veto = self._amp()
-            statistic = ready.statistic(groups, inverse_scale)
-            finite, total = ready.plan.complete(statistic, veto)
-            clip = second_moment.clip_coefficient(total, limit)
-            coefficients = ready.second_moments(groups, statistic, finite, clip, inverse_scale)
-            self._telemetry.record(ready, statistic, finite, total)
-            ready.update(coefficients)
+            scale, veto = self._amp(ready.plan.device)
+            statistic = ready.statistic(scale)
+            finite, total = ready.complete(statistic, veto, self._telemetry)
+            ready.update(ready.second_moments(statistic, finite, total, scale))
             ready.release()
 
     # ---- mixed precision ------------------------------------------------------------------------
 
-    def _amp(self) -> tuple[Tensor | None, Tensor | None]:
-        """What ``torch.amp.GradScaler`` left here: 1 / scale (float64), and whether to skip the step."""
+    def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """What ``torch.amp.GradScaler`` left here: the scale of the loss, and whether to skip the step.
+
+        The scale is where the loss is, which need not be where the parameters are.
+        """
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         veto = self._veto if found_inf is None else found_inf.reshape(()) > 0
-        return None if scale is None else 1 / scale.double().reshape(()), veto
+        return None if scale is None else scale.to(device).reshape(()), veto
 
     # ---- param groups -----------------------------------------------------------------------------
 

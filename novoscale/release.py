@@ -144,7 +144,7 @@ class ReleasedGradients:
         if any(group["norm_type"] == 0 for group in self._optimizer.param_groups):
             raise RuntimeError("the norm of the gradients is not known with norm_type=0")
         squares = self._optimizer.squares_of_gradients()
-        return torch.zeros(()) if squares is None else squares.sqrt()
+        return torch.zeros((), device="cpu") if squares is None else squares.sqrt()
 
     def __enter__(self) -> ReleasedGradients:
         return self

@@ -30,18 +30,18 @@ def scramble(x: Tensor, key: Tensor | int = 0) -> Tensor:
     return x ^ (x >> 15)
 
 
-def keys(seed: int, number: Tensor, step: Tensor) -> Tensor:
+def keys(seed: int | Tensor, number: Tensor, step: Tensor) -> Tensor:
     """What the random bits of a layer's elements depend on beside the element.
 
     Args:
-        seed: the option of its param group.
+        seed: the option of its param group, or of each.
         number: of its parameter, int64.
         step: how many steps the layer has made, int64.
 
     Returns:
         int64, the shape of the arguments, each of 32 bits.
     """
-    start = scramble(torch.full_like(number, seed & MASK))
+    start = scramble(torch.zeros_like(number) + seed & MASK)
     return scramble(scramble(start ^ (number & MASK)) ^ (step & MASK))
 
 

@@ -17,6 +17,7 @@
 #include <cstring>
 
 #include "cpu_formats.h"
+#include "cpu_layers.h"
 #include "cpu_rounding.h"
 
 namespace {

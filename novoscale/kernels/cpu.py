@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from novoscale.blocks import BLOCK
+from novoscale.kernels import cpu_layers
+from novoscale.kernels.layers import LayerTable
 from novoscale.kernels.shards import (
     COLUMN,
     CUT,
@@ -45,7 +47,8 @@ CHUNK = 1 << 16  # elements, a multiple of BLOCK: what a thread does at once, an
 PANEL, PANEL_WIDTH, PANEL_ROWS = 1 << 18, 1 << 14, 64
 WAVE = 1 << 22  # sums of panels that are kept at once: 32 MiB
 
-SOURCE, *HEADERS = (Path(__file__).with_name(n) for n in ("cpu.cpp", "cpu_formats.h", "cpu_rounding.h"))
+SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADERS = [SOURCE.with_name(n) for n in ("cpu_formats.h", "cpu_layers.h", "cpu_rounding.h")]
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -142,13 +145,13 @@ class Kernels:
         for entry, address in zip(self._shards, gradients, strict=True):
             entry.grad = address
 
-    def sum_of_squares(self) -> Tensor:
+    def sum_of_squares(self, more: int = 0) -> Tensor:
         """This rank's part of each layer's and column's statistic: see ``reference.sum_of_squares``.
 
         Returns:
-            float64 ``[layers + columns]``. The bits do not depend on the number of threads.
+            float64 ``[layers + columns + more]``. The bits do not depend on the number of threads.
         """
-        result = torch.empty(sum(self._counts), dtype=torch.float64, device="cpu")
+        result = torch.zeros(sum(self._counts) + more, dtype=torch.float64, device="cpu")
         self._library.novoscale_sum_of_squares(
             ctypes.addressof(self._shards),
             self._plain.data_ptr(),
@@ -201,6 +204,13 @@ class Kernels:
         optional = (c.each if v is None else v for v in (c.row_root, c.column_root))
         vectors = [v.to("cpu", torch.float32).contiguous() for v in (c.each, c.options, *optional)]
         return [*vectors, c.active.to("cpu").contiguous(), c.key.to("cpu").contiguous()]
+
+
+class LayerKernels(cpu_layers.LayerKernels):
+    """The pass over the layers."""
+
+    def __init__(self, known: LayerTable, device: torch.device) -> None:
+        super().__init__(known, load())
 
 
 def panel_table(shards: Sequence[Shard]) -> tuple[Tensor, int]:
@@ -323,6 +333,7 @@ def _open(path: Path, compiler: Sequence[str]) -> ctypes.CDLL:
     library.novoscale_sum_of_squares.argtypes = [address, *table * 2, *[address] * 3, *[integer] * 3]
     library.novoscale_largest.argtypes = [address, *table, *[address] * 7, integer, *[address] * 2]
     library.novoscale_update.argtypes = [address, *table, *[address] * 8, integer]
+    cpu_layers.declare(library)
     for function in (library.novoscale_sum_of_squares, library.novoscale_largest, library.novoscale_update):
         function.restype = None
     return library

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,15 @@ OF_SHARD = 5
 GRAD_SCALE, STEP_SIZE, DECAY, AHEAD = range(4)
 # The columns of Coefficients.options: one row for each param group of the step.
 BETA1, BETA3, WEIGHT_DECAY, EPS = range(4)
+
+
+class Held(NamedTuple):
+    """The tensors of a shard: see :class:`Shard`."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor | None = None
+    exp_avg_scale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,12 @@
 """Both passes for GPUs, in Triton: the launches of a step do not grow with the number of tensors or layers.
 
-A table on the device has one row for each chunk of some thousand elements: where its weights, gradient and
-first moment lie, as addresses, and which layers they belong to. It is made once and serves until a tensor
-moves. The statistic is made in two stages, partials of the chunks and then their sum for each layer in a
-fixed order; without atomics two runs give the same bits. Of factored parameters ``triton_factored`` makes it,
-in more launches where a model has billions of elements. The update is one pass, and gives the bits of
-``reference``. Nothing depends on CUDA: the same code runs on ROCm, and on the CPU with TRITON_INTERPRET=1.
+The work of a program is a chunk of some thousand elements. Tables on the device say where the weights,
+gradients and first moments lie, as addresses, and which layers they belong to: see ``triton_tables``. They
+are made once and serve until a tensor moves. Where a layer is in several chunks, its statistic is made in two
+stages, partials and then their sum in a fixed order; without atomics two runs give the same bits. Of factored
+parameters ``triton_factored`` makes it, in more launches where a model has billions of elements. The update
+is one pass, and gives the bits of ``reference``. Nothing depends on CUDA: the same code runs on ROCm, and on
+the CPU with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ from torch import Tensor
 from novoscale import momentum
 from novoscale.blocks import BLOCK
 from novoscale.kernels import triton_passes as passes
-from novoscale.kernels.shards import (
-    Coefficients,
-    Shard,
-    in_one_order,
-)
+from novoscale.kernels.shards import Coefficients, Shard, in_one_order
+from novoscale.kernels.triton_check import check
 from novoscale.kernels.triton_factored import Panels
 from novoscale.kernels.triton_formats import FORMATS
+from novoscale.kernels.triton_layers import LayerKernels as LayerKernels
 from novoscale.kernels.triton_tables import Kind, in_blocks, statistic, to_device, updates
+from novoscale.kernels.uploads import Upload, capturing
 
 # Elements of a chunk, the work of one program: enough of them to fill a GPU from models of a few million
 # elements on (an H100 runs about two thousand programs at a time). A multiple of a moment's block, at most
@@ -56,12 +56,14 @@ STRIP = 2
 
 
 def load() -> None:
-    """Find out whether Triton can compile for the GPU of this machine.
+    """Find out whether Triton can compile for the GPU of this machine. Waits for it.
 
     Raises:
-        RuntimeError: it has no driver for it.
+        RuntimeError: it has no driver for it, or what it compiles is wrong.
+        Exception: whatever else Triton raises: without a C compiler it cannot build its driver.
     """
     triton.runtime.driver.active.get_current_target()
+    check(torch.device("cuda", torch.cuda.current_device()))
 
 
 def supports(shard: Shard) -> bool:
@@ -129,7 +131,7 @@ def halved(constants: dict[str, Any]) -> bool:
     divided, in_blocks = constants["divided"] is not None, constants["largest"] > 0
     by_elements = not constants["aligned"] or constants["group"] == 1
     wide = constants["param_type"] == tl.float32
-    return (divided or in_blocks) if wide or by_elements else divided and in_blocks
+    return divided or (in_blocks and (wide or by_elements))
 
 
 def _options(shard: Shard) -> _Options:
@@ -175,26 +177,25 @@ class Kernels:
         cut_blocks: int = 0,
     ) -> None:
         self._device, self._size, self._cut_blocks = device, layers + columns, cut_blocks
-        self._index = torch.empty(0, device=device).get_device()
+        here = torch.empty(0, device=device)
+        self._index = here.get_device()
         for shard in shards:
-            if not supports(shard) or shard.param.device.type != device.type:
+            if not supports(shard) or shard.param.device != here.device:
                 where = f"of strides {shard.param.stride()} on {shard.param.device}"
                 raise ValueError(f"the Triton kernels on {device} cannot take {_options(shard)} {where}")
-        addresses = _int64([s.grad.data_ptr() for s in shards])
-        self._addresses, self._gradients = addresses, to_device(device, addresses)
-        # What a CUDA graph copies them from: while it is captured, none can be made.
-        self._captured = addresses.pin_memory() if device.type == "cuda" else addresses.clone()
+        self._addresses = _int64([s.grad.data_ptr() for s in shards])
+        self._gradients = Upload(self._addresses.clone(), device)
         self._statistic(shards, layers)
         options = [_options(s) for s in shards]
         self._options = list(dict.fromkeys(options))
         option_of = _int64([self._options.index(o) for o in options])
-        self._runs = updates(shards, option_of, CHUNK)
+        self._runs = updates(shards, option_of, CHUNK, TILE)
         self._arrange()
 
     def _statistic(self, shards: Sequence[Shard], layers: int) -> None:
-        """The tables and the launches of the statistic. Its partials come after it."""
+        """The tables and the launches of the statistic. Its partials come before it."""
         in_words = little_float64(self._device)
-        tables = statistic(shards, list(FORMATS), self._size, CHUNK, TILE)
+        tables = statistic(shards, list(FORMATS), CHUNK, TILE)
         self._partials = tables.partials
         rows, run_of = (to_device(self._device, t) for t in tables.chunks[:2])
         self._sums: list[Any] = []
@@ -203,25 +204,23 @@ class Kernels:
             squares = norm_type == 2
             kind = {"grad_type": list(FORMATS.values())[dtype], "squares": squares, "width": width}
             kind["in_words"] = squares and in_words
-            given = (rows, run_of[begin:], self._gradients)
+            given = (rows, run_of[begin:], self._gradients.on_device)
             self._sums.append(partial(kernel[(count,)], *given, tile=TILE, **kind, **LAUNCH))
-        few, several = tables.few, TILE // passes.FEW.value
-        ends = to_device(self._device, tables.ends)
-        for table, programs, width in (
-            (ends[:few], few // several, passes.FEW.value),
-            (ends[few:], len(ends) - few, TILE),
-        ):
-            if programs:
-                launch = passes.layer_statistic[(programs,)]
-                self._sums.append(partial(launch, table, width=width, tile=TILE, **LAUNCH))
-        self._panels = Panels(shards, self._gradients, layers, STRIP * CHUNK, TILE, in_words, **LAUNCH)
+        ends, few, several = to_device(self._device, tables.ends), tables.few, passes.SEVERAL.value
+        for table, many, width in ((ends[:few], several, passes.FEW.value), (ends[few:], 1, TILE)):
+            if len(table):
+                launch = passes.layer_statistic[(len(table) // many,)]
+                self._sums.append(partial(launch, table, width=width, tile=many * width, **LAUNCH))
+        self._panels = Panels(
+            shards, self._gradients.on_device, layers, STRIP * CHUNK, TILE, in_words, **LAUNCH
+        )
 
     def _arrange(self) -> None:
         """The tables of the update on the device, the chunks of a launch next to each other; the launches."""
         table = self._runs.arranged(self._addresses)
         rows, run_of = (to_device(self._device, t) for t in table[:2])
         launches = [
-            (Kind(*facts), count, (rows, run_of[begin:], self._gradients))
+            (Kind(*facts), count, (rows, run_of[begin:], self._gradients.on_device))
             for facts, begin, count in table.launches
         ]
         # From the end: what the first pass read last is still in the cache.
@@ -239,7 +238,8 @@ class Kernels:
             "whole": bool(kind.whole),
         }
         half = 2 if halved(constants) else 1
-        constants["group"] = -(-kind.group // half)
+        if kind.group > 1:
+            constants["group"] //= half
         tile = BLOCK if kind.cut else TILE // half
         constants |= {"chunk": CHUNK, "tile": tile, "cut_count": self._cut_blocks}
         return kind, partial(passes.update[(count,)], *given, **constants, **LAUNCH)
@@ -252,25 +252,22 @@ class Kernels:
         """
         addresses = _int64(gradients)
         aligned_alike = torch.equal(addresses % 16, self._addresses % 16)
-        if _capturing(self._device):
-            if not aligned_alike:
-                raise RuntimeError("while a CUDA graph is captured, gradients must stay aligned as they were")
-            addresses = self._captured.copy_(addresses)
-        elif self._device.type == "cuda":
-            addresses = addresses.pin_memory()
-        self._gradients.copy_(addresses, non_blocking=True)
+        if not aligned_alike and capturing():
+            raise RuntimeError("while a CUDA graph is captured, gradients must stay aligned as they were")
+        self._gradients.write(addresses)
         if not aligned_alike:
             self._addresses = addresses
             self._arrange()
 
-    def sum_of_squares(self) -> Tensor:
+    def sum_of_squares(self, more: int = 0) -> Tensor:
         """See :func:`novoscale.kernels.reference.sum_of_squares`."""
-        found = torch.zeros(self._size + self._partials, dtype=torch.float64, device=self._device)
+        found = torch.zeros(self._partials + self._size + more, dtype=torch.float64, device=self._device)
+        statistic = found[self._partials :]
         with torch.cuda.device(self._index):  # nothing where it is -1, the CPU's
             for launch in self._sums:
                 launch(found)
-            self._panels.add_to(found)
-        return found[: self._size]
+            self._panels.add_to(statistic)
+        return statistic
 
     def largest(self, coefficients: Coefficients) -> Tensor:
         """See :func:`novoscale.kernels.reference.largest`."""
@@ -292,11 +289,6 @@ class Kernels:
                 # None where it is not needed: the kernel is the same whatever else there is in the model.
                 roots = (row_root, column_root) if kind.factored else (None, None)
                 launch(*vectors, *roots, cut if kind.cut else None)
-
-
-def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _int64(values: Sequence[Any]) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from novoscale.kernels import triton_sums
 from novoscale.kernels.shards import OF_SHARD, WIDTH, Shard, panels
 from novoscale.kernels.triton_formats import FORMATS, jit, load_elements
-from novoscale.kernels.triton_tables import ratio, to_device
+from novoscale.kernels.triton_tables import codes, ratio, to_device
 from novoscale.layout import repeated
 
 # Columns of a strip: few in a narrow panel, so that no thread is without work; in a wide one as many as a
@@ -381,21 +381,21 @@ def _sums(parts: _Parts, layers: int) -> tuple[Tensor, Tensor, Tensor]:
     begin = sources[:, BEGIN.value] // SUMS.value
     source, nth = repeated(ratio(sources[:, END.value], SUMS.value) - begin)
     destination, wave = begin[source] + nth, parts.wave[source // 2]
-    order = torch.argsort(destination, stable=True)
-    order = order[torch.argsort(wave[order], stable=True)]
-    found, counts = torch.unique_consecutive(
-        torch.stack((wave, destination), dim=1)[order], dim=0, return_counts=True
-    )
+    code = codes(torch.stack((wave, destination), dim=1))
+    order = torch.argsort(code, stable=True)
+    _, counts = torch.unique_consecutive(code[order], return_counts=True)
     stop = counts.cumsum(0)
-    table = torch.stack((found[:, 1] * SUMS.value, stop - counts, stop, torch.zeros_like(stop)), dim=1)
-    return table, found[:, 0], sources[source[order]]
+    some = order[stop - 1]
+    first = destination[some] * SUMS.value
+    table = torch.stack((first, stop - counts, stop, torch.zeros_like(stop)), dim=1)
+    return table, wave[some], sources[source[order]]
 
 
 def _runs(keys: Tensor) -> list[tuple[list[int], int, int]]:
     """Equal rows that follow each other: the row, and the first and the last (exclusive) place."""
-    found, counts = torch.unique_consecutive(keys, dim=0, return_counts=True)
+    _, counts = torch.unique_consecutive(codes(keys), return_counts=True)
     stop = counts.cumsum(0)
-    return list(zip(found.tolist(), (stop - counts).tolist(), stop.tolist(), strict=True))
+    return list(zip(keys[stop - 1].tolist(), (stop - counts).tolist(), stop.tolist(), strict=True))
 
 
 def _int64(values: Sequence[int]) -> Tensor:

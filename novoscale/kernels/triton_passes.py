@@ -50,12 +50,16 @@ LENGTH = tl.constexpr(5)
 RESULT = tl.constexpr(6)  # where the sums go, one after another
 SUM_FIRST = tl.constexpr(7)
 SUM_ROW = tl.constexpr(8)
-FEW = tl.constexpr(16)  # partials of a layer up to which a program adds those of several layers
+FEW = tl.constexpr(16)  # partials of a layer up to which a program adds those of
+SEVERAL = tl.constexpr(32)  # layers
 
 # What is done to pieces of cut blocks, which are chunks of their own: first, find what this rank has to tell
 # the others; then, update them by what all have told.
 FIND = tl.constexpr(1)
 AGREED = tl.constexpr(2)
+
+# How the update goes through a chunk that has elements of several large layers: one layer after another.
+IN_TURN = tl.constexpr(-1)
 
 # The columns of what the update is given: see Coefficients.
 GRAD_SCALE = tl.constexpr(shards.GRAD_SCALE)
@@ -159,8 +163,9 @@ def chunk_statistic(
     parts = tl.load(row + PARTS)
     length = tl.load(row + LENGTH)
     size = tl.load(row + WIDTH)
-    done = nth % parts * length
-    first = nth // parts * size + done
+    layer = nth // parts
+    done = (nth - layer * parts) * length
+    first = layer * size + done
     grad = tl.load(gradients + tl.load(row + SUM_SHARD)) + tl.load(row + SUM_GRAD)
     grad += first * (grad_type.primitive_bitwidth // 8)
     # From the last aligned address before it.
@@ -284,7 +289,8 @@ def rows_statistic(
 def layer_statistic(table: tl.tensor, statistic: tl.tensor, width: tl.constexpr, tile: tl.constexpr) -> None:
     """The sums of partials, those of each layer ``width`` at a time.
 
-    A row of its table: layer, first and last (exclusive) partial, norm type. One without partials is idle.
+    A row of its table: the sum's place, first and last (exclusive) partial, norm type. Without partials it is
+    idle.
     """
     many: tl.constexpr = tile // width
     row = table + (tl.program_id(0) * many + tl.arange(0, many)) * 4
@@ -359,6 +365,7 @@ def _update_tile(
     end: tl.tensor,
     moves: tl.tensor,
     key: tl.tensor,
+    origin: tl.tensor,
     low: tl.tensor,
     high: tl.tensor,
     next_high: tl.tensor,
@@ -396,7 +403,8 @@ def _update_tile(
     ``moves``: whether the layer of each group is active. ``aligned``: addresses are, all positions have the
     same upper half, and of each eight lanes from a multiple of eight on all are of the piece, or none; their
     columns begin at a multiple of eight, unless each may be of another layer. Unless ``masked``, all lanes
-    are of the piece. An element's column is ``column`` + its index.
+    are of the piece. An element's column is ``column`` + its index, and its position ``origin`` + that, of
+    which this is the lower half; ``low``: of the first one of the chunk.
     """
     index = offset + tl.arange(0, tile)
     mask = (index >= begin) & (index < end) if masked else None
@@ -432,7 +440,7 @@ def _update_tile(
         live = None
     bits = index
     if rounds_weights or (exp_avg_type is not None and exp_avg_type != tl.float32):
-        position = low + (index - begin).to(tl.uint32)
+        position = origin + index.to(tl.uint32)
         bits = random_bits(key, position, high if aligned else tl.where(position < low, next_high, high))
     term *= grad_scale
     if divided == "term":
@@ -486,7 +494,7 @@ def update(
     run_of: tl.tensor,
     gradients: tl.tensor,
     each: tl.tensor,
-    options: tl.tensor,
+    groups: tl.tensor,
     active: tl.tensor,
     key: tl.tensor,
     row_root: tl.tensor,
@@ -512,13 +520,13 @@ def update(
 ) -> None:
     """First moment and weights of the active layers, in place.
 
-    ``gradients``: the address of each. ``each``, ``options``, ``active``, ``key`` and the roots are those of
+    ``gradients``: the address of each. ``each``, ``groups``, ``active``, ``key`` and the roots are those of
     Coefficients, numbers float32; the roots may be None where they are not needed.
     ``divided``, of factored parameters: "term", what is added to the moment, or "change", what is taken from
     the weight; else None. ``cut``: of pieces of cut blocks, what is done to them: see FIND; else None.
-    ``group``: elements that surely are of one layer; 0, if ``cut`` is None: all of a chunk. ``aligned``: see
-    _update_tile; if no moment is in blocks, of the tiles that are whole. ``whole``: all tiles are. That both
-    are known of a launch, and no branches, saves registers.
+    ``group``: elements that surely are of one layer; 0: all of a chunk; or IN_TURN. ``aligned``: see
+    _update_tile; if no moment is in blocks, of the tiles that are whole. ``whole``: all tiles are. That this
+    is known of a launch, and no branches, saves registers.
     """
     # From the end: what the first pass read last is still in the cache.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -532,80 +540,90 @@ def update(
     within = tl.load(row + WITHIN) + done
     layer = tl.load(row + LAYER)
     if within >= size:
-        layer += within // size
-        within = within % size
-    if group > 0 or tl.load(active + layer):
-        element = tl.load(gradients + tl.load(row + SHARD)) + tl.load(row + GRAD)
-        grad = element + base * (grad_type.primitive_bitwidth // 8)
-        param = tl.load(row + PARAM) + base * (param_type.primitive_bitwidth // 8)
-        exp_avg, exp_avg_scale = None, None
-        if largest > 0:
-            packed: tl.constexpr = 2 if largest < 8 else 1
-            exp_avg = tl.load(row + EXP_AVG) + base // packed
-            exp_avg_scale = tl.load(row + SCALE) + base // (BLOCK // 2)
-        elif exp_avg_type is not None:
-            exp_avg = tl.load(row + EXP_AVG) + base * (exp_avg_type.primitive_bitwidth // 8)
-        position = tl.load(row + POSITION) + done
-        low = position.to(tl.uint32)
-        high = scramble((position >> 32).to(tl.uint32))
-        next_high = scramble(((position + chunk) >> 32).to(tl.uint32))
-        of_group = options + tl.load(row + GROUP) * RECORD
-        beta1 = tl.load(of_group + BETA1)
-        beta3 = tl.load(of_group + BETA3)
-        weight_decay = tl.load(of_group + WEIGHT_DECAY)
-        eps = tl.load(of_group + EPS)
-        column = None
-        if divided is not None:
-            column = tl.load(row + COLUMN) + within - begin
-        if group == 0:
-            moves, hashed = True, tl.load(key + layer).to(tl.uint32, bitcast=True)
-            record = each + layer * RECORD
-            scale = tl.load(record + GRAD_SCALE)
-            step = tl.load(record + STEP_SIZE)
-            shrink = tl.load(record + DECAY)
-            forward = tl.load(record + AHEAD)
-            of_row = tl.load(row_root + layer) if divided is not None else None
-        else:
-            # A layer larger than a chunk ends in it at most once, so that it may as well be as large as one.
-            most = tl.minimum(size, chunk).to(tl.int32)
-            inverse = (0x7FFFFFFF // most).to(tl.uint64) + 1
-            passed = most - tl.minimum(size - within, most).to(tl.int32)
-        cut_largest, cut_active = None, None
-        if cut is not None:
-            cut_largest = cut_blocks + tl.load(row + CUT)
-            cut_active = cut_largest + cut_count
-        for offset in range(begin // tile * tile, end, tile):
-            place = column
-            if group > 0:
-                layers = _layers(offset, begin, end, layer, passed, inverse, group, tile)
-                moves = tl.load(active + layers)
-                hashed = _each(tl.load(key + layers).to(tl.uint32, bitcast=True), group)
-                scale, step, shrink, forward = _records(each, layers, group)
-                of_row = None
-                if divided is not None:
-                    of_row = _each(tl.load(row_root + layers), group)
-                    place = column - _each((layers - layer) * size, group)
-            if whole or largest > 0 or not aligned:
-                _update_tile(
-                    param, grad, exp_avg, exp_avg_scale, offset, begin, end, moves, hashed, low, high,
-                    next_high, scale, step, shrink, forward, of_row, column_root, place, cut_largest,
-                    cut_active, beta1, beta3, weight_decay, eps, param_type, grad_type, exp_avg_type, largest,
-                    codes_aligned, rounds_weights, inside, outside, nesterov, divided, cut, group, tile,
-                    aligned, not whole,
-                )  # fmt: skip
-            elif (offset >= begin) & (offset + tile <= end):
-                _update_tile(
-                    param, grad, exp_avg, exp_avg_scale, offset, begin, end, moves, hashed, low, high,
-                    next_high, scale, step, shrink, forward, of_row, column_root, place, cut_largest,
-                    cut_active, beta1, beta3, weight_decay, eps, param_type, grad_type, exp_avg_type, largest,
-                    codes_aligned, rounds_weights, inside, outside, nesterov, divided, cut, group, tile,
-                    True, False,
-                )  # fmt: skip
-            else:
-                _update_tile(
-                    param, grad, exp_avg, exp_avg_scale, offset, begin, end, moves, hashed, low, high,
-                    next_high, scale, step, shrink, forward, of_row, column_root, place, cut_largest,
-                    cut_active, beta1, beta3, weight_decay, eps, param_type, grad_type, exp_avg_type, largest,
-                    codes_aligned, rounds_weights, inside, outside, nesterov, divided, cut, group, tile,
-                    False, True,
-                )  # fmt: skip
+        ended = within // size
+        layer += ended
+        within -= ended * size
+    element = tl.load(gradients + tl.load(row + SHARD)) + tl.load(row + GRAD)
+    grad = element + base * (grad_type.primitive_bitwidth // 8)
+    param = tl.load(row + PARAM) + base * (param_type.primitive_bitwidth // 8)
+    exp_avg, exp_avg_scale = None, None
+    if largest > 0:
+        packed: tl.constexpr = 2 if largest < 8 else 1
+        exp_avg = tl.load(row + EXP_AVG) + base // packed
+        exp_avg_scale = tl.load(row + SCALE) + base // (BLOCK // 2)
+    elif exp_avg_type is not None:
+        exp_avg = tl.load(row + EXP_AVG) + base * (exp_avg_type.primitive_bitwidth // 8)
+    position = tl.load(row + POSITION) + done
+    low = position.to(tl.uint32)
+    origin = (position - begin).to(tl.uint32)
+    high = scramble((position >> 32).to(tl.uint32))
+    next_high = scramble(((position + chunk) >> 32).to(tl.uint32))
+    of_group = groups + tl.load(row + GROUP) * RECORD
+    beta1 = tl.load(of_group + BETA1)
+    beta3 = tl.load(of_group + BETA3)
+    weight_decay = tl.load(of_group + WEIGHT_DECAY)
+    eps = tl.load(of_group + EPS)
+    cut_largest, cut_active = None, None
+    if cut is not None:
+        cut_largest = cut_blocks + tl.load(row + CUT)
+        cut_active = cut_largest + cut_count
+    layers = 1
+    if group == IN_TURN:
+        layers = ((within + (end - begin) - 1) // size + 1).to(tl.int32)
+    if group > 0:
+        # A layer larger than a chunk ends in it at most once, so that it may as well be as large as one.
+        most = tl.minimum(size, chunk).to(tl.int32)
+        inverse = (0x7FFFFFFF // most).to(tl.uint64) + 1
+        passed = most - tl.minimum(size - within, most).to(tl.int32)
+    for nth in range(0, layers):
+        # Elements start..stop: of one layer after another, or all.
+        start, stop, before = begin, end, begin - within
+        if group == IN_TURN:
+            before += nth * size
+            start = tl.maximum(before, begin).to(tl.int32)
+            stop = tl.minimum(before + size, end).to(tl.int32)
+        column = tl.load(row + COLUMN) - before if divided is not None else None
+        if group > 0 or tl.load(active + layer + nth):
+            if group <= 0:
+                moves, hashed = True, tl.load(key + layer + nth).to(tl.uint32, bitcast=True)
+                record = each + (layer + nth) * RECORD
+                scale = tl.load(record + GRAD_SCALE)
+                step = tl.load(record + STEP_SIZE)
+                shrink = tl.load(record + DECAY)
+                forward = tl.load(record + AHEAD)
+                of_row = tl.load(row_root + layer + nth) if divided is not None else None
+            for offset in range(start // tile * tile, stop, tile):
+                place = column
+                if group > 0:
+                    of_layers = _layers(offset, begin, end, layer, passed, inverse, group, tile)
+                    moves = tl.load(active + of_layers)
+                    hashed = _each(tl.load(key + of_layers).to(tl.uint32, bitcast=True), group)
+                    scale, step, shrink, forward = _records(each, of_layers, group)
+                    of_row = None
+                    if divided is not None:
+                        of_row = _each(tl.load(row_root + of_layers), group)
+                        place = column - _each((of_layers - layer) * size, group)
+                if whole or largest > 0 or not aligned:
+                    _update_tile(
+                        param, grad, exp_avg, exp_avg_scale, offset, start, stop, moves, hashed, origin, low,
+                        high, next_high, scale, step, shrink, forward, of_row, column_root, place,
+                        cut_largest, cut_active, beta1, beta3, weight_decay, eps, param_type, grad_type,
+                        exp_avg_type, largest, codes_aligned, rounds_weights, inside, outside, nesterov,
+                        divided, cut, group, tile, aligned, not whole,
+                    )  # fmt: skip
+                elif (offset >= start) & (offset + tile <= stop):
+                    _update_tile(
+                        param, grad, exp_avg, exp_avg_scale, offset, start, stop, moves, hashed, origin, low,
+                        high, next_high, scale, step, shrink, forward, of_row, column_root, place,
+                        cut_largest, cut_active, beta1, beta3, weight_decay, eps, param_type, grad_type,
+                        exp_avg_type, largest, codes_aligned, rounds_weights, inside, outside, nesterov,
+                        divided, cut, group, tile, True, False,
+                    )  # fmt: skip
+                else:
+                    _update_tile(
+                        param, grad, exp_avg, exp_avg_scale, offset, start, stop, moves, hashed, origin, low,
+                        high, next_high, scale, step, shrink, forward, of_row, column_root, place,
+                        cut_largest, cut_active, beta1, beta3, weight_decay, eps, param_type, grad_type,
+                        exp_avg_type, largest, codes_aligned, rounds_weights, inside, outside, nesterov,
+                        divided, cut, group, tile, False, True,
+                    )  # fmt: skip

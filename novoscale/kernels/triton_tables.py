@@ -126,13 +126,14 @@ class Updates(NamedTuple):
         return arranged(self.rows, kinds, self.chunks, passes.FIRST.value)
 
 
-def updates(shards: Sequence[Shard], option_of: Tensor, chunk: int) -> Updates:
+def updates(shards: Sequence[Shard], option_of: Tensor, chunk: int, tile: int) -> Updates:
     """The runs of the update.
 
     Args:
         shards: the tensors.
         option_of: which options each has.
         chunk: elements of a chunk.
+        tile: elements a program handles at a time.
     """
     # Bytes of a block of codes; 0 where the moment is not in blocks.
     width = _int64([BLOCK // form.packed if (form := in_blocks(s)) else 0 for s in shards])
@@ -181,10 +182,11 @@ def updates(shards: Sequence[Shard], option_of: Tensor, chunk: int) -> Updates:
     left = size - within
     # Of large layers only a chunk that has the end of one within it: see _runs.
     several = (left < stop - begin) & ((size < chunk) | ((begin + left) % chunk != 0))
-    group = torch.where(((within - begin) | size) % GROUP == 0, GROUP, 1)
-    group = torch.where(
-        several | (cut >= 0), group, 0
-    )  # cut blocks always with what each element's layer does
+    bounds = (within - begin) | size  # of layers, all are multiples of what these are
+    in_tiles = bounds % tile == 0
+    large = in_tiles | (size >= 4 * tile) & (~blocks | (bounds % BLOCK == 0))
+    group = torch.where(bounds % GROUP == 0, GROUP, 1)  # in cut blocks too
+    group = torch.where((cut >= 0) | several & ~large, group, torch.where(several, passes.IN_TURN.value, 0))
     addresses = rows[:, passes.PARAM.value] | torch.where(blocks, 0, rows[:, passes.EXP_AVG.value])
     aligned = addresses % 16 == 0
     columns = (column + within - begin) | torch.where(several, size, 0)
@@ -192,7 +194,7 @@ def updates(shards: Sequence[Shard], option_of: Tensor, chunk: int) -> Updates:
     aligned &= ~blocks | ((begin | stop) % GROUP == 0)
     counted = _int64([s.needs_positions for s in shards])[shard] > 0
     aligned &= blocks | ~counted | ((position + done) >> 32 == (position + end - 1) >> 32)
-    whole = (begin == 0) & (stop % chunk == 0)
+    whole = (begin == 0) & (stop % chunk == 0) & (~several | (group > 0) | in_tiles)
     facts = (option_of[shard], factored, group, cut >= 0, aligned, whole)
     kinds = torch.stack([fact.long() for fact in facts], dim=1)
     return Updates(rows, kinds, (stop - 1) // chunk + 1)
@@ -242,8 +244,8 @@ class Statistic(NamedTuple):
         chunks: see passes.chunk_statistic. A launch's facts are the norm type; the gradient's dtype, as a
             place in a list; the ``width`` of passes.rows_statistic, or 0 where chunks have one layer each.
         ends: int64 ``[layers, 4]``: see passes.layer_statistic; those with few partials first.
-        few: how many these are, a multiple of ``several``.
-        partials: how many there are.
+        few: how many these are, a multiple of passes.SEVERAL.
+        partials: how many there are; they come before the statistic. A multiple of 16: that is aligned too.
     """
 
     chunks: Table
@@ -252,15 +254,12 @@ class Statistic(NamedTuple):
     partials: int
 
 
-def statistic(
-    shards: Sequence[Shard], dtypes: Sequence[torch.dtype], size: int, chunk: int, tile: int
-) -> Statistic:
+def statistic(shards: Sequence[Shard], dtypes: Sequence[torch.dtype], chunk: int, tile: int) -> Statistic:
     """The runs of the statistic, and the layers whose statistics are sums of partials.
 
     Args:
         shards: the tensors.
         dtypes: the list.
-        size: of the statistic; its partials come after it.
         chunk: elements of a chunk.
         tile: elements a program handles at a time.
     """
@@ -276,8 +275,8 @@ def statistic(
     length = ratio(ratio(width, ratio(width, chunk)), ALIGNMENT) * ALIGNMENT
     parts = ratio(width, length)
     many = torch.where(layers > 1, chunk // width, 1).clamp(min=1)
-    # A layer in one chunk is complete if that has all of its elements, or if no other has any. Of the others the
-    # partials are next to each other, for they are in the order of the layers.
+    # A layer in one chunk is complete if that has all of its elements, or if no other has any. Of the others
+    # the partials are next to each other, for they are in the order of the layers.
     shared = (width < pieces[piece, SIZE]) | (parts > 1)
     of, nth = repeated(torch.where(shared, layers, 0))
     found, inverse = torch.unique_consecutive(layer[of] + nth, return_inverse=True)
@@ -286,6 +285,7 @@ def statistic(
     partial[of] = sources[inverse] > 1
     count = torch.where(many > 1, ratio(layers, many), layers * parts)
     slots = torch.where(partial, count, 0)
+    partials = ratio(slots.sum(), 16) * 16
     rows = torch.zeros(len(start), passes.SUM_ROW.value, dtype=torch.int64, device="cpu")
     entries = {
         passes.SUM_GRAD: start * _int64([s.grad.element_size() for s in shards])[shard],
@@ -294,7 +294,7 @@ def statistic(
         passes.WIDTH: width,
         passes.PARTS: torch.where(many > 1, many, parts),
         passes.LENGTH: length,
-        passes.RESULT: torch.where(partial, size + slots.cumsum(0) - slots, layer),
+        passes.RESULT: torch.where(partial, slots.cumsum(0) - slots, partials + layer),
     }
     for entry, values in entries.items():
         rows[:, entry.value] = values
@@ -304,26 +304,34 @@ def statistic(
     of_rows = torch.where(many > 1, widths[torch.bucketize(width.clamp(max=tile), widths)], 0)
     kinds = torch.stack((norm_type, dtype, of_rows), dim=1)
     summed = sources > 1
-    stop = size + (sources * summed).cumsum(0)
+    stop = (sources * summed).cumsum(0)
     of_found = torch.zeros_like(found).index_copy_(0, inverse, norm_type[of])
-    ends = torch.stack((found, stop - sources, stop, of_found), dim=1)
+    ends = torch.stack((partials + found, stop - sources, stop, of_found), dim=1)
     small = sources <= passes.FEW.value
     few, most = ends[summed & small], ends[summed & ~small]
-    several = tile // passes.FEW.value
-    few = torch.nn.functional.pad(few, (0, 0, 0, -len(few) % several))
+    few = torch.nn.functional.pad(few, (0, 0, 0, -len(few) % passes.SEVERAL.value))
     table = arranged(rows, kinds, count, passes.SUM_FIRST.value)
-    return Statistic(table, torch.cat((few, most)), len(few), int(slots.sum()))
+    return Statistic(table, torch.cat((few, most)), len(few), int(partials))
 
 
 def _distinct(kinds: Tensor) -> tuple[Tensor, Tensor]:
     """The different rows in ascending order, and which of them each row is."""
-    code, least = torch.zeros(len(kinds), dtype=torch.int64, device="cpu"), kinds.amin(0) if len(kinds) else 0
-    for column in (kinds - least).unbind(1):
-        code = code * (int(column.max()) + 1 if len(column) else 1) + column
-    _, kind = torch.unique(code, return_inverse=True)
+    _, kind = torch.unique(codes(kinds), return_inverse=True)
     some = torch.zeros(int(kind.max()) + 1 if len(kind) else 0, dtype=torch.int64, device="cpu")
     some[kind] = torch.arange(len(kind), device="cpu")
     return kinds[some], kind
+
+
+def codes(rows: Tensor) -> Tensor:
+    """A number for each row of small numbers, of which those of equal rows are equal; in the rows' order.
+
+    To sort or compare numbers takes a fraction of the time that rows do.
+    """
+    code = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
+    for column in rows.unbind(1) if len(rows) else ():
+        least, most = column.aminmax()
+        code = code * (most - least + 1) + (column - least)
+    return code
 
 
 def in_blocks(shard: Shard) -> momentum.Format | None:

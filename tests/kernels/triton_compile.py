@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -23,6 +25,7 @@ from benchmarks import sass
 from novoscale.blocks import BLOCK
 from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
+from novoscale.kernels import triton_layers as layers
 from novoscale.kernels import triton_passes as passes
 from novoscale.momentum import FORMATS
 
@@ -34,15 +37,38 @@ TYPES = {
     "partials": "*fp64",
     "statistic": "*fp64",
     "each": "*fp32",
-    "options": "*fp32",
+    "groups": "*fp32",
     "active": "*i1",
     "key": "*i32",
     "row_root": "*fp32",
     "column_root": "*fp32",
     "cut_blocks": "*i32",
     "cut_count": "i32",
+    "parameters": "*i64",
+    "stretches": "*i64",
+    "param_groups": "*fp64",
+    "sums": "*fp64",
+    "largest": "*i64",
+    "share": "*fp64",
+    "scale": "*fp32",
+    "buffer": "*fp64",
+    "slots": "*i32",
+    "sum_of": "*i32",
+    "veto": "*i1",
+    "total": "*fp64",
+    "finite": "*i1",
+    "skipped": "*i64",
+    "bad_at": "*i64",
+    "norms": "*fp64",
+    "bad": "*i1",
+    "mean_square": "*fp64",
+    "result": "*fp64",
+    **dict.fromkeys(
+        ("step", "first_number", "length", "parameter_count", "layer_count", "column_count"), "i32"
+    ),
 }
 FLOAT32, BFLOAT16, FLOAT16 = tl.float32, tl.bfloat16, tl.float16
+IN_TURN = passes.IN_TURN.value
 UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay outside, group; further options
     (FLOAT32, FLOAT32, "float32", False, True, False, 0),
     (FLOAT32, BFLOAT16, "bfloat16", False, False, True, 0),
@@ -68,18 +94,16 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "nesterov"),
     (FLOAT32, FLOAT32, "float32", False, False, True, 0, "change"),
     (FLOAT32, BFLOAT16, "bfloat16", False, False, True, 0, "change", "nesterov"),
-    (BFLOAT16, BFLOAT16, "float32", True, False, True, 0, "change"),
-    (BFLOAT16, BFLOAT16, "int8", True, False, True, 0, "change"),
-    (BFLOAT16, BFLOAT16, "int4", True, False, True, 8, "change"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, IN_TURN),
     (BFLOAT16, BFLOAT16, "bfloat16", True, True, False, 0, "term", "nesterov"),
     (FLOAT32, FLOAT32, "int8", False, True, False, 0, "term", "nesterov"),
     (BFLOAT16, BFLOAT16, "int8", True, False, True, 0, "change", "nesterov"),
     (BFLOAT16, BFLOAT16, "int4", True, True, False, 0, "term"),
     (BFLOAT16, BFLOAT16, "int8", True, False, True, 8, "change", "nesterov"),
-    (FLOAT32, FLOAT32, "float32", False, True, False, 8, "term", "nesterov"),
-    (BFLOAT16, BFLOAT16, "float32", True, True, False, 8, "term", "nesterov"),
-    (BFLOAT16, BFLOAT16, "int8", True, True, False, 8, "term", "nesterov"),
-    (BFLOAT16, BFLOAT16, "int4", True, True, False, 8, "term", "nesterov"),
+    (FLOAT32, FLOAT32, "float32", False, True, False, IN_TURN, "term", "nesterov"),
+    (BFLOAT16, BFLOAT16, "float32", True, True, False, IN_TURN, "term", "nesterov"),
+    (BFLOAT16, BFLOAT16, "int8", True, True, False, IN_TURN, "term", "nesterov"),
+    (BFLOAT16, BFLOAT16, "int4", True, True, False, IN_TURN, "term", "nesterov"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 0, "term", "misaligned"),
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 8, "cut: find"),
@@ -88,6 +112,36 @@ UPDATES = [  # param, grad, exp_avg, rounds the weights, decay inside, decay out
     (BFLOAT16, BFLOAT16, "int8", True, True, False, 1, "term", "nesterov", "cut: agreed", "misaligned"),
     (FLOAT32, FLOAT32, "int4", False, False, True, 8, "cut: agreed"),
 ]
+GROUPS = {0: "", 1: ", layers of 1s", 8: ", layers of 8s", IN_TURN: ", layers in turn"}
+FEW = {"scale": None, "scaled": False}
+LAYERS = [  # kernel, its constants
+    ("begin", layers.begin, {"numbers": 3, "scaled": True, "cut": False, "buffer": None, "slots": None}),
+    ("begin, cut", layers.begin, {"numbers": 3, "cut": True, **FEW}),
+    ("pack", layers.pack, {"scattered": 1, "vetoed": True}),
+    (
+        "verdict",
+        layers.verdict,
+        {"counted": True, "scattered": 1, "vetoed": False, "veto": None, "clips": True, "cut": True},
+    ),
+    ("count", layers.count, {"clips": True, "verdicts": True}),
+    ("mean square", layers.mean_square, {"clips": True}),
+    (
+        "advance",
+        layers.advance,
+        {
+            "averages": True, "concludes": True, "verdicts": False, "clips": True, "scaled": True,
+            "clipped": False, "mean_square": None, "relative": True,
+        },
+    ),
+    (
+        "conclude",
+        layers.advance,
+        {
+            "averages": False, "concludes": True, "verdicts": True, "clips": True, "clipped": True,
+            "relative": False, "norms": None, "bad": None, **FEW,
+        },
+    ),
+]  # fmt: skip
 CUTS = {"cut: find": passes.FIND.value, "cut: agreed": passes.AGREED.value}
 STATISTICS = [  # gradient, sums of squares or largest magnitudes, in words of float32, width of rows
     (FLOAT32, True, False, 1024),
@@ -143,7 +197,7 @@ def cases():
         reads = in_128_bits([param, grad, *moments, *roots], half)
         writes = in_128_bits([param, *moments], half) * (group != 1)
         options = "".join(f", {'factored, ' * (option == divided)}{option}" for option in more)
-        name = f"update {param} {grad} {form}{' rounded' * rounds}{f', layers of {group}s' * (group > 0)}"
+        name = f"update {param} {grad} {form}{' rounded' * rounds}{GROUPS[group]}"
         counts = (0, 0) if "misaligned" in more or constants["cut"] else (reads, writes)
         yield f"{name}{options}", passes.update, constants, *counts
     for dtype, squares, in_words, width in STATISTICS:
@@ -151,12 +205,15 @@ def cases():
         name = f"{'sum' if squares else 'max'} {dtype}{' in words' * in_words}"
         yield f"chunk {name}", passes.chunk_statistic, constants, 1, 0
         yield f"rows of {width} {name}", passes.rows_statistic, constants | {"width": width}, 1, 0
-    for width in (passes.FEW.value, kernels.TILE):
-        yield f"layers of {width} partials", passes.layer_statistic, {"width": width}, 0, 0
+    few = {"width": passes.FEW.value, "tile": passes.FEW.value * passes.SEVERAL.value}
+    yield "layers of few partials", passes.layer_statistic, few, 0, 0
+    yield "layers of many partials", passes.layer_statistic, {"width": kernels.TILE}, 0, 0
     for dtype, in_words, width in STRIPS:
         constants = {"grad_type": dtype, "in_words": in_words, "width": width}
         yield f"strips of {width} {dtype}{' in words' * in_words}", factored.strip_statistic, constants, 1, 0
     yield "sums of strips", factored.panel_statistic, {}, 0, 0
+    for name, kernel, constants in LAYERS:
+        yield f"layers: {name}", kernel, constants, 0, 0
 
 
 def of_thread(constants):
@@ -168,10 +225,14 @@ def build(kernel, constants, architecture):
     """Compile as Kernels would launch it."""
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
+    # Triton makes a function of the names of the arguments, and has some of its own.
+    create_function_from_signature(kernel.signature, kernel.params, make_backend(target))
     tile = of_thread(constants) * kernels.WARPS * target.warp_size
-    constants = constants | {"tile": BLOCK if constants.get("cut") else tile}
-    if of_thread(constants) == 4:
-        constants["group"] = -(-constants["group"] // 2)
+    if kernel in [of_layers for _, of_layers, _ in LAYERS]:
+        constants = constants | {"tile": layers.TILE}
+    if "param_type" in constants and kernels.halved(constants) and constants["group"] > 1:
+        constants = constants | {"group": constants["group"] // 2}
+    constants = {"tile": BLOCK if constants.get("cut") else tile} | constants
     types = {name: kind for name, kind in TYPES.items() if name not in constants}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     pointers = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
@@ -231,13 +292,14 @@ def amd(asm):
         if not re.search(r"fma_mix_f32.*(neg\(0\)|, 1\.0,)", line)
     ]
     divisions = len(re.findall(r"\bv_div_fixup_f32\w*", text))  # each with six of the above
+    of_integers = len(re.findall(r"\b[su](?:div|rem) i64 %[^,]+, %", asm["llir"]))  # each with two
     return {
         "registers": count["vgpr_count"],
         "spilled": sum(count[f"{name}_spill_count"] for name in ("vgpr", "sgpr"))
         + count["private_segment_fixed_size"],
         "128-bit loads": len(re.findall(r"\b(?:global|flat|buffer)_load_dwordx4\b", text)),
         "128-bit stores": len(re.findall(r"\b(?:global|flat|buffer)_store_dwordx4\b", text)),
-        "float32 fma": len(fused) - 6 * divisions,
+        "float32 fma": len(fused) - 6 * divisions - 2 * of_integers,
         "written fma": len(re.findall(r"@llvm\.fma\.v?\d?f32\(", asm["llir"])),
         "divisions": divisions,
         "other divisions": len(re.findall(r"amdgcn\.(?:rcp|fdiv)|fdiv (?:fast|arcp|afn)", asm["llir"])),
