@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -46,11 +46,11 @@ PASSES = {
     "update bfloat16, moment bfloat16": Pass("update bf16 bf16 bfloat16 rounded", 10),
     "update bfloat16, int8": Pass("update bf16 bf16 int8 rounded", 8),
     "update bfloat16, int4": Pass("update bf16 bf16 int4 rounded", 7),
-    "update bfloat16, int8, rows": Pass("update bf16 bf16 int8 rounded, layers of 8s", 8),
+    "update bfloat16, int8, rows": Pass("update bf16 bf16 int8 rounded, layers in turn", 8),
     # As preset="adamw": factored, and matrices' rows shorter than a chunk.
     **{
         f'preset="adamw", {weights}{form}': Pass(
-            f"update {types} {moment}, layers of 8s, factored, term, nesterov", moved
+            f"update {types} {moment}, layers in turn, factored, term, nesterov", moved
         )
         for weights, types, form, moment, moved in (
             ("float32", "fp32 fp32", "", "float32", 20),
@@ -128,7 +128,17 @@ def main(
 def counted(architectures: Iterable[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Of each pass and architecture, the instructions of each pipe for one element."""
     cases = {name: (kernel, constants) for name, kernel, constants, *_ in triton_compile.cases()}
-    return {name: {a: facts(*cases[p.kernel], a) for a in architectures} for name, p in PASSES.items()}
+    return {
+        name: {a: facts(*cases[launched(p.kernel, a, cases)], a) for a in architectures}
+        for name, p in PASSES.items()
+    }
+
+
+def launched(kernel: str, architecture: str, cases: Container[str]) -> str:
+    """The name of the kernel that NovoGrad launches on an architecture: there are two for sums of squares."""
+    capability = divmod(int(architecture.removeprefix("sm_")), 10)
+    in_words = f"{kernel} in words"
+    return in_words if in_words in cases and capability not in triton_compile.kernels.MUCH_FLOAT64 else kernel
 
 
 def facts(kernel: Any, constants: dict[str, Any], architecture: str) -> dict[str, float]:

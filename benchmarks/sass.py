@@ -1,8 +1,8 @@
 """What NVIDIA's compiler made of a kernel: the instructions of its main loop, and the pipes they go to.
 
-The main loop is where almost all of the time goes: of all loops of a kernel the one with the fewest
-instructions for each load of 128 bits, and of the ways through it the shortest with all of those loads, which
-leaves out what is for the ends of chunks and for extreme numbers.
+The main loop is where almost all of the time goes: the first of the innermost loops of a kernel that load
+128 bits at a time, and of the ways through it the shortest with all of those loads, which leaves out what is
+for the ends of chunks and for extreme numbers.
 """
 
 from __future__ import annotations
@@ -81,24 +81,25 @@ def main_loop(kernel: Sequence[Instruction]) -> list[Instruction]:
     Raises:
         ValueError: no loop loads 128 bits at a time.
     """
-    ends = [i for i, x in enumerate(kernel) if x.target is not None and x.target < x.address]
-    ways = [_shortest(kernel, end) for end in ends]
-    ways = [way for way in ways if _wide(way)]
-    if not ways:
+    at = {x.address: i for i, x in enumerate(kernel)}
+    loops = [(at[x.target], i) for i, x in enumerate(kernel) if x.target is not None and x.target < x.address]
+    ways = {(begin, end): _shortest(kernel, begin, end) for begin, end in loops}
+    wide = [loop for loop, way in ways.items() if _wide(way)]
+    inner = [a for a in wide if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in wide)]
+    if not inner:
         raise ValueError("no loop loads 128 bits at a time")
-    return min(ways, key=lambda way: len(way) / _wide(way))
+    return ways[min(inner)]
 
 
 def _wide(way: Sequence[Instruction]) -> int:
     return sum(x.name.startswith("LDG") and x.bytes == 16 for x in way)
 
 
-def _shortest(kernel: Sequence[Instruction], end: int) -> list[Instruction]:
+def _shortest(kernel: Sequence[Instruction], begin: int, end: int) -> list[Instruction]:
     """From the beginning of a loop to the jump at its end, forwards only: with the most wide loads, then
     with the fewest instructions.
     """
     at = {x.address: i for i, x in enumerate(kernel)}
-    begin = at[kernel[end].target or 0]
     # From each instruction on: how many wide loads, less, and how many instructions; and the next one.
     best: dict[int, tuple[int, int, int]] = {end: (0, 1, end)}
     for i in reversed(range(begin, end)):
@@ -123,5 +124,6 @@ def by_pipe(way: Sequence[Instruction]) -> Counter[str]:
             (p for p, names in PIPES.items() if instruction.name.startswith(tuple(names.split()))), None
         )
         if pipe is not None:
-            counts[pipe] += 1
+            # Two at a time, as FADD2 of Blackwell, take as long as two.
+            counts[pipe] += 2 if re.match(r"F\w+2\b", instruction.name) else 1
     return counts

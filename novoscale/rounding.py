@@ -1,4 +1,4 @@
-"""Stochastic rounding, the definition: the same bits in every kernel and however a parameter is cut.
+"""Stochastic rounding, the definition: the same random bits in every kernel and however a parameter is cut.
 
 A number between two that can be stored goes up with a chance as large as its distance from the lower one, so
 that the mean of many roundings is the number itself. Where rounding to the nearest would leave a small change

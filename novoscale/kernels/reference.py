@@ -1,6 +1,6 @@
 """The definition of both passes: plain torch, any device, bounded memory.
 
-Works on tiles of at most ``TILE`` elements, so no transient grows with a tensor.
+Works on tiles of a bounded number of elements, so no transient grows with a tensor.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ from novoscale.kernels.shards import (
     panels,
 )
 
-TILE = 1 << 16
+# Elements of a tile: what a CPU's caches hold; on a GPU, where a tile is some thirty launches, so many that
+# these take longer than to launch them, and transients some hundred MiB.
+TILE, GPU_TILE = 1 << 16, 1 << 22
 
 
 class Kernels:
@@ -89,7 +91,8 @@ def sum_of_squares(
     """This rank's part of each layer's statistic, and of each column's of factored parameters.
 
     Squares are formed and added in float64, where the square of a float32, bfloat16 or float16 is
-    exact, so the way a layer is cut shows in the last bits of a float64 only.
+    exact, so the way a layer is cut shows in the last bits of a float64 only; and in a float32 made of it
+    with a chance of about 1e-9: see docs/kernels.md.
 
     Args:
         shards: the tensors of the step.
@@ -102,7 +105,8 @@ def sum_of_squares(
         float64 ``[layers + columns + more]``: the sum of g**2 (``norm_type`` 2) or the largest abs(g) (0).
     """
     result = torch.zeros(layers + columns + more, dtype=torch.float64, device=device)
-    table = chunks(shards, TILE, BLOCK, factored=False)
+    tile = _tile(shards)
+    table = chunks(shards, tile, BLOCK, factored=False)
     for start, stop, layer, position, size, *_, index in table.tolist():
         shard = shards[index]
         grad = _read(shard.grad, start, stop).double()
@@ -115,7 +119,7 @@ def sum_of_squares(
             layer += len(rows) if (position + rows.numel()) % size == 0 else 0
             position += rows.numel()
     for start, rows, width, layer, column, index in panels(shards).tolist():
-        for first, stop, left, right in _tiles(rows, width):
+        for first, stop, left, right in _tiles(rows, width, tile):
             grad = _read(shards[index].grad, start + first * width + left, start + (stop - 1) * width + right)
             squares = grad.double().square().view(stop - first, right - left)
             result[layer + first : layer + stop] += squares.sum(dim=1).to(device)
@@ -139,7 +143,7 @@ def update(shards: Sequence[Shard], coefficients: Coefficients) -> None:
     (no fused multiply-add: every kernel gives the same bits); what is stored is rounded to the nearest
     value of the tensor's dtype, or stochastically: see ``Shard.stochastic_rounding``.
     """
-    for row in chunks(shards, TILE, BLOCK).tolist():
+    for row in chunks(shards, _tile(shards), BLOCK).tolist():
         start, stop, _, position, _, place, _, cut, index = row
         shard, new = shards[index], _changed(shards, row, coefficients)
         if new.moment is not None:
@@ -164,7 +168,7 @@ def largest(shards: Sequence[Shard], coefficients: Coefficients, cut_blocks: int
         of them is active, else 0.
     """
     found = torch.zeros(2, cut_blocks, dtype=torch.int32, device=coefficients.active.device)
-    for row in chunks(shards, TILE, BLOCK).tolist():
+    for row in chunks(shards, _tile(shards), BLOCK).tolist():
         if (cut := row[CUT]) >= 0:
             new = _changed(shards, row, coefficients)
             assert new.moment is not None
@@ -228,12 +232,16 @@ def _changed(shards: Sequence[Shard], row: Sequence[int], coefficients: Coeffici
     return _Changed(weight, kept, bits, active)
 
 
-def _tiles(rows: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+def _tile(shards: Sequence[Shard]) -> int:
+    return GPU_TILE if all(shard.param.is_cuda for shard in shards) else TILE
+
+
+def _tiles(rows: int, width: int, tile: int) -> Iterator[tuple[int, int, int, int]]:
     """First and last (exclusive) row and column of parts of a matrix; consecutive in it, and bounded."""
-    many = max(TILE // width, 1)
+    many = max(tile // width, 1)
     for first in range(0, rows, many):
-        for left in range(0, width, TILE):
-            yield first, min(first + many, rows), left, min(left + TILE, width)
+        for left in range(0, width, tile):
+            yield first, min(first + many, rows), left, min(left + tile, width)
 
 
 def _by_layers(values: Tensor, within: int, size: int) -> Iterator[Tensor]:

@@ -188,7 +188,7 @@ def chunks(shards: Sequence[Shard], size: int, block: int, factored: bool = True
     Returns:
         int64 ``[chunks, 9]`` on the CPU: the columns above. A piece of a cut block is a chunk of its own.
     """
-    pieces, shard = _pieces(shards)
+    pieces, shard = pieces_of(shards)
     known = (pieces[:, STOP] > pieces[:, START]) & (factored | (pieces[:, COLUMN] < 0))
     in_blocks = torch.tensor([s.exp_avg_scale is not None for s in shards], dtype=torch.bool, device="cpu")
     table, piece = at_cut_blocks(pieces[known], block)
@@ -251,22 +251,11 @@ def panels(shards: Sequence[Shard]) -> Tensor:
     Returns:
         int64 ``[panels, 6]`` on the CPU: the columns above. A layer may be in several panels, and a column.
     """
-    pieces, shard = _pieces(shards)
+    pieces, shard = pieces_of(shards)
     known = (pieces[:, COLUMN] >= 0) & (pieces[:, STOP] > pieces[:, START])
     pieces, shard = pieces[known], shard[known]
-    start, stop, layer, position, size, _, column = pieces[:, :FIRST_CUT].unbind(1)
-    within, numel = position % size, stop - start
-    head = torch.where((within > 0) | (numel < size), torch.minimum(numel, size - within), 0)
-    rows, tail = (numel - head) // size, (numel - head) % size
-    after = layer + (head > 0)
-    one = torch.ones_like(head)
-    parts = (
-        (start, one, head, layer, column + within, shard),
-        (start + head, rows, size, after, column, shard),
-        (start + head + rows * size, one, tail, after + rows, column, shard),
-    )
-    table = torch.stack([torch.stack(part, dim=1) for part in parts], dim=1).view(-1, 6)
-    table = table[(table[:, ROWS] > 0) & (table[:, WIDTH] > 0)]
+    start, rows, width, layer, within, piece = by_layers(pieces).unbind(1)
+    table = torch.stack((start, rows, width, layer, pieces[piece, COLUMN] + within, shard[piece]), dim=1)
     before, following = table[:-1], table[1:]
     same = (before[:, [WIDTH, FIRST_COLUMN, OF_SHARD]] == following[:, [WIDTH, FIRST_COLUMN, OF_SHARD]]).all(
         1
@@ -280,7 +269,29 @@ def panels(shards: Sequence[Shard]) -> Tensor:
     return merged
 
 
-def _pieces(shards: Sequence[Shard]) -> tuple[Tensor, Tensor]:
+def by_layers(pieces: Tensor) -> Tensor:
+    """The elements of each piece in up to three parts: whole layers, and what is before and after them.
+
+    Returns:
+        int64 ``[parts, 6]``: the first element in its tensor; of how many layers it has elements, and how
+        many of each; the first layer; how many elements of that one come before; the piece.
+    """
+    start, stop, layer, position, size = pieces[:, :PLACE].unbind(1)
+    within, numel = position % size, stop - start
+    head = torch.where((within > 0) | (numel < size), torch.minimum(numel, size - within), 0)
+    rows, tail = (numel - head) // size, (numel - head) % size
+    after, one, zero = layer + (head > 0), torch.ones_like(head), torch.zeros_like(head)
+    piece = torch.arange(len(pieces), device="cpu")
+    parts = (
+        (start, one, head, layer, within, piece),
+        (start + head, rows, size, after, zero, piece),
+        (start + head + rows * size, one, tail, after + rows, zero, piece),
+    )
+    table = torch.stack([torch.stack(part, dim=1) for part in parts], dim=1).view(-1, 6)
+    return table[(table[:, 1] > 0) & (table[:, 2] > 0)]
+
+
+def pieces_of(shards: Sequence[Shard]) -> tuple[Tensor, Tensor]:
     """The pieces of all shards, and of which shard each is."""
     tables = [s.pieces for s in shards]
     pieces = torch.cat([torch.empty((0, PIECE), dtype=torch.int64, device="cpu"), *tables])

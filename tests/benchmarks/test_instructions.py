@@ -70,6 +70,9 @@ def test_the_busiest_pipe_decides():
 def test_every_pass_is_a_kernel_that_is_compiled():
     names = {name for name, *_ in instructions.triton_compile.cases()}
     assert {p.kernel for p in instructions.PASSES.values()} <= names
+    assert instructions.launched("chunk sum fp32", "sm_90", names) == "chunk sum fp32"
+    assert instructions.launched("chunk sum fp32", "sm_103", names) == "chunk sum fp32 in words"
+    assert instructions.launched("update fp32 fp32 float32", "sm_86", names) == "update fp32 fp32 float32"
 
 
 def test_a_table_is_printed_and_written(monkeypatch, tmp_path, capsys):

@@ -5,7 +5,18 @@ from dataclasses import replace
 import hypothesis.strategies as st
 import pytest
 import torch
-from against_reference import CPU, Part, assert_same_statistic, bits, copied, moment, shard, steps, uniform
+from against_reference import (
+    CPU,
+    CUT_BLOCKS,
+    Part,
+    assert_same_statistic,
+    bits,
+    copied,
+    moment,
+    shard,
+    steps,
+    uniform,
+)
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,19 +58,23 @@ def test_ranges_of_a_large_strided_tensor_are_few_views():
 def test_strides_and_tiles_do_not_matter(case, seed):
     shards, counts, coefficients = case
     plain, strided = copied(shards, CPU), []
+    expected = reference.largest(plain, coefficients, CUT_BLOCKS)
     for s in copied(shards, CPU):  # every second element of a tensor twice as long
         spread = lambda t: torch.stack((t, t), dim=-1)[..., 0]  # noqa: E731
         elementwise = s.exp_avg is not None and s.exp_avg.shape == s.param.shape
         moved = {"exp_avg": spread(s.exp_avg)} if elementwise else {}
         strided.append(replace(s, param=spread(s.param), grad=spread(s.grad), **moved))
-    reference.update(plain, coefficients)
+    reference.update(plain, replace(coefficients, cut=expected))
     original, reference.TILE = reference.TILE, 128 << seed
     try:
         statistic = reference.sum_of_squares(strided, CPU, *counts)
-        reference.update(strided, coefficients)
+        largest = reference.largest(strided, coefficients, CUT_BLOCKS)
+        reference.update(strided, replace(coefficients, cut=largest))
     finally:
         reference.TILE = original
     assert_same_statistic(statistic, shards, *counts)
+    infinity = 0x7F800000  # of a NaN only that it is above that
+    assert torch.equal(largest.clamp(max=infinity), expected.clamp(max=infinity))
     for mine, other in zip(strided, plain, strict=True):
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(mine.tensors, other.tensors, strict=True))
 

@@ -43,6 +43,7 @@ from novoscale.kernels import reference
 from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
 from novoscale.kernels import triton_passes as passes
+from novoscale.kernels.triton_tables import Kind, updates
 from novoscale.momentum import FORMATS
 
 # NumPy says of the interpreter's arithmetic what float32 does with infinity, and uint32 beyond 2**32.
@@ -127,7 +128,7 @@ def test_every_mix_of_formats(small, param, grad, form, rounding):
     assert_as_reference(kernels, [case], 3, random_coefficients(3, generated()), DEVICE)
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 127, 128, 129, 256, 264, 511, 512, 513, 640])
+@pytest.mark.parametrize("size", [1, 7, 8, 127, 128, 129, 256, 264, 511, 512, 513, 640, 1100, 1152])
 @pytest.mark.parametrize(("form", "norm_type"), [("float32", 2), ("bfloat16", 0), ("int8", 2), ("int4", 0)])
 def test_rows(small, size, form, norm_type):
     """Layers below, at and above a block, a tile and a chunk; the piece begins and ends within one."""
@@ -228,12 +229,14 @@ def test_rounding_to_bfloat16_is_to_nearest_even(small):
 def test_chunks_are_aligned_where_the_tensor_is_and_the_piece_is_not(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 128)
     tensors = [torch.ones(400, device=DEVICE) for _ in range(2)]
-    rows = kernels.Kernels([shard(*tensors, None, [Part(115, 350, 0)])], DEVICE, 1)._table.cpu()
-    assert rows[:, [passes.BEGIN.value, passes.END.value]].tolist() == [[3, 16], [0, 128], [0, 94]]
-    param, grad = rows[:, passes.PARAM.value], rows[:, passes.GRAD.value]
-    assert (param % 16 == 0).all()
-    assert (param - param[0]).tolist() == [0, 4 * 16, 4 * 144]
-    assert grad.tolist() == [4 * 112, 4 * 128, 4 * 256]
+    case = shard(*tensors, None, [Part(115, 390, 0)])
+    rows, kinds, chunks = updates([case], torch.zeros(1, dtype=torch.int64), 128, 64)
+    columns = [passes.BEGIN.value, passes.END.value, passes.PARAM.value, passes.GRAD.value]
+    rows = rows[:, columns]
+    rows[:, 2] -= case.param.data_ptr()
+    assert rows.tolist() == [[115, 128, 0, 0], [0, 256, 512, 512], [0, 6, 1536, 1536]]
+    assert [Kind(*kind).whole for kind in kinds.tolist()] == [0, 1, 0]
+    assert chunks.tolist() == [1, 2, 1]
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -273,7 +276,6 @@ def moving():
 
 def test_of_gradients_that_move_one_address_each_is_sent(small):
     both, mine, elsewhere = moving()
-    assert len(both._table) > 8
     with Copied() as counted:
         both.moved([t.data_ptr() for t in elsewhere])
     assert counted.bytes == 8 * len(mine)
@@ -281,19 +283,15 @@ def test_of_gradients_that_move_one_address_each_is_sent(small):
 
 
 def test_gradients_may_move_while_a_graph_is_captured(small, monkeypatch):
-    """What it copies the addresses from is kept, and not written to by a later step."""
+    """But tables of another alignment are not made then."""
     both, _, elsewhere = moving()
-    before = both._captured
     with monkeypatch.context() as capturing:
-        capturing.setattr(kernels, "_capturing", lambda device: True)
+        capturing.setattr(kernels, "capturing", lambda: True)
         capturing.setattr(Tensor, "pin_memory", None)
         both.moved([t.data_ptr() for t in elsewhere])
         with pytest.raises(RuntimeError, match="aligned"):
             both.moved([t.data_ptr() + 4 for t in elsewhere])
     assert both.sum_of_squares()[0] == 6000.0
-    both.moved([0, 16])
-    assert both._captured is before
-    assert both._captured.tolist() == [t.data_ptr() for t in elsewhere]
 
 
 def test_layers_without_elements_are_zero():
@@ -356,7 +354,7 @@ def test_launches_do_not_grow_with_the_tensors(recorded, number):
     options = torch.rand(number, 4, device=DEVICE)
     both.update(replace(ones(number), options=options))
     # Each is a param group; the statistic does not depend on whether weights decay.
-    assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 1, 2, 0, 0]
+    assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 0, 2, 0, 0]
     assert all(options["enable_fp_fusion"] is False for options in recorded["update"].launches)
 
 
@@ -368,12 +366,9 @@ def test_neither_launches_nor_programs_nor_tables_grow_with_the_layers(small, re
     both.sum_of_squares()
     both.update(ones(1024 // size))
     rows = size < 512
-    assert [len(kernel.launches) for kernel in recorded.values()] == [not rows, rows, 1, 1, 0, 0]
-    assert [kernel.programs for kernel in recorded.values() if kernel.programs][1:] == [
-        [4 if rows else 2],
-        [2],
-    ]
-    assert len(both._table) == 2
+    assert [len(kernel.launches) for kernel in recorded.values()] == [not rows, rows, 0, 1, 0, 0]
+    assert [kernel.programs for kernel in recorded.values() if kernel.programs] == [[2], [2]]
+    assert len(both._runs.rows) == 1
 
 
 def test_offsets_pass_32_bits():
@@ -390,7 +385,7 @@ def test_offsets_pass_32_bits():
 # ---- factored parameters ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [1, 7, 8, 16, 17, 64, 72, 256, 264, 511, 520, 1104])
+@pytest.mark.parametrize("width", [1, 7, 8, 16, 17, 64, 72, 256, 264, 511, 520, 1104, 1152])
 def test_panels(small, width):
     """Columns below, at and above those of a strip, a tile and a chunk; pieces begin and end within a row."""
     numel = max(3 * width, 400)
@@ -546,7 +541,8 @@ def test_launches_do_not_grow_with_the_factored_parameters(recorded, number):
     both.update(replace(ones(3 * number), row_root=one, column_root=one))
     launches = {name: len(kernel.launches) for name, kernel in recorded.items() if kernel.programs != [0]}
     assert launches == {
-        "chunk_statistic": 0, "rows_statistic": 0, "update": 1, "strip_statistic": 1, "panel_statistic": 1,
+        "chunk_statistic": 0, "rows_statistic": 0, "layer_statistic": 0, "update": 1,
+        "strip_statistic": 1, "panel_statistic": 1,
     }  # fmt: skip
 
 
@@ -564,6 +560,7 @@ def test_rows_of_a_strip_may_be_further_apart_than_32_bits():
         partials,
         None,
         grad_type=kernels.FORMATS[grad.dtype],
+        in_words=False,
         width=16,
         tile=256,
         **kernels.LAUNCH,
@@ -645,30 +642,19 @@ def compiled():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled_code(compiled, architecture, record_property):
     mine = [kernel for kernel in compiled if kernel["architecture"] == architecture]
-    assert len(mine) == len(compiled) / len(ARCHITECTURES)
+    assert {kernel["name"] for kernel in mine} >= {k["name"] for k in compiled if "in words" not in k["name"]}
     for kernel in mine:
         print(json.dumps(kernel))
         record_property(kernel["name"], kernel["registers"])
         assert kernel["spilled"] == 0
-        # 40 % of the threads that may run, or on AMD's a quarter; less where a launch is of few chunks, and a
-        # quarter where each element is divided.
-        divided = "factored" in kernel["name"] or architecture.startswith("gfx")
+        # 36 % of the threads that may run, or where each element is divided, or added to two sums in words of
+        # float32, 30 % and 25; less where a launch is of few chunks.
         of_layers = kernel["name"].startswith("layers:")  # float64, of few elements
-        limit = (
-            168
-            if of_layers
-            else 140
-            if "bf16 bf16 float32" in kernel["name"]
-            else 128
-            if divided
-            else 96
-            if kernel["rare"]
-            else 80
-            if "nesterov" in kernel["name"]
-            else 72
-        )
+        divided, in_words = "factored" in kernel["name"], "in words" in kernel["name"]
+        limit = 168 if of_layers else 104 if kernel["rare"] else 90 if divided else 128 if in_words else 80
         assert kernel["registers"] <= limit
         assert kernel["float32 fma"] == 0 or of_layers  # with which divisions in float64 begin
+        assert (kernel["written fma"] > 0) == in_words or of_layers
         assert kernel["other divisions"] == 0
         assert kernel["128-bit loads"] >= kernel["tensors"]
         assert kernel["128-bit stores"] >= kernel["stored"]
@@ -677,42 +663,46 @@ def test_compiled_code(compiled, architecture, record_property):
 # Of the main loop, for each element on sm_90: all instructions, and those of the pipe for integers,
 # comparisons and selections, which is the busiest. A fiftieth more than there were: to be lowered with them.
 MOST = {
-    "update fp32 fp32 float32": (12, 1),
-    "update fp32 bf16 bfloat16": (31.5, 15.5),
-    "update bf16 bf16 bfloat16": (39, 22),
-    "update bf16 bf16 bfloat16 rounded": (37, 20),
-    "update fp16 fp16 float32": (15.5, 1.5),
-    "update bf16 bf16 None": (16.5, 8.5),
-    "update bf16 bf16 None rounded": (25, 14),
-    "update fp32 fp32 int8": (50, 24),
-    "update fp32 bf16 int8": (52.5, 25.5),
-    "update bf16 bf16 int8 rounded": (53.5, 28),
-    "update fp32 fp32 int4": (52.5, 27),
-    "update bf16 bf16 int4 rounded": (55.5, 30.5),
-    "update fp32 fp32 float32, layers of 8s": (22, 5),
-    "update bf16 bf16 int8 rounded, layers of 8s": (75.5, 39.5),
-    "update bf16 bf16 int4 rounded, layers of 8s": (79, 43.5),
-    "update bf16 bf16 int8 rounded, nesterov": (55, 28),
-    "update fp32 fp32 float32, factored, change": (28.5, 5),
-    "update fp32 bf16 bfloat16, factored, change, nesterov": (51, 19.5),
-    "update bf16 bf16 bfloat16 rounded, factored, term, nesterov": (57, 26.5),
-    "update fp32 fp32 int8, factored, term, nesterov": (75.5, 33),
-    "update bf16 bf16 int8 rounded, factored, change, nesterov": (78.5, 38),
-    "update bf16 bf16 int4 rounded, factored, term": (77.5, 39),
-    "update bf16 bf16 int8 rounded, layers of 8s, factored, change, nesterov": (88, 42.5),
-    "update fp32 fp32 float32, layers of 8s, factored, term, nesterov": (59.5, 24),
-    "update bf16 bf16 float32 rounded, layers of 8s, factored, term, nesterov": (61.5, 25.5),
-    "update bf16 bf16 int8 rounded, layers of 8s, factored, term, nesterov": (87.5, 42),
-    "update bf16 bf16 int4 rounded, layers of 8s, factored, term, nesterov": (89, 44),
+    "update fp32 fp32 float32": (11.5, 2),
+    "update fp32 bf16 bfloat16": (31, 14),
+    "update bf16 bf16 bfloat16": (38, 21),
+    "update bf16 bf16 bfloat16 rounded": (36.5, 18.5),
+    "update fp16 fp16 float32": (14.5, 2),
+    "update bf16 bf16 None": (16, 8.5),
+    "update bf16 bf16 None rounded": (24, 12.5),
+    "update fp32 fp32 int8": (46.5, 20),
+    "update fp32 bf16 int8": (48.5, 20.5),
+    "update bf16 bf16 int8 rounded": (50.5, 24),
+    "update fp32 fp32 int4": (49, 22),
+    "update bf16 bf16 int4 rounded": (53, 26.5),
+    "update fp32 fp32 float32, layers of 8s": (16.5, 3),
+    "update bf16 bf16 int8 rounded, layers of 8s": (57, 28),
+    "update bf16 bf16 int4 rounded, layers of 8s": (59.5, 30.5),
+    "update fp32 fp32 float32, edges": (11.5, 1),
+    "update bf16 bf16 bfloat16 rounded, edges": (36, 18.5),
+    "update bf16 bf16 int8 rounded, edges": (53, 27.5),
+    "update bf16 bf16 int8 rounded, nesterov": (52.5, 24),
+    "update fp32 fp32 float32, factored, change": (28, 5.5),
+    "update fp32 bf16 bfloat16, factored, change, nesterov": (50, 18.5),
+    "update bf16 bf16 int8 rounded, layers in turn": (49.5, 24),
+    "update bf16 bf16 bfloat16 rounded, factored, term, nesterov": (58.5, 24),
+    "update fp32 fp32 int8, factored, term, nesterov": (72, 27.5),
+    "update bf16 bf16 int8 rounded, factored, change, nesterov": (82.5, 34),
+    "update bf16 bf16 int4 rounded, factored, term": (82, 35.5),
+    "update bf16 bf16 int8 rounded, layers of 8s, factored, change, nesterov": (94, 42.5),
+    "update fp32 fp32 float32, layers in turn, factored, term, nesterov": (28.5, 4),
+    "update bf16 bf16 float32 rounded, layers in turn, factored, term, nesterov": (48.5, 17.5),
+    "update bf16 bf16 int8 rounded, layers in turn, factored, term, nesterov": (79.5, 34.5),
+    "update bf16 bf16 int4 rounded, layers in turn, factored, term, nesterov": (81, 36.5),
     "chunk sum fp32": (4, 1),
-    "rows of 1024 sum fp32": (7.5, 4.5),
-    "chunk sum bf16": (5.5, 1.5),
+    "rows of 1024 sum fp32": (7, 4.5),
+    "chunk sum bf16": (5, 1.5),
     "rows of 64 sum bf16": (7.5, 4),
     "chunk max bf16": (5.5, 3.5),
-    "rows of 1024 max bf16": (7, 5),
-    "strips of 256 fp32": (16, 4.5),
-    "strips of 256 bf16": (12.5, 3.5),
-    "strips of 16 bf16": (11, 3.5),
+    "rows of 1024 max bf16": (6.5, 5),
+    "strips of 256 fp32": (17.5, 5),
+    "strips of 256 bf16": (13, 3.5),
+    "strips of 16 bf16": (11.5, 3.5),
 }
 
 
