@@ -308,7 +308,7 @@ def amd(asm):
 
 if __name__ == "__main__":
     for name, kernel, constants, tensors, stored in cases():
-        # In words nothing is done where there is much float64; it is compiled for sm_80 and sm_90 to be counted.
+        # Where there is much float64 nothing is done in words; compiled for sm_80 and sm_90 to be counted.
         elsewhere = ("sm_100", "gfx") if "in words" in name else ()
         for architecture in (a for a in sys.argv[1:] if not a.startswith(elsewhere)):
             asm = build(kernel, constants, architecture)
