@@ -137,7 +137,8 @@ def _of_chunk_in_words(
     for offset in range(0, end, tile):
         value = _elements(grad, offset, begin, end, grad_type, tile)
         high, middle, low = triton_sums.add(high, middle, low, *triton_sums.square(value))
-    return triton_sums.total(high, middle, low, 0)
+    result, wrong = triton_sums.total(high, middle, low, 0)
+    return result, wrong
 
 
 @jit
@@ -241,7 +242,8 @@ def _of_rows_in_words(
         else:
             value = _elements_of_rows(grad, first, offset, size, end, grad_type, width, False)
         high, middle, low = triton_sums.add(high, middle, low, *triton_sums.square(value))
-    return triton_sums.total(high, middle, low, 1)
+    result, wrong = triton_sums.total(high, middle, low, 1)
+    return result, wrong
 
 
 @jit

@@ -310,8 +310,9 @@ def amd(asm):
 
 if __name__ == "__main__":
     for name, kernel, constants, tensors, stored in cases():
-        # Where there is much float64, as on all of AMD's that are served, nothing is done in words.
-        for architecture in (a for a in sys.argv[1:] if not (a.startswith("gfx") and "in words" in name)):
+        # Where there is much float64 nothing is done in words; compiled for sm_80 and sm_90 to be counted.
+        elsewhere = ("sm_100", "gfx") if "in words" in name else ()
+        for architecture in (a for a in sys.argv[1:] if not a.startswith(elsewhere)):
             asm = build(kernel, constants, architecture)
             facts = amd(asm) if architecture.startswith("gfx") else nvidia(asm, constants)
             rare = any(word in name for word in ("edges", "misaligned", "layers of 1s", "cut"))
