@@ -41,7 +41,8 @@ CHUNK = 1 << 14
 # memory's latency times its bandwidth asks for. A warp of AMD's data-centre GPUs has 64 lanes. Half of a tile
 # is a multiple of a moment's block.
 WARPS = 4
-TILE = 8 * WARPS * (64 if torch.version.hip else 32)
+THREADS = 64 if torch.version.hip else 32  # of a warp
+TILE = 8 * WARPS * THREADS
 
 # No multiply-add is fused but where the kernels say so: the reference rounds each product and each sum.
 LAUNCH = {"num_warps": WARPS, "enable_fp_fusion": False}
@@ -207,10 +208,12 @@ class Kernels:
             given = (rows, run_of[begin:], self._gradients.on_device)
             self._sums.append(partial(kernel[(count,)], *given, tile=TILE, **kind, **LAUNCH))
         ends, few, several = to_device(self._device, tables.ends), tables.few, passes.SEVERAL.value
-        for table, many, width in ((ends[:few], several, passes.FEW.value), (ends[few:], 1, TILE)):
+        of_few = {"width": passes.FEW.value, "tile": several * passes.FEW.value, **LAUNCH}
+        # What waits for memory takes as long for many partials as for few.
+        of_many = {"width": 8 * TILE, "tile": 8 * TILE, **LAUNCH, "num_warps": 1024 // THREADS}
+        for table, many, kind in ((ends[:few], several, of_few), (ends[few:], 1, of_many)):
             if len(table):
-                launch = passes.layer_statistic[(len(table) // many,)]
-                self._sums.append(partial(launch, table, width=width, tile=many * width, **LAUNCH))
+                self._sums.append(partial(passes.layer_statistic[(len(table) // many,)], table, **kind))
         self._panels = Panels(
             shards, self._gradients.on_device, layers, STRIP * CHUNK, TILE, in_words, **LAUNCH
         )
