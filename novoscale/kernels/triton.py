@@ -127,12 +127,13 @@ def halved(constants: dict[str, Any]) -> bool:
     """Whether an update of these arguments handles half of a tile at a time, and of a group.
 
     Moments in blocks and divisions take more registers. Half of the elements are still 128 bits of float32
-    weights; and where it is done by elements, there is nothing to lose.
+    weights; and where it is done by elements, there is nothing to lose. Of bfloat16 weights with a moment in
+    blocks it would be codes by 32 or 16 bits: on an H100 whole tiles are 9 % faster there.
     """
     divided, in_blocks = constants["divided"] is not None, constants["largest"] > 0
     by_elements = not constants["aligned"] or constants["group"] == 1
     wide = constants["param_type"] == tl.float32
-    return divided or (in_blocks and (wide or by_elements))
+    return (divided and not in_blocks) or ((divided or in_blocks) and (wide or by_elements))
 
 
 def _options(shard: Shard) -> _Options:
