@@ -5,6 +5,8 @@ A program has one chunk, of a run that is a row of a table: see triton_tables.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton.language as tl
 
 from novoscale.kernels import shards, triton_sums
@@ -131,7 +133,7 @@ def _of_chunk(
 @jit
 def _of_chunk_in_words(
     grad: tl.tensor, begin: tl.tensor, end: tl.tensor, grad_type: tl.constexpr, tile: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
+) -> Any:
     high = tl.zeros([tile], tl.float32)
     middle, low = high, high
     for offset in range(0, end, tile):
@@ -233,7 +235,7 @@ def _of_rows_in_words(
     aligned: tl.tensor,
     grad_type: tl.constexpr,
     width: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor]:
+) -> Any:
     high = tl.zeros([first.shape[0], width], tl.float32)
     middle, low = high, high
     for offset in range(0, size, width):
