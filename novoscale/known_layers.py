@@ -94,6 +94,8 @@ class KnowsLayers(Optimizer):
         for index, position, number, p in self._numbered():
             if id(p) in stepped.get(id(self.param_groups[index]), ()):
                 name, group = self._name(index, position), self.param_groups[index]
+                if group["fused"]:
+                    checks.check_has_fused(p, name)
                 checks.check_gradient(name, p)
                 layout = self._find_layout(index, position, number, p)
                 if self._wrapper is None:  # a wrapper's tensors have not the parameters' shapes
