@@ -54,7 +54,7 @@ def refuse_unknown_options(unknown: Mapping[str, Any], known: Iterable[str]) -> 
     """Raise TypeError for an option that NovoGrad does not have, with the nearest that it has."""
     check_ported(unknown, "NovoGrad")
     names = list(known)
-    for name in unknown.keys() - set(_PORTED):
+    for name in [name for name in unknown if name not in _PORTED]:
         near = difflib.get_close_matches(name, names, n=1)
         advice = _ELSEWHERE.get(name) or (f"did you mean {near[0]!r}?" if near else "")
         raise TypeError(
@@ -327,6 +327,14 @@ def unknown_layers(name: str, tensor: Tensor, known: Layout | None, wrapper: str
         "`import novoscale.integrations.deepspeed` before deepspeed.initialize; FSDP1 is not "
         "supported, use FSDP2 (fully_shard). If the model was changed, or the optimizer copied after it "
         "was wrapped: make a new optimizer from the model's present parameters."
+    )
+
+
+def not_of_the_whole(name: str) -> str:
+    """What to say of a parameter that is not among those of ``number_as``."""
+    return (
+        f"{name} is not in the param groups that number_as was given: give it those of the whole model, such as "
+        "optimizer.optim.number_as(optimizer.param_groups) of a ZeroRedundancyOptimizer"
     )
 
 

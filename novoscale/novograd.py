@@ -92,6 +92,7 @@ class NovoGrad(KnowsLayers):
         stochastic_rounding: of the weights where they are bfloat16 (and have no float32 master: a wrapper
             that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost.
         seed: of the random bits for rounding; they do not depend on how the model is cut, nor on the rank.
+            (Under ``ZeroRedundancyOptimizer`` they do, unless it is told :meth:`number_as`.)
         allow_lossy_load: let ``load_state_dict`` round a first moment to a ``momentum_dtype`` that cannot
             hold it, a collective where that is in blocks that are cut; and take over the state of an Adam.
         foreach: True: torch's own operations (``kernels/reference.py``), as with ``fused=False``.
