@@ -266,8 +266,8 @@ def check_gradient(name: str, p: Tensor) -> None:
     assert grad is not None
     if p.is_meta:
         raise RuntimeError(
-            f"{name} is on the device meta: it has no memory, and cannot be stepped. Use model.to_empty(device="
-            "...) and initialise it, and make NovoGrad from the parameters that the model has then"
+            f"{name} is on the device meta: it has no memory, and cannot be stepped. Use "
+            "model.to_empty(device=...), initialise the model, and make NovoGrad from its parameters then"
         )
     if grad.is_complex():
         raise RuntimeError(f"{name}: NovoGrad does not support complex gradients")
@@ -333,8 +333,8 @@ def unknown_layers(name: str, tensor: Tensor, known: Layout | None, wrapper: str
 def not_of_the_whole(name: str) -> str:
     """What to say of a parameter that is not among those of ``number_as``."""
     return (
-        f"{name} is not in the param groups that number_as was given: give it those of the whole model, such as "
-        "optimizer.optim.number_as(optimizer.param_groups) of a ZeroRedundancyOptimizer"
+        f"{name} is not in the param groups that number_as was given. Give it those of the whole model: with "
+        "ZeroRedundancyOptimizer, optimizer.optim.number_as(optimizer.param_groups)"
     )
 
 

@@ -174,8 +174,8 @@ class KnowsLayers(Optimizer):
 
         The random bits for rounding depend on a parameter's number. ``ZeroRedundancyOptimizer`` makes an
         optimizer of each rank's own parameters, which can only count these. Told once, before the first step,
-        it has the bits of one process: ``optimizer.optim.number_as(optimizer.param_groups)``. A copy has to be
-        told again.
+        it has the bits of DDP: ``optimizer.optim.number_as(optimizer.param_groups)``. A copy has to be told
+        again.
 
         Args:
             param_groups: of the whole model. Kept, and looked at again when a param group is added.
