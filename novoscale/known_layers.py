@@ -32,11 +32,12 @@ class KnowsLayers(Optimizer):
     _captured: list[Prepared]  # those that CUDA graphs read at each replay: never freed, never written to
     _wrapper: str | None  # what replaced the parameters, if anything did; copied
     _released: object | None  # the handle of release_gradients, if it is in use
+    _whole: Sequence[Group] | None  # see number_as()
 
     def _forget(self) -> None:
         """Start with empty caches."""
         self._layouts, self._sharded, self._prepared, self._captured = {}, {}, {}, []
-        self._wrapper = self._released = None
+        self._wrapper = self._released = self._whole = None
 
     # ---- a set of tensors ---------------------------------------------------------------------------
 
@@ -94,6 +95,8 @@ class KnowsLayers(Optimizer):
         for index, position, number, p in self._numbered():
             if id(p) in stepped.get(id(self.param_groups[index]), ()):
                 name, group = self._name(index, position), self.param_groups[index]
+                if group["fused"]:
+                    checks.check_has_fused(p, name)
                 checks.check_gradient(name, p)
                 layout = self._find_layout(index, position, number, p)
                 if self._wrapper is None:  # a wrapper's tensors have not the parameters' shapes
@@ -134,11 +137,17 @@ class KnowsLayers(Optimizer):
 
         The number is that of the trainable parameters before it, the same however parameters are cut.
         """
+        numbers: dict[int, int] = {}
         number = 0
+        for group in self._whole or self.param_groups:
+            for p in group["params"]:
+                numbers[id(p)] = number
+                number += p.requires_grad
         for index, group in enumerate(self.param_groups):
             for position, p in enumerate(group["params"]):
-                yield index, position, number, p
-                number += p.requires_grad
+                if id(p) not in numbers:
+                    raise ValueError(checks.not_of_the_whole(self._name(index, position)))
+                yield index, position, numbers[id(p)], p
 
     def _name(self, group: int, position: int) -> str:
         """The name of a parameter for an error message."""
@@ -157,6 +166,33 @@ class KnowsLayers(Optimizer):
                 if not isinstance(p, DTensor):
                     self._layouts[id(p)] = whole(parameter)
         self._prepared = {}
+
+    # ---- for wrappers that share out parameters ---------------------------------------------------
+
+    def number_as(self, param_groups: Sequence[Group]) -> None:
+        """Number the parameters as an optimizer of the whole model does, of which this one has a part.
+
+        The random bits for rounding depend on a parameter's number. ``ZeroRedundancyOptimizer`` makes an
+        optimizer of each rank's own parameters, which can only count these. Told once, before the first step,
+        it has the bits of DDP: ``optimizer.optim.number_as(optimizer.param_groups)``. A copy has to be told
+        again.
+
+        Args:
+            param_groups: of the whole model. Kept, and looked at again when a param group is added.
+
+        Raises:
+            ValueError: a parameter of this optimizer is not in them, or a wrapper has cut the parameters.
+        """
+        if self._wrapper is not None:
+            raise ValueError(f"number_as: {self._wrapper} has numbered the parameters. Leave the call out")
+        before, self._whole = self._whole, param_groups
+        try:
+            for index in range(len(self.param_groups)):
+                self._know(index)
+        except ValueError:
+            self._whole = before
+            raise
+        self._sharded.clear()
 
     # ---- for wrappers that cut parameters -------------------------------------------------------
 

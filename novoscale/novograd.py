@@ -48,9 +48,11 @@ class NovoGrad(KnowsLayers):
 
     Args:
         params: parameters, named parameters or param groups; float32, bfloat16, float16 or float64.
-        lr: learning rate; a number or a tensor of one element.
+        lr: learning rate; a number or a tensor of one element. A tensor on another device than the CPU is not
+            read, which would wait for the device: nothing refuses it if it is below 0 or NaN.
         betas: decay of the first moment and of the second. With beta1 = 0 no first moment is kept. None, as
-            with every option that a preset has: the preset's.
+            with every option that a preset has: the preset's. Tensors are read, once: to change betas later
+            put others into the param group.
         eps: added to the square root of the second moment.
         weight_decay: times the weight, added to the normalised gradient.
         preset: a word for a set of options, of which each that is given wins: "paper" (Algorithm 1, the
@@ -90,18 +92,23 @@ class NovoGrad(KnowsLayers):
         stochastic_rounding: of the weights where they are bfloat16 (and have no float32 master: a wrapper
             that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost.
         seed: of the random bits for rounding; they do not depend on how the model is cut, nor on the rank.
+            (Under ``ZeroRedundancyOptimizer`` they do, unless it is told :meth:`number_as`.)
         allow_lossy_load: let ``load_state_dict`` round a first moment to a ``momentum_dtype`` that cannot
             hold it, a collective where that is in blocks that are cut; and take over the state of an Adam.
         foreach: True: torch's own operations (``kernels/reference.py``), as with ``fused=False``.
         fused: True: a fused kernel (Triton on a GPU, C++ on the CPU), or an error; False: torch's own
             operations. None: the fused kernel where there is one. All give the same bits.
 
-    Under ``torch.amp.GradScaler`` leave ``scaler.unscale_`` out: the step divides by the scale itself. In
-    a CUDA graph let ``lr`` be a tensor on the device, if it changes.
+    A number may be of any kind that ``float`` takes, such as NumPy's; param groups have it as a float.
+    ``capturable`` and ``differentiable``, which torch's optimizers have, may stay in ported code: a step can
+    always be captured in a CUDA graph (let ``lr`` be a tensor on the device there, if it changes), and
+    ``differentiable=True`` is refused.
+
+    Under ``torch.amp.GradScaler`` leave ``scaler.unscale_`` out: the step divides by the scale itself.
 
     Raises:
         ValueError: an option out of range, or a parameter that cannot be optimised.
-        RuntimeError: ``fused=True`` where there is no fused kernel.
+        RuntimeError: ``fused=True`` where there is no fused kernel. (On the device meta: at the step.)
         TypeError: an option that NovoGrad does not have, or one of the wrong kind.
     """
 
@@ -331,6 +338,8 @@ class NovoGrad(KnowsLayers):
         Of moments in blocks that are cut, or whose rows are no whole blocks, it has copies. Where tensor
         parallelism cuts such rows, it is a collective. Under a wrapper it says what each tensor holds.
         """
+        for group in self.param_groups:
+            checks.plain_numbers(group)
         kept = self.state
         self.state = defaultdict(dict, kept)
         for index, position, number, p in self._numbered():
