@@ -113,8 +113,12 @@ class Case:
 
     @property
     def client(self) -> Call | None:
-        """The optimizer that the script makes; of a Trainer none."""
-        return self.script.optimizer if self.script and self.runner != "trainer" else None
+        """The optimizer that the script makes and hands over; of a Trainer none."""
+        if self.script is None or self.runner == "trainer":
+            return None
+        start = self.script.initialize
+        handed = start is None or "optimizer" in start.keywords
+        return self.script.optimizer if handed else None
 
 
 def running(case: Case) -> Running:

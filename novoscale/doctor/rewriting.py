@@ -10,7 +10,7 @@ import importlib
 import json
 import re
 from dataclasses import dataclass
-from json.decoder import JSONDecoder, scanstring
+from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ def novograd_section(config: dict[str, Any]) -> dict[str, Any]:
     if str(section.get("type")).lower() == "novograd":
         return copy.deepcopy(section)
     params = section_of(section, "params")
+    if not section and '"auto"' in json.dumps(config):
+        params = dict.fromkeys(KEPT, "auto")  # what the script says, by Accelerate or the Trainer
     return {"type": "NovoGrad", "params": {**{k: params[k] for k in KEPT if k in params}, **BESIDE}}
 
 
@@ -76,8 +78,10 @@ def _json(config: Config) -> tuple[str, list[str]]:
     left = [key for key in params if key not in (*section["params"], "max_grad_norm")]
     said = []
     if left:
-        said.append(f"left out of optimizer.params: {', '.join(left)} (the preset has its own)")
+        said.append(f"left out of optimizer.params, being the other optimizer's: {', '.join(left)}")
     changes: dict[str, Any] = {"optimizer": section}
+    if "lr" not in section["params"]:
+        said.append("optimizer.params has no lr: NovoGrad's default is 0.001; put the script's there")
     if "max_grad_norm" in params:
         section["params"].pop("max_grad_norm", None)
         if "gradient_clipping" not in content:
@@ -122,7 +126,7 @@ def _spans(text: str) -> tuple[int, dict[str, tuple[int, int]]]:
     found: dict[str, tuple[int, int]] = {}
     at = skip(start + 1)
     while text[at] != "}":
-        key, at = scanstring(text, at + 1)
+        key, at = JSONDecoder().raw_decode(text, at)
         at = skip(skip(at) + 1)
         _, end = JSONDecoder().raw_decode(text, at)
         found[key] = (at, end)

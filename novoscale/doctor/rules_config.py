@@ -149,7 +149,8 @@ def one_process_on_cpu(case: Case) -> Iterator[Finding]:
 
     Source: accelerate/commands/launch.py, ``launch_command``: every branch asks ``not args.cpu``.
     """
-    if case.yaml("use_cpu") is True and case.yaml("num_processes", 1) != 1:
+    by_mpi = section_of(case.config.accelerate or {}, "mpirun_config")
+    if case.yaml("use_cpu") is True and case.yaml("num_processes", 1) != 1 and not by_mpi:
         kind = case.yaml("distributed_type")
         yield wrong("use_cpu", f"accelerate launch then starts one process, and not {kind}; set it to false")
 

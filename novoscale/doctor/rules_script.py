@@ -60,9 +60,13 @@ def replaced(case: Case) -> Iterator[Finding]:
     if now.optimizer is None:
         yield wrong(where, f"{now.because}, and {now.instead} is not used; {_remedy(case)}")
         return
-    say = wrong if case.novograd or "optimizers" in (made.keywords if made else {}) else warning
-    if now.optimizer != now.instead:
-        yield say(where, f"{now.optimizer} runs, and not {now.instead}: {now.because}; {_remedy(case)}")
+    dropped = made is not None and "optimizers" in made.keywords
+    say = wrong if dropped or now.instead.startswith("novoscale") else warning
+    if dropped or now.optimizer != now.instead:
+        text = f"{now.optimizer} runs, and not {now.instead}: {now.because}; {_remedy(case)}"
+        if now.optimizer == now.instead:
+            text = f"optimizers= is dropped by the Trainer: {now.because}; leave it out"
+        yield say(where, text)
 
 
 def _remedy(case: Case) -> str:
@@ -100,20 +104,27 @@ def trainer_matches(case: Case) -> Iterator[Finding]:
     arguments = case.script.arguments
     for key, (argument, default) in MATCHED.items():
         yield from _matches(arguments, key, argument, case.get(key), default)
-    betas = case.get("optimizer.params.betas")
-    given = arguments.keywords if arguments else {}
-    pair = [given.get("adam_beta1", 0.9), given.get("adam_beta2", 0.999)]
-    known = betas if arguments is not None else None
-    if any(isinstance(beta, Unknown) for beta in pair) or known is None:
-        pair = None if betas is not None else pair  # type: ignore[assignment]
-    where = "optimizer.params.betas"
-    if betas not in (None, "auto") and pair is None:
-        yield note(where, "the Trainer stops unless --adam_beta1 and --adam_beta2 say the same")
-    elif betas not in (None, "auto") and list(betas) != pair:
-        yield wrong(
-            where,
-            f"is {betas}, and the Trainer, whose adam_beta1 and 2 are {pair}, stops; {_leave_out(case)}",
-        )
+    yield from _betas_match(case, arguments)
+
+
+def _betas_match(case: Case, arguments: Call | None) -> Iterator[Finding]:
+    where, betas = "optimizer.params.betas", case.get("optimizer.params.betas")
+    if not isinstance(betas, list):
+        return
+    pair = [_said(arguments, name, default) for name, default in (("adam_beta1", 0.9), ("adam_beta2", 0.999))]
+    if any(isinstance(beta, Unknown) for beta in pair):
+        if betas != [0.9, 0.999]:
+            yield note(where, "the Trainer stops unless --adam_beta1 and --adam_beta2 say the same")
+    elif betas != pair:
+        text = f"is {betas}, and the Trainer, whose adam_beta1 and 2 are {pair}, stops; {_leave_out(case)}"
+        yield wrong(where, text)
+
+
+def _said(arguments: Call | None, name: str, default: Any) -> Any:
+    """What the Trainer's arguments say: of a script that makes none, or from a dict, it is not known."""
+    if arguments is None:
+        return Unknown("the command line")
+    return arguments.keywords.get(name, arguments.keywords.get("**", default))
 
 
 def _leave_out(case: Case) -> str:
@@ -123,8 +134,8 @@ def _leave_out(case: Case) -> str:
 def _matches(arguments: Call | None, key: str, argument: str, value: Any, default: Any) -> Iterator[Finding]:
     if value is None or value == "auto":
         return
-    said = default if arguments is None else arguments.keywords.get(argument, default)
-    if arguments is None or isinstance(said, Unknown):
+    said = _said(arguments, argument, default)
+    if isinstance(said, Unknown):
         if value != default:
             yield note(key, f'the Trainer stops unless --{argument} is {value} too; "auto" takes it over')
     elif said != value:

@@ -142,7 +142,7 @@ def _imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
 def _calls(tree: ast.AST, known: dict[str, str]) -> Iterator[Call]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
-            keywords = {k.arg: _literal(k.value) for k in node.keywords if k.arg}
+            keywords = {k.arg or "**": _literal(k.value) for k in node.keywords}
             yield Call(_full(node.func, known), node.lineno, keywords)
 
 
@@ -160,17 +160,18 @@ def _literal(node: ast.expr) -> Any:
 
 def _registered(tree: ast.AST, calls: list[Call]) -> int | None:
     """The line of the import that registers NovoGrad."""
-    lines = [
-        node.lineno
-        for node in ast.walk(tree)
-        if (isinstance(node, ast.Import) and any(a.name.startswith(REGISTERS) for a in node.names))
-        or (
-            isinstance(node, ast.ImportFrom)
-            and any(f"{node.module}.{a.name}".startswith(REGISTERS) for a in node.names)
-        )
-    ]
+    lines = [line for line, name in _imports(tree) if f"{name}.".startswith(f"{REGISTERS}.")]
     lines += [c.line for c in calls if c.short == "import_module" and _imports_it(tree, c.line)]
     return min(lines, default=None)
+
+
+def _imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Lines, and full names of what is imported there."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, a.name) for a in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{a.name}") for a in node.names)
 
 
 def _imports_it(tree: ast.AST, line: int) -> bool:
