@@ -45,6 +45,7 @@ def adamw(**options):
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 KEPT = {"zero_force_ds_cpu_optimizer": False}
+MATCHING = "learning_rate=0.01, per_device_train_batch_size=1"
 UNTESTED = {"zero_allow_untested_optimizer": True}
 
 
@@ -368,7 +369,7 @@ def test_a_rule_finds_and_names_the_key(tmp_path, rule, severity, where, config,
         ("registered_in_time", zero(optimizer=adamw()), DUMMY),
         ("replaced", zero(), IMPORT + DUMMY),
         ("replaced", zero(optimizer=None, more=KEPT, **OFFLOAD), CLIENT),
-        ("trainer_matches", params(lr=0.01), IMPORT + trainer("learning_rate=0.01, per_device_train_batch_size=1")),
+        ("trainer_matches", params(lr=0.01), IMPORT + trainer(MATCHING)),
         ("one_process_on_cpu", "distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
          "mpirun_config: {mpirun_hostfile: hosts}\n", None),
     ],
