@@ -122,7 +122,22 @@ class Case:
 
 
 def running(case: Case) -> Running:
-    """Which optimizer will run."""
+    """Which optimizer will run.
+
+    Where a registered NovoGrad would be replaced, integrations/accelerate.py and transformers.py stop.
+    """
+    now = _chosen(case)
+    script = case.script
+    if script is None or script.registered is None or case.runner not in ("accelerate", "trainer"):
+        return now
+    dropped = script.trainer is not None and "optimizers" in script.trainer.keywords
+    if now.optimizer and now.instead == "novoscale.NovoGrad" and (dropped or now.optimizer != now.instead):
+        return Running(None, f"novoscale stops it, as {now.optimizer} would run: {now.because}", now.instead)
+    return now
+
+
+def _chosen(case: Case) -> Running:
+    """What the framework chooses."""
     if case.runner == "trainer":
         return _of_trainer(case)
     if not case.deepspeed:

@@ -66,7 +66,7 @@ def _show(found: Diagnosis) -> None:
     )
     runs = found.runs
     if runs.optimizer is None:
-        console.print(f"Which optimizer runs is not known: {runs.because}.", markup=False)
+        console.print(f"No optimizer is sure to run: {runs.because}.", markup=False)
     else:
         console.print(f"{runs.optimizer} will run: {runs.because}.", markup=False)
     for finding in found.findings:

@@ -85,6 +85,8 @@ def look(folder, config, script=None, **options):
         (zero(optimizer=None), ADAMW, "torch.optim.AdamW"),
         (zero(optimizer=None), CLIENT, "novoscale.NovoGrad"),
         (zero(optimizer=None, **OFFLOAD), CLIENT, "DeepSpeedCPUAdam"),
+        (zero(optimizer=None, **OFFLOAD), IMPORT + CLIENT, None),  # novoscale stops it
+        (zero(), IMPORT + trainer(more=", optimizers=(NovoGrad(params), None)"), None),
         (zero(optimizer=None, more=KEPT, **OFFLOAD), CLIENT, "novoscale.NovoGrad"),
         (zero(), PLAIN, "novoscale.NovoGrad"),
         (zero(), HANDED.format("torch.optim.AdamW"), "torch.optim.AdamW"),
