@@ -171,14 +171,14 @@ def outcomes(tmp_path_factory):
     return list(zip(said, (happened[text] for text in texts), strict=True))
 
 
-@pytest.mark.parametrize("case", RUNS, ids=str)
+@pytest.mark.parametrize("case", RUNS, ids=range(len(RUNS)))
 def test_the_optimizer_that_it_names_is_the_one_that_runs(outcomes, case):
     found, ran = outcomes[RUNS.index(case)]
     assert found.runs.optimizer is not None
     assert found.runs.optimizer.rpartition(".")[2] == ran
 
 
-@pytest.mark.parametrize("case", STOPS, ids=str)
+@pytest.mark.parametrize("case", STOPS, ids=[case[3] for case in STOPS])
 def test_what_it_says_is_refused_stops(outcomes, case):
     *_, rule, error = case
     found, ran = outcomes[len(RUNS) + STOPS.index(case)]
