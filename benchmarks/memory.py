@@ -35,13 +35,14 @@ ASKED = (
     "torch AdamW, fused",
     "bitsandbytes AdamW8bit",
     "torchao AdamW8bit",
-    "torchao AdamW4bit",
     "torch Adafactor",
-    "transformers Adafactor",
     "NovoGrad, adamw, int8",
     "NovoGrad, adamw, int4",
 )
-ORDER = (*ASKED, *(name for name in COMPARED if name not in ASKED))
+OTHERS = tuple(name for name in COMPARED if name not in ASKED)
+ORDER = (*ASKED, *OTHERS)
+# A run that is stopped has what is asked first, and then the others on few ranks.
+PASSES = ((ASKED, CUTS), (OTHERS, [cut for cut in CUTS if cut[1] <= 2]), (OTHERS, CUTS))
 PICTURED = [("none", 1), ("zero2", 4), ("zero3", 4), ("fsdp2", 4)]
 
 
@@ -68,13 +69,17 @@ def main(
 
 def measure(report: dict[str, Any], file: Path, command: str, timeout: float) -> None:
     """Add the rows that a report lacks, those that say why not included; write it after each."""
-    done = [key(row) for row in report["rows"] if "why" not in row]
-    missing = {name: [cut for cut in CUTS if (name, *cut) not in done] for name in ORDER}
+    done = {key(row) for row in report["rows"] if "why" not in row}
+    jobs: list[tuple[str, list[tuple[str, int]]]] = []
+    for names, cuts in PASSES:
+        for name in names:
+            jobs.append((name, [cut for cut in cuts if (name, *cut) not in done]))
+            done.update((name, *cut) for cut in cuts)
     cells = itertools.chain.from_iterable(
-        compare(report["model"], [name], cuts, "float32", timeout) for name, cuts in missing.items()
+        compare(report["model"], [name], cuts, "float32", timeout) for name, cuts in jobs
     )
     source = provenance(command)  # of the code that is loaded, whatever becomes of its files meanwhile
-    total = sum(map(len, missing.values()))
+    total = sum(len(cuts) for _, cuts in jobs)
     for row in track(cells, "measuring", total, disable=not sys.stderr.isatty()):
         others = [other for other in report["rows"] if key(other) != key(row)]
         report["rows"] = sorted([*others, _short(row, source)], key=_place)
