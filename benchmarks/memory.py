@@ -14,6 +14,7 @@ import itertools
 import json
 import shlex
 import sys
+from collections.abc import Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from novoscale.memory import plots
 from novoscale.memory.comparison import Row, compare
+from novoscale.memory.cuts import TITLES
 from novoscale.memory.optimizers import COMPARED
 from novoscale.provenance import provenance
 
@@ -39,6 +41,7 @@ ASKED = (
     "NovoGrad, adamw, int8",
     "NovoGrad, adamw, int4",
 )
+OURS = "NovoGrad, adamw, int8"
 OTHERS = tuple(name for name in COMPARED if name not in ASKED)
 ORDER = (*ASKED, *OTHERS)
 # A run that is stopped has what is asked first, and then the others on few ranks.
@@ -114,8 +117,60 @@ def _short(row: Row, source: dict[str, Any]) -> Row:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table of docs/memory.md."""
-    return f"{len(rows)} rows\n"
+    """The tables of docs/memory.md: what is asked first; every optimizer; why some rows are none."""
+    table = {key(row): row for row in rows}
+    titles = [_title(cut) for cut in PICTURED]
+    lines = [
+        f"| of {OURS} its state is so many times: | {' | '.join(titles)} |",
+        "|---|" + "---:|" * len(titles),
+    ]
+    for name in ASKED:
+        lines.append(f"| {name} | {' | '.join(_times(table, name, cut) for cut in PICTURED)} |")
+    titles = [_title(cut) for cut in CUTS]
+    lines += ["", f"| optimizer | {' | '.join(titles)} | transient |", "|---|" + "---:|" * (len(titles) + 1)]
+    for name in ORDER:
+        cells = [_state(table.get((name, *cut))) for cut in CUTS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_transient(table.get((name, *CUTS[0])))} |")
+    return "\n".join([*lines, "", *_reasons(rows)]) + "\n"
+
+
+def _reasons(rows: list[Row]) -> Iterator[str]:
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "why" in row:
+            where.setdefault((row["optimizer"], row["why"]), []).append(_title(key(row)[1:]))
+    for (name, why), titles in where.items():
+        yield f"- {name} under {' and '.join(titles)}: `{why}`"
+
+
+def _title(cut: tuple[str, int]) -> str:
+    name, ranks = cut
+    return TITLES[name] + (f", {ranks} ranks" if ranks > 1 else "")
+
+
+def _times(table: dict[tuple[str, str, int], Row], name: str, cut: tuple[str, int]) -> str:
+    row, ours = table.get((name, *cut)), table.get((OURS, *cut))
+    if row is None or ours is None or "why" in row or "why" in ours:
+        return _state(row)
+    times = row["state_bytes_per_parameter"] / ours["state_bytes_per_parameter"]
+    return f"{_number(times)} ({_state(row)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value >= 0.1 else f"{value:.2f}"
+
+
+def _state(row: Row | None) -> str:
+    if row is None:
+        return "not measured"
+    if "why" in row:
+        return "stops"
+    held = f"{row['state_bytes_per_parameter']:.2f}"
+    return held + ("" if row.get("same_training") is not False else f", {row['deviation']:.0%} off")
+
+
+def _transient(row: Row | None) -> str:
+    return "" if row is None or "why" in row else f"{row['transient_bytes'] / row['parameters']:.2f}"
 
 
 if __name__ == "__main__":
