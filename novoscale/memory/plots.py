@@ -44,9 +44,7 @@ def memory(report: dict[str, Any], path: Path) -> None:
     )
     transient.set(
         xlabel="bytes per parameter, on one rank",
-        title="Gradients, the most at once"
-        if released
-        else f"What a step takes for a moment besides, on {on}",
+        title="Gradients, the most at once" if released else f"What a step takes besides, on {on}",
     )
     state.margins(x=0.42, y=0.01)
     transient.margins(x=0.25)
