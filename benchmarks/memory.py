@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -81,6 +82,8 @@ def measure(report: dict[str, Any], file: Path, command: str, timeout: float) ->
     cells = itertools.chain.from_iterable(
         compare(report["model"], [name], cuts, "float32", timeout) for name, cuts in jobs
     )
+    # torch takes what one rank has compiled for another's, of a shard with a row less (torchao under FSDP2).
+    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     source = provenance(command)  # of the code that is loaded, whatever becomes of its files meanwhile
     total = sum(len(cuts) for _, cuts in jobs)
     for row in track(cells, "measuring", total, disable=not sys.stderr.isatty()):
