@@ -58,7 +58,7 @@ def test_an_error_of_a_rank_is_its_cells_reason():
 def test_the_reason_of_a_cell_is_the_error_and_not_the_advice_below_it(monkeypatch):
     def fails(job, timeout):
         raise RankError(
-            "rank 1 of 2:\nTraceback\n  File\nAssertionError: aten.x expects size 5. Please look\nSee the handbook\n"
+            "rank 1 of 2:\nTraceback\nAssertionError: aten.x expects size 5. Please look\nSee the handbook\n"
         )
 
     monkeypatch.setattr(measuring, "measure", fails)
