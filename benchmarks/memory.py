@@ -46,7 +46,7 @@ OURS = "NovoGrad, adamw, int8"
 OTHERS = tuple(name for name in reversed(COMPARED) if name not in ASKED)  # NovoGrad's other forms last
 ORDER = (*ASKED, *OTHERS)
 # A run that is stopped has what is asked first, and then the others on few ranks.
-PASSES = ((ASKED, CUTS), (OTHERS, [cut for cut in CUTS if cut[1] <= 2]), (OTHERS, CUTS))
+PASSES = ((ASKED, CUTS), (OTHERS, CUTS[:2]), (OTHERS, CUTS[:4]), (OTHERS, CUTS))
 PICTURED = [("none", 1), ("zero2", 4), ("zero3", 4), ("fsdp2", 4)]
 
 
@@ -73,19 +73,14 @@ def main(
 
 def measure(report: dict[str, Any], file: Path, command: str, timeout: float) -> None:
     """Add the rows that a report lacks, those that say why not included; write it after each."""
-    done = {key(row) for row in report["rows"] if "why" not in row}
-    jobs: list[tuple[str, list[tuple[str, int]]]] = []
-    for names, cuts in PASSES:
-        for name in names:
-            jobs.append((name, [cut for cut in cuts if (name, *cut) not in done]))
-            done.update((name, *cut) for cut in cuts)
+    missing = list(jobs(report["rows"]))
     cells = itertools.chain.from_iterable(
-        compare(report["model"], [name], cuts, "float32", timeout) for name, cuts in jobs
+        compare(report["model"], [name], cuts, "float32", timeout) for name, cuts in missing
     )
     # torch takes what one rank has compiled for another's, of a shard with a row less (torchao under FSDP2).
     os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     source = provenance(command)  # of the code that is loaded, whatever becomes of its files meanwhile
-    total = sum(len(cuts) for _, cuts in jobs)
+    total = sum(len(cuts) for _, cuts in missing)
     for row in track(cells, "measuring", total, disable=not sys.stderr.isatty()):
         others = [other for other in report["rows"] if key(other) != key(row)]
         report["rows"] = sorted([*others, _short(row, source)], key=_place)
@@ -93,6 +88,17 @@ def measure(report: dict[str, Any], file: Path, command: str, timeout: float) ->
         new = file.with_suffix(".new")
         new.write_text(json.dumps(report, indent=1) + "\n")
         new.replace(file)  # whole, whenever this is stopped
+
+
+def jobs(rows: list[Row]) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    """What a report lacks, in the order in which it is measured; what says why not is tried again last."""
+    known = {key(row) for row in rows}
+    for names, cuts in PASSES:
+        for name in names:
+            yield name, [cut for cut in cuts if (name, *cut) not in known]
+            known.update((name, *cut) for cut in cuts)
+    for name in ORDER:
+        yield name, [key(row)[1:] for row in rows if row["optimizer"] == name and "why" in row]
 
 
 def key(row: Row) -> tuple[str, str, int]:
