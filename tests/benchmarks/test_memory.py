@@ -91,7 +91,7 @@ def test_a_row_keeps_the_state_of_the_rank_that_holds_most(tmp_path, monkeypatch
 
 def test_a_file_of_another_model_is_named_and_left_alone(tmp_path):
     (tmp_path / "memory.json").write_text('{"model": "gpt2-1m", "rows": []}')
-    with pytest.raises(typer.BadParameter, match="memory.json is of gpt2-1m: take another --out"):
+    with pytest.raises(typer.BadParameter, match=r"memory\.json is of gpt2-1m: take another --out"):
         memory.main(out=tmp_path)
     assert (tmp_path / "memory.json").read_text() == '{"model": "gpt2-1m", "rows": []}'
 
