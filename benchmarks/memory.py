@@ -130,17 +130,20 @@ def markdown(rows: list[Row]) -> str:
     table = {key(row): row for row in rows}
     titles = [_title(cut) for cut in PICTURED]
     lines = [
-        f"| of {OURS} its state is so many times: | {' | '.join(titles)} |",
+        f"| times {OURS} (bytes) | {' | '.join(titles)} |",
         "|---|" + "---:|" * len(titles),
     ]
     for name in ASKED:
         lines.append(f"| {name} | {' | '.join(_times(table, name, cut) for cut in PICTURED)} |")
     titles = [_title(cut) for cut in CUTS]
     lines += ["", f"| optimizer | {' | '.join(titles)} | transient |", "|---|" + "---:|" * (len(titles) + 1)]
-    for name in ORDER:
+    there = {row["optimizer"] for row in rows}
+    for name in (name for name in ORDER if name in there):
         cells = [_state(table.get((name, *cut))) for cut in CUTS]
         lines.append(f"| {name} | {' | '.join(cells)} | {_transient(table.get((name, *CUTS[0])))} |")
-    return "\n".join([*lines, "", *_reasons(rows)]) + "\n"
+    absent = [name for name in ORDER if name not in there]
+    lines += ["", *_reasons(rows), *([f"- Not measured: {'; '.join(absent)}."] if absent else [])]
+    return "\n".join(lines) + "\n"
 
 
 def _reasons(rows: list[Row]) -> Iterator[str]:
