@@ -52,7 +52,7 @@ faults: $(VENV)/.installed
 
 # Needs no network, nor does the site, in build/site. To search in it: python -m http.server --directory build/site
 docs: $(VENV)/.docs
-	$(RUN) mkdocs build --strict $(ARGS)
+	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict $(ARGS)
 
 format: $(VENV)/.installed
 	$(RUN) ruff check --fix .

@@ -23,9 +23,7 @@ def on_files(files: Files, config: Any) -> None:
             if files.get_file_from_path(FOLDER + link) is None and (root / link).is_file():
                 source = str(root / link)
                 included = InclusionLevel.INCLUDED
-                files.append(
-                    File.generated(config, FOLDER + link, abs_src_path=source, inclusion=included)
-                )
+                files.append(File.generated(config, FOLDER + link, abs_src_path=source, inclusion=included))
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
