@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts speed chip instructions memory step-memory quality changeover faults eight-billion
+.PHONY: demo test lint cuts speed chip instructions memory step-memory quality changeover faults eight-billion docs
 .PHONY: format clean
 
 demo: $(VENV)/.installed
@@ -50,6 +50,10 @@ eight-billion: $(VENV)/.installed
 faults: $(VENV)/.installed
 	$(RUN) python benchmarks/faults.py $(ARGS)
 
+# Needs no network, nor does the site, in build/site. To search in it: python -m http.server --directory build/site
+docs: $(VENV)/.docs
+	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict $(ARGS)
+
 format: $(VENV)/.installed
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
@@ -61,6 +65,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.rivals: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[rivals]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:

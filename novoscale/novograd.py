@@ -24,7 +24,7 @@ from novoscale.telemetry import Telemetry
 class NovoGrad(KnowsLayers):
     r"""Stochastic gradients normalised by one second moment per layer.
 
-    For each layer (by default one parameter tensor), with gradient g and weight w::
+    For each layer (by default one parameter tensor), with gradient g and weight w:
 
         S = sum(g**2)
         v = S if v == 0 else beta2*v + (1 - beta2)*S
@@ -33,7 +33,7 @@ class NovoGrad(KnowsLayers):
 
     A layer whose gradient has been zero since the start (v == 0 and S == 0) is left as it is. A step
     in which any layer's gradient is not finite, on any rank, changes nothing on any rank: see
-    :attr:`skipped_steps`. Gradients are never written to, and a step does not wait for the device.
+    ``skipped_steps``. Gradients are never written to, and a step does not wait for the device.
 
     State, per parameter tensor: ``exp_avg`` (m; as ``momentum_dtype`` says, see ``novoscale.momentum``;
     float64 for a float64 parameter instead of float32; absent if beta1 is 0) and ``exp_avg_sq`` (v;
@@ -58,7 +58,7 @@ class NovoGrad(KnowsLayers):
         preset: a word for a set of options, of which each that is given wins: "paper" (Algorithm 1, the
             default) or "adamw" (learns as AdamW does, at its learning rates: factored second moments, AdamW's
             averages, Nesterov). A param group may have its own. See ``novoscale.presets``.
-        bias_correction: divide m by 1 - beta1**t and sqrt(v) by sqrt(1 - beta2**t), t counting the
+        bias_correction: divide m by ``1 - beta1**t`` and sqrt(v) by ``sqrt(1 - beta2**t)``, t counting the
             layer's own steps (as Apex; the paper has none).
         grad_averaging: weight the new term of the first moment with 1 - beta1.
         norm_type: 2, or 0: v then averages the largest magnitude instead of the sum of squares.
@@ -92,7 +92,7 @@ class NovoGrad(KnowsLayers):
         stochastic_rounding: of the weights where they are bfloat16 (and have no float32 master: a wrapper
             that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost.
         seed: of the random bits for rounding; they do not depend on how the model is cut, nor on the rank.
-            (Under ``ZeroRedundancyOptimizer`` they do, unless it is told :meth:`number_as`.)
+            (Under ``ZeroRedundancyOptimizer`` they do, unless it is told by ``number_as``.)
         allow_lossy_load: let ``load_state_dict`` round a first moment to a ``momentum_dtype`` that cannot
             hold it, a collective where that is in blocks that are cut; and take over the state of an Adam.
         foreach: True: torch's own operations (``kernels/reference.py``), as with ``fused=False``.
@@ -209,13 +209,13 @@ class NovoGrad(KnowsLayers):
     @_disable_dynamo
     @torch.no_grad()
     def step_some(self, tensors: Iterable[tuple[int, Sequence[Tensor]]]) -> None:
-        """Step some of the tensors of ``param_groups``, if they have a gradient; :meth:`step` ends the step.
+        """Step some of the tensors of ``param_groups``, if they have a gradient; ``step`` ends the step.
 
         Args:
             tensors: by the index of their param group.
 
         Raises:
-            RuntimeError: see :meth:`step`.
+            RuntimeError: see ``step``.
         """
         groups = self._with_gradients(tensors)
         limit = checks.one_max_grad_norm(self.param_groups)
@@ -293,7 +293,7 @@ class NovoGrad(KnowsLayers):
         self._veto = skip
 
     def squares_of_gradients(self) -> Tensor | None:
-        """The sum of the squares of the gradients that :meth:`step_some` has used in this step; 0-dim."""
+        """The sum of the squares of the gradients that ``step_some`` has used in this step; 0-dim."""
         return self._telemetry.squares
 
     # ---- what a step has shown ------------------------------------------------------------------
@@ -301,7 +301,7 @@ class NovoGrad(KnowsLayers):
     @property
     def skipped_steps(self) -> int:
         """How many steps changed nothing because a gradient was not finite; under
-        :func:`novoscale.release_gradients` how many left out some parameters. Waits for the device.
+        ``novoscale.release_gradients`` how many left out some parameters. Waits for the device.
         """
         return self._telemetry.skipped_steps(by_groups=self._wrapper is not None)
 
