@@ -140,16 +140,9 @@ def test_fused_and_foreach_as_torch_words_it():
         NovoGrad([parameter()], fused=True, foreach=True)
 
 
-@pytest.mark.parametrize(
-    ("p", "says"),
-    [
-        (parameter(torch.float64), "float64 on cpu"),
-        (nn.Parameter(torch.ones(3, device="meta")), "float32 on meta"),
-    ],
-)
-def test_fused_true_where_there_is_no_fused_kernel(p, says):
-    with pytest.raises(RuntimeError, match=f"`fused=True` requires all the params to be .*{says}"):
-        NovoGrad([p], fused=True)
+def test_fused_true_where_there_is_no_fused_kernel():
+    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be .*float64 on cpu"):
+        NovoGrad([parameter(torch.float64)], fused=True)
 
 
 @needs_compiler
