@@ -141,7 +141,7 @@ def test_fused_and_foreach_as_torch_words_it():
 
 
 def test_fused_true_where_there_is_no_fused_kernel():
-    with pytest.raises(RuntimeError, match="`fused=True` requires all the params to be .*float64 on cpu"):
+    with pytest.raises(RuntimeError, match=r"`fused=True` requires all the params to be .*float64 on cpu"):
         NovoGrad([parameter(torch.float64)], fused=True)
 
 
