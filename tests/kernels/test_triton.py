@@ -648,11 +648,14 @@ def test_compiled_code(compiled, architecture, record_property):
         print(json.dumps(kernel))
         record_property(kernel["name"], kernel["registers"])
         assert kernel["spilled"] == 0
-        # 36 % of the threads that may run, or where each element is divided, or added to two sums in words of
-        # float32, 30 % and 25; less where a launch is of few chunks.
+        # 36 % of the threads that may run, or where each element is divided 30 %. 25 % where it is added to two
+        # sums in words of float32, and of bfloat16 weights that are divided and have a moment in blocks: whole
+        # tiles take more registers than halves, and are faster. Less where a launch is of few chunks.
         of_layers = kernel["name"].startswith("layers:")  # float64, of few elements
         divided, in_words = "factored" in kernel["name"], "in words" in kernel["name"]
-        limit = 168 if of_layers else 112 if kernel["rare"] else 90 if divided else 128 if in_words else 80
+        whole = divided and "bf16 bf16 int" in kernel["name"]
+        limit = 128 if whole or in_words else 90 if divided else 80
+        limit = 168 if of_layers else 112 if kernel["rare"] else limit
         assert kernel["registers"] <= limit
         assert kernel["float32 fma"] == 0 or of_layers  # with which divisions in float64 begin
         assert (kernel["written fma"] > 0) == in_words or of_layers
