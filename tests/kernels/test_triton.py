@@ -647,13 +647,13 @@ def test_compiled_code(compiled, architecture, record_property):
     for kernel in mine:
         print(json.dumps(kernel))
         record_property(kernel["name"], kernel["registers"])
-        assert kernel["spilled"] == 0
-        # 36 % of the threads that may run, or where each element is divided 30 %. 25 % where it is added to two
-        # sums in words of float32, and of bfloat16 weights that are divided and have a moment in blocks: whole
-        # tiles take more registers than halves, and are faster. Less where a launch is of few chunks.
         of_layers = kernel["name"].startswith("layers:")  # float64, of few elements
         divided, in_words = "factored" in kernel["name"], "in words" in kernel["name"]
         whole = divided and "bf16 bf16 int" in kernel["name"]
+        # In whole tiles, with some spills in one kernel, an H100 is 9 % faster than in halves.
+        assert kernel["spilled"] <= (10 if whole else 0)
+        # 36 % of the threads that may run, or where each element is divided 30 %. 25 % where it is added to
+        # two sums in words of float32, or divided in whole tiles. Less where a launch is of few chunks.
         limit = 128 if whole or in_words else 90 if divided else 80
         limit = 168 if of_layers else 112 if kernel["rare"] else limit
         assert kernel["registers"] <= limit
