@@ -6,7 +6,8 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts speed memory step-memory quality changeover faults eight-billion format clean
+.PHONY: demo test lint cuts speed chip instructions memory step-memory quality changeover faults eight-billion docs
+.PHONY: format clean
 
 demo: $(VENV)/.installed
 	$(RUN) python benchmarks/demo.py $(ARGS)
@@ -24,6 +25,12 @@ cuts: $(VENV)/.rivals
 
 speed: $(VENV)/.installed
 	$(RUN) python benchmarks/speed.py $(ARGS)
+
+chip: $(VENV)/.installed
+	$(RUN) python benchmarks/chip.py $(ARGS)
+
+instructions: $(VENV)/.installed
+	$(RUN) python benchmarks/instructions.py $(ARGS)
 
 quality: $(VENV)/.rivals
 	$(RUN) python benchmarks/quality.py $(ARGS)
@@ -43,6 +50,10 @@ eight-billion: $(VENV)/.installed
 faults: $(VENV)/.installed
 	$(RUN) python benchmarks/faults.py $(ARGS)
 
+# Needs no network, nor does the site, in build/site. To search in it: python -m http.server --directory build/site
+docs: $(VENV)/.docs
+	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict $(ARGS)
+
 format: $(VENV)/.installed
 	$(RUN) ruff check --fix .
 	$(RUN) ruff format .
@@ -54,6 +65,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.rivals: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[rivals]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 
 clean:

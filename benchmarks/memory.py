@@ -1,15 +1,22 @@
-"""The memory table of the README: GPT-2 124M under each optimizer, in one process and under ZeRO-2.
+"""The memory table of the README: GPT-2 124M under each optimizer, in one process, ZeRO-2, ZeRO-3 and FSDP2.
 
     make memory
 
-Bytes of state from the storages that are held, and what a step takes besides, on 1, 2 and 4 ranks. Writes the
-data, the plot and the table of docs/memory.md. On two CPU cores it takes about half an hour, and 12 GiB.
+Bytes of state from the storages that are held, and what a step takes besides, on 1, 2 and 4 ranks: two steps
+of one sample of 32 tokens, which is enough for both. Each row is written to memory.json when it is measured,
+and one that is there is not measured again. Writes the picture and the tables of docs/memory.md besides. On
+two CPU cores it takes about an hour, and 12 GiB.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 import shlex
 import sys
+from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,54 +26,163 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from novoscale.memory import report
-from novoscale.memory.comparison import compare
+from novoscale.memory import plots
+from novoscale.memory.comparison import Row, compare
 from novoscale.memory.cuts import TITLES
 from novoscale.memory.optimizers import COMPARED
+from novoscale.provenance import provenance
 
-CUTS = [("none", 1), ("zero2", 2), ("zero2", 4)]
+CUTS = [("none", 1), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("zero2", 4), ("zero3", 4), ("fsdp2", 4)]
+# What people ask first: how much less than AdamW, than 8-bit Adam, than Adafactor.
+ASKED = (
+    "torch AdamW, fused",
+    "bitsandbytes AdamW8bit",
+    "torchao AdamW8bit",
+    "torch Adafactor",
+    "NovoGrad, adamw, int8",
+    "NovoGrad, adamw, int4",
+)
+OURS = "NovoGrad, adamw, int8"
+OTHERS = tuple(name for name in reversed(COMPARED) if name not in ASKED)  # NovoGrad's other forms last
+ORDER = (*ASKED, *OTHERS)
+# A run that is stopped has what is asked first, and then the others on few ranks.
+PASSES = ((ASKED, CUTS), (OTHERS, CUTS[:2]), (OTHERS, CUTS[:4]), (OTHERS, CUTS))
+PICTURED = [("none", 1), ("zero2", 4), ("zero3", 4), ("fsdp2", 4)]
 
 
 def main(
     model: Annotated[str, typer.Option(help="As of novoscale memory.")] = "gpt2-124m",
-    out: Annotated[Path, typer.Option(help="Folder for memory.json, the plot and the table.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Folder for memory.json, picture and tables.")] = Path("runs"),
+    timeout: Annotated[float, typer.Option(help="Seconds for each row.")] = 1200,
 ) -> None:
-    """Measure everything, write data, table and plot."""
+    """Measure what is missing, write data, tables and picture."""
     command = f'make memory ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make memory"
-    cells = compare(model, COMPARED, CUTS, "float32", timeout=1200)
-    total = len(COMPARED) * len(CUTS)
-    rows = []
-    for row in track(cells, "measuring", total, disable=not sys.stderr.isatty()):
-        rows.append(row)
-        # After each row: an interrupted run keeps what it has measured.
-        found = report.write({"model": model, "precision": "float32", "rows": rows}, out, command)
-    table = markdown(found)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "memory.json"
+    report = json.loads(file.read_text()) if file.exists() else {"model": model, "rows": []}
+    if report["model"] != model:
+        raise typer.BadParameter(f"{file} is of {report['model']}: take another --out, or delete it")
+    measure(report, file, command, timeout)
+    plots.memory({**report, "rows": [row for row in report["rows"] if pictured(row)]}, out / "memory")
+    table = markdown(report["rows"])
     (out / "memory.md").write_text(table)
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(table, markup=False, highlight=False)
     console.print(f"Written: memory.json, memory.md, memory.png, memory.svg in {out}")
 
 
-def markdown(found: dict[str, Any]) -> str:
-    """The table of docs/memory.md: state, and what a step takes besides, for each cut."""
-    cuts = list(dict.fromkeys((row["cut"], row["ranks"]) for row in found["rows"]))
-    titles = [f"{TITLES[cut]}{'' if cut == 'none' else f', {ranks} ranks'}" for cut, ranks in cuts]
-    lines = [f"| optimizer | {' | '.join(titles)} | transient |", "|---|" + "---:|" * (len(cuts) + 1)]
-    for name in dict.fromkeys(row["optimizer"] for row in found["rows"]):
-        rows = [row for row in found["rows"] if row["optimizer"] == name]
-        first = rows[0]
-        transient = "" if "why" in first else f"{first['transient_bytes'] / first['parameters']:.2f}"
-        lines.append(f"| {name} | {' | '.join(map(_cell, rows))} | {transient} |")
+def measure(report: dict[str, Any], file: Path, command: str, timeout: float) -> None:
+    """Add the rows that a report lacks, those that say why not included; write it after each."""
+    missing = list(jobs(report["rows"]))
+    cells = itertools.chain.from_iterable(
+        compare(report["model"], [name], cuts, "float32", timeout) for name, cuts in missing
+    )
+    # torch takes what one rank has compiled for another's, of a shard with a row less (torchao under FSDP2).
+    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    source = provenance(command)  # of the code that is loaded, whatever becomes of its files meanwhile
+    total = sum(len(cuts) for _, cuts in missing)
+    for row in track(cells, "measuring", total, disable=not sys.stderr.isatty()):
+        others = [other for other in report["rows"] if key(other) != key(row)]
+        report["rows"] = sorted([*others, _short(row, source)], key=_place)
+        report.update(provenance=source, precision="float32")
+        new = file.with_suffix(".new")
+        new.write_text(json.dumps(report, indent=1) + "\n")
+        new.replace(file)  # whole, whenever this is stopped
+
+
+def jobs(rows: list[Row]) -> Iterator[tuple[str, list[tuple[str, int]]]]:
+    """What a report lacks, in the order in which it is measured; what says why not is tried again last."""
+    known = {key(row) for row in rows}
+    for names, cuts in PASSES:
+        for name in names:
+            yield name, [cut for cut in cuts if (name, *cut) not in known]
+            known.update((name, *cut) for cut in cuts)
+    for name in ORDER:
+        yield name, [key(row)[1:] for row in rows if row["optimizer"] == name and "why" in row]
+
+
+def key(row: Row) -> tuple[str, str, int]:
+    """What tells one row from another."""
+    return row["optimizer"], row["cut"], row["ranks"]
+
+
+def pictured(row: Row) -> bool:
+    """Whether the README shows it."""
+    return row["optimizer"] in ASKED and key(row)[1:] in PICTURED
+
+
+def _place(row: Row) -> tuple[int, int]:
+    name, *cut = key(row)
+    return ORDER.index(name), CUTS.index(tuple(cut))
+
+
+def _short(row: Row, source: dict[str, Any]) -> Row:
+    """A row with the state of the rank that holds most of it, and when and from which code it was made."""
+    ranks = row.get("ranks_measured", [])
+    held = max((rank["bytes"]["state"] for rank in ranks), key=lambda state: state["total"], default={})
+    kept = {name: value for name, value in row.items() if name != "ranks_measured"}
+    made = {"date": datetime.now(timezone.utc).isoformat(timespec="seconds"), "commit": source["commit"]}
+    return {**kept, **({"state_by_key": held["by_key"]} if held else {}), **made}
+
+
+def markdown(rows: list[Row]) -> str:
+    """The tables of docs/memory.md: what is asked first; every optimizer; why some rows are none."""
+    table = {key(row): row for row in rows}
+    titles = [_title(cut) for cut in PICTURED]
+    lines = [
+        f"| times {OURS} (bytes) | {' | '.join(titles)} |",
+        "|---|" + "---:|" * len(titles),
+    ]
+    for name in ASKED:
+        lines.append(f"| {name} | {' | '.join(_times(table, name, cut) for cut in PICTURED)} |")
+    titles = [_title(cut) for cut in CUTS]
+    lines += ["", f"| optimizer | {' | '.join(titles)} | transient |", "|---|" + "---:|" * (len(titles) + 1)]
+    there = {row["optimizer"] for row in rows}
+    for name in (name for name in ORDER if name in there):
+        cells = [_state(table.get((name, *cut))) for cut in CUTS]
+        lines.append(f"| {name} | {' | '.join(cells)} | {_transient(table.get((name, *CUTS[0])))} |")
+    absent = [name for name in ORDER if name not in there]
+    lines += ["", *_reasons(rows), *([f"- Not measured: {'; '.join(absent)}."] if absent else [])]
     return "\n".join(lines) + "\n"
 
 
-def _cell(row: dict[str, Any]) -> str:
+def _reasons(rows: list[Row]) -> Iterator[str]:
+    where: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if "why" in row:
+            where.setdefault((row["optimizer"], row["why"]), []).append(_title(key(row)[1:]))
+    for (name, why), titles in where.items():
+        yield f"- {name} under {' and '.join(titles)}: `{why}`"
+
+
+def _title(cut: tuple[str, int]) -> str:
+    name, ranks = cut
+    return TITLES[name] + (f", {ranks} ranks" if ranks > 1 else "")
+
+
+def _times(table: dict[tuple[str, str, int], Row], name: str, cut: tuple[str, int]) -> str:
+    row, ours = table.get((name, *cut)), table.get((OURS, *cut))
+    if row is None or ours is None or "why" in row or "why" in ours:
+        return _state(row)
+    times = row["state_bytes_per_parameter"] / ours["state_bytes_per_parameter"]
+    return f"{_number(times)} ({_state(row)})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value >= 0.1 else f"{value:.2f}"
+
+
+def _state(row: Row | None) -> str:
+    if row is None:
+        return "not measured"
     if "why" in row:
-        return str(row["why"])
+        return "stops"
     held = f"{row['state_bytes_per_parameter']:.2f}"
-    if row.get("same_training") is False:
-        held += f" (not the same training: {row['deviation']:.0%} off)"
-    return held
+    return held + ("" if row.get("same_training") is not False else f", {row['deviation']:.0%} off")
+
+
+def _transient(row: Row | None) -> str:
+    return "" if row is None or "why" in row else f"{row['transient_bytes'] / row['parameters']:.2f}"
 
 
 if __name__ == "__main__":

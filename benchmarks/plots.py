@@ -139,6 +139,34 @@ def speed(run: dict[str, Any], path: Path) -> None:
     save(figure, path, run["provenance"], bottom=0.5 / figure.get_figheight())
 
 
+def chip(report: dict[str, Any], path: Path) -> None:
+    """Bandwidth of each pass over that of a copy, and time of a step over that of torch's fused AdamW."""
+    figure, (of_passes, of_steps) = plt.subplots(1, 2, figsize=(13, 7))
+    rows = [r for r in report["parts"].get("passes", {}).get("rows", []) if "update, of a copy" in r]
+    for k, (name, color) in enumerate((("update", COLORS["NovoGrad"]), ("statistic", "#9ec5e5"))):
+        shares = [r[f"{name}, of a copy"] for r in rows]
+        places = [i + 0.4 * (k - 0.5) for i in range(len(rows))]
+        bars = of_passes.barh(places, shares, 0.38, label=name, color=color)
+        of_passes.bar_label(bars, [f" {share:.2f}" for share in shares], size=7)
+    of_passes.axvline(1, color="#777777", lw=0.8)
+    of_passes.set_yticks(range(len(rows)), [f"{r['weights']}, {r['form']}" for r in rows], size=8)
+    of_passes.invert_yaxis()
+    of_passes.margins(x=0.1)
+    of_passes.set(xlabel="GB/s over those of a copy", title="Passes: weights, first moment")
+    rows = [r for r in report["parts"].get("steps", {}).get("rows", []) if "of AdamW fused" in r]
+    cases = list(dict.fromkeys((r["shape"], r["weights"]) for r in rows))
+    names = {case: [r for r in rows if (r["shape"], r["weights"]) == case] for case in cases}
+    _bars(of_steps, [{r["optimizer"]: r["of AdamW fused"] for r in names[case]} for case in cases])
+    of_steps.set_yticks(range(len(cases)), [f"{shape},\n{weights}" for shape, weights in cases], size=8)
+    of_steps.invert_yaxis()
+    of_steps.set(xlabel=f"time of a step over {BASELINE}", title="The whole step")
+    for axis in (of_passes, of_steps):
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.08)}
+        axis.legend(frameon=False, fontsize=8, ncols=4, **below)
+    figure.suptitle(report["gpu"]["name"], size=11)
+    save(figure, path, report["provenance"])
+
+
 def quality(results: dict[str, dict[str, Any]], steps: int, source: dict[str, Any], path: Path) -> None:
     """Validation loss of each optimizer: over its learning rates, and of all seeds at the best of them.
 

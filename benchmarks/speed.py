@@ -17,7 +17,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -97,13 +97,14 @@ def measure(
     rounds: int,
     steps: int,
     advance: Callable[[], Any] = lambda: None,
+    clips: Sequence[bool] = (False, True),
 ) -> dict[str, Any]:
-    """Time every optimizer, with and without clipping, in turns."""
+    """Time every optimizer, with and without clipping or one of both, in turns."""
     elements = sum(math.prod(shape) for shape in shapes)
     rows: dict[tuple[str, bool], Row] = {
         (name, clip): {"optimizer": name, "clip": clip, "ms": [], "host_ms": []}
         for name in names
-        for clip in (False, True)
+        for clip in clips
     }
     copies: list[float] = []
     for _ in range(rounds):
@@ -168,7 +169,7 @@ def turn(
 
 
 def on_gpu(row: Row, step: Callable[[], None], steps: int) -> None:
-    """Device time by events, host time to the return of the call, transient memory, launches."""
+    """Time by events, host time to the return of the call, transient memory, launches and what they took."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -186,7 +187,8 @@ def on_gpu(row: Row, step: Callable[[], None], steps: int) -> None:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             step()
             torch.cuda.synchronize()
-        row["launches"] = sum(e.device_type == torch.autograd.DeviceType.CUDA for e in profile.events())
+        ran = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        row["launches"], row["busy_ms"] = len(ran), sum(e.device_time for e in ran) / 1e3
 
 
 def copy_bandwidth(device: str) -> float:
@@ -223,6 +225,7 @@ def summary(row: Row, moved: float | None, copy: float) -> Row:
         # Not measured on a CPU, where the call returns when the work is done.
         "host_ms": _digits(statistics.median(row["host_ms"]) if row["host_ms"] else None),
         "launches": row.get("launches"),
+        "busy_ms": _digits(row.get("busy_ms")),  # of the device, which may wait for the host between launches
         "transient_MiB": _digits(row.get("transient_MiB")),
     }
 

@@ -66,7 +66,7 @@ def read(folder: Path) -> Checkpoint:
     for layout, _, flat in parts:
         for index, h in enumerate(layout.held):
             if h.parameter.name not in weights:
-                weights[h.parameter.name] = torch.zeros(h.parameter.shape, dtype=flat.dtype)
+                weights[h.parameter.name] = torch.zeros(h.parameter.shape, dtype=flat.dtype, device="cpu")
             weight = weights[h.parameter.name]
             for begin, s in _segments(layout, flat):
                 if s.parameter == index:

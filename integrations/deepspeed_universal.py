@@ -173,7 +173,7 @@ def _without_adam(wrapper: Any) -> Iterator[None]:
     if original is not None:
 
         def load(folder: str, key: str, *args: Any, **kwargs: Any) -> Any:
-            return torch.empty(0) if key != "fp32" else original(folder, key, *args, **kwargs)
+            return torch.empty(0, device="cpu") if key != "fp32" else original(folder, key, *args, **kwargs)
 
         wrapper.load_hp_checkpoint_state = load
     try:

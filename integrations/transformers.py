@@ -28,7 +28,7 @@ ADVICE = (
 class ReleaseGradients(TrainerCallback):  # type: ignore[misc]
     """Releases gradients in the backward pass: ``Trainer(..., callbacks=[ReleaseGradients()])``.
 
-    See :func:`novoscale.release_gradients`. ``gradient_accumulation_steps`` is followed. The Trainer clips by
+    See ``novoscale.release_gradients``. ``gradient_accumulation_steps`` is followed. The Trainer clips by
     default: set ``max_grad_norm=0``.
     """
 

@@ -98,7 +98,7 @@ def loaded(
         made = second_moment.allocate(p, layout)
         _check_second_moments(name, saved, made)
         for key, tensor in made.items():
-            local_tensor(tensor).copy_(local_tensor(torch.as_tensor(saved[key])).reshape(_shape(tensor)))
+            local_tensor(tensor).copy_(_local(saved[key]).reshape(_shape(tensor)))
         state.update(made)
     if "step" in saved:
         state["step"] = second_moment.allocate_steps(p, layout)
@@ -125,13 +125,18 @@ def _is_known(key: str) -> bool:
     return key == "step" or key.startswith("exp_avg")
 
 
+def _local(saved: Any) -> Tensor:
+    """This rank's part of a saved tensor, or a number as one."""
+    return local_tensor(saved) if isinstance(saved, Tensor) else torch.as_tensor(saved, device="cpu")
+
+
 def _shape(tensor: Tensor) -> torch.Size:
     return local_tensor(tensor).shape
 
 
 def _check_second_moments(name: str, saved: Mapping[str, Any], made: Mapping[str, Tensor]) -> None:
     """Raise ValueError where saved second moments are not those of the parameter's layers."""
-    found = {key: local_tensor(torch.as_tensor(saved[key])).numel() for key in SECOND_MOMENTS if key in saved}
+    found = {key: _local(saved[key]).numel() for key in SECOND_MOMENTS if key in saved}
     expected = {key: local_tensor(tensor).numel() for key, tensor in made.items()}
     if found != expected:
         has = " and ".join(f"{key} of {name} has {numel} elements" for key, numel in found.items())
@@ -143,7 +148,7 @@ def _check_second_moments(name: str, saved: Mapping[str, Any], made: Mapping[str
 
 
 def _steps(name: str, saved: Any, target: Tensor) -> Tensor:
-    value = local_tensor(torch.as_tensor(saved))
+    value = _local(saved)
     if value.numel() == 1:  # other NovoGrads keep one number per parameter
         return value.reshape(()).expand(target.shape)
     if value.numel() != target.numel():

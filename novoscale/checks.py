@@ -24,6 +24,7 @@ FLAGS = (
     "nesterov",
     "scale_parameter",
 )
+NUMBERS = ("lr", "eps", "weight_decay", "max_grad_norm", "clip_threshold")
 GRANULARITIES = ("tensor", "row", "factored", "element")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -39,6 +40,8 @@ _ELSEWHERE = {
     "bf16_stochastic_round": "use stochastic_rounding",
 }
 
+# Options of torch's optimizers that need not be taken out of ported code: see check_ported.
+_PORTED = ("capturable", "differentiable")
 
 # What to do without the norm of all gradients.
 NOT_CLIPPED = (
@@ -49,8 +52,9 @@ NOT_CLIPPED = (
 
 def refuse_unknown_options(unknown: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raise TypeError for an option that NovoGrad does not have, with the nearest that it has."""
-    for name in unknown:
-        names = list(known)
+    check_ported(unknown, "NovoGrad")
+    names = list(known)
+    for name in [name for name in unknown if name not in _PORTED]:
         near = difflib.get_close_matches(name, names, n=1)
         advice = _ELSEWHERE.get(name) or (f"did you mean {near[0]!r}?" if near else "")
         raise TypeError(
@@ -59,8 +63,40 @@ def refuse_unknown_options(unknown: Mapping[str, Any], known: Iterable[str]) -> 
         )
 
 
+def check_ported(options: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for ``differentiable=True``. Any ``capturable`` is right: a step can be captured."""
+    if options.get("differentiable"):
+        raise ValueError(
+            f"{where}: differentiable=True: NovoGrad changes weights in place, and autograd does not see it. "
+            "Leave the option out"
+        )
+
+
+def plain_numbers(options: dict[str, Any]) -> None:
+    """Make floats of the options of a param group that are other numbers, such as NumPy's; in place.
+
+    A tensor is read, but for ``lr``, which stays one.
+    """
+    for name in NUMBERS:
+        value = options[name]
+        if type(value) is not float and not (name == "lr" and isinstance(value, Tensor)):
+            options[name] = _plain(value)
+    if isinstance(options["betas"], (tuple, list)):
+        options["betas"] = tuple(map(_plain, options["betas"]))
+
+
+def _plain(value: Any) -> Any:
+    """A number as a float; anything else as it is."""
+    if value is None or type(value) in (float, bool) or not hasattr(value, "__float__"):
+        return value
+    try:
+        return float(value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # several numbers, or none
+        return value
+
+
 def check_options(options: dict[str, Any], where: str) -> None:
-    """Check the options of a param group; make ``betas`` a tuple of two floats, ``momentum_dtype`` a name.
+    """Check the options of a param group; make numbers floats and ``momentum_dtype`` a name.
 
     Args:
         options: the group (or the defaults); other keys are left alone.
@@ -71,8 +107,10 @@ def check_options(options: dict[str, Any], where: str) -> None:
         TypeError: a value of the wrong kind.
     """
     presets.check(options["preset"], where)
+    check_ported(options, where)
+    plain_numbers(options)
     _check_lr(options["lr"], where)
-    options["betas"] = _betas(options["betas"], where)
+    _check_betas(options["betas"], where)
     for name in ("eps", "weight_decay"):
         _number(name, options[name], where)
     for name in FLAGS:
@@ -164,7 +202,7 @@ def _check_granularity(value: Any, where: str) -> None:
 
 
 def _number(name: str, value: Any, where: str, below: float = float("inf")) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, float):
         raise TypeError(f"{where}: {name} must be a number, got {value!r} ({type(value).__name__})")
     if not 0 <= value < below:
         bound = "a finite number of at least 0" if below == float("inf") else f"at least 0 and below {below}"
@@ -178,14 +216,15 @@ def _check_lr(lr: Any, where: str) -> None:
         raise ValueError(f"{where}: Tensor lr must be 1-element, got shape {tuple(lr.shape)}")
     elif not lr.is_floating_point() and lr.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{where}: Tensor lr must hold a real number, got {lr.dtype}")
+    elif lr.device.type == "cpu":  # to read another would wait for its device
+        _number("lr", float(lr.item()), where)
 
 
-def _betas(betas: Any, where: str) -> tuple[float, float]:
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+def _check_betas(betas: Any, where: str) -> None:
+    if not isinstance(betas, tuple) or len(betas) != 2:
         raise TypeError(f"{where}: betas must be two numbers (beta1, beta2), got {betas!r}")
     for name, beta in zip(("betas[0]", "betas[1]"), betas, strict=True):
         _number(name, beta, where, below=1)
-    return (float(betas[0]), float(betas[1]))
 
 
 def one_max_grad_norm(groups: Sequence[Mapping[str, Any]]) -> float | None:
@@ -225,6 +264,11 @@ def check_gradient(name: str, p: Tensor) -> None:
     """Raise RuntimeError, with the parameter's name, for a gradient that cannot be used."""
     grad = p.grad
     assert grad is not None
+    if p.is_meta:
+        raise RuntimeError(
+            f"{name} is on the device meta: it has no memory, and cannot be stepped. Use "
+            "model.to_empty(device=...), initialise the model, and make NovoGrad from its parameters then"
+        )
     if grad.is_complex():
         raise RuntimeError(f"{name}: NovoGrad does not support complex gradients")
     if grad.layout != torch.strided:
@@ -286,6 +330,14 @@ def unknown_layers(name: str, tensor: Tensor, known: Layout | None, wrapper: str
     )
 
 
+def not_of_the_whole(name: str) -> str:
+    """What to say of a parameter that is not among those of ``number_as``."""
+    return (
+        f"{name} is not in the param groups that number_as was given. Give it those of the whole model: with "
+        "ZeroRedundancyOptimizer, optimizer.optim.number_as(optimizer.param_groups)"
+    )
+
+
 def wrapped_and_released(wrapper: str) -> str:
     """What to say of ``release_gradients`` under a wrapper that steps the parameters."""
     return (
@@ -312,11 +364,31 @@ def check_fused(group: Mapping[str, Any], where: str) -> None:
     if group["foreach"] and group["fused"]:
         raise RuntimeError(f"{where}: `fused` and `foreach` cannot be `True` together.")
     for p in group["params"] if group["fused"] else ():
-        device = p.device.type
-        if device not in kernels.FUSED_DEVICES or p.dtype == torch.float64:
-            raise RuntimeError(
-                f"{where}: `fused=True` requires all the params to be float32, bfloat16 or float16 Tensors "
-                f"of supported devices: {list(kernels.FUSED_DEVICES)}, got {p.dtype} on {device}"
-            )
-        if kernels.fused(device) is None:
-            raise RuntimeError(f"{where}: `fused=True`: {kernels.unfused_reason(device)}")
+        if not p.is_meta:  # the step sees where it has come to lie
+            check_has_fused(p, where)
+
+
+def check_has_fused(p: Tensor, where: str) -> None:
+    """Raise RuntimeError where there is no fused kernel for a parameter."""
+    device = p.device.type
+    if device not in kernels.FUSED_DEVICES or p.dtype == torch.float64:
+        raise RuntimeError(
+            f"{where}: `fused=True` requires all the params to be float32, bfloat16 or float16 Tensors "
+            f"of supported devices: {list(kernels.FUSED_DEVICES)}, got {p.dtype} on {device}"
+        )
+    if kernels.fused(device) is None:
+        raise RuntimeError(f"{where}: `fused=True`: {kernels.unfused_reason(device)}")
+
+
+def captured(again: bool) -> str:
+    """What is wrong with a step in a CUDA graph for which the tables of the kernels would have to be made."""
+    if not again:
+        return (
+            "NovoGrad has never stepped these tensors, and a CUDA graph is being captured: nothing can be "
+            "allocated and compiled now. Make three steps before the capture, as torch's documentation says"
+        )
+    return (
+        "a tensor, a state or an option of NovoGrad is not what it was at its last step, or an earlier CUDA "
+        "graph has its tables, and a graph is being captured: they cannot be made anew now. Make one step "
+        "with what is to be captured, outside of the graph, before each capture"
+    )

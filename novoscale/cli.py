@@ -16,6 +16,7 @@ except ImportError:
     sys.exit("The novoscale command needs typer and rich: pip install 'novoscale[cli]'")
 
 from novoscale import verify as verifying
+from novoscale.doctor.command import doctor
 from novoscale.latest_good import latest_good
 from novoscale.memory.command import memory, plan
 from novoscale.ranks import RankError
@@ -31,6 +32,7 @@ def main() -> None:
 app.command()(memory)
 app.command()(plan)
 app.command()(latest_good)
+app.command()(doctor)
 
 
 @app.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 
@@ -72,6 +72,46 @@ class _Reduction:
             self.length += span.count
 
 
+@dataclass
+class Packing:
+    """What goes from the vector of a step into the buffer of its only collective, and back.
+
+    Attributes:
+        all_reduce: completes a buffer.
+        sources: int64 ``[length]``: of each number of the buffer its place in the vector, or -1: not here.
+        slots: int32, as long as the vector: of each number its place in the buffer, or -1: it is complete.
+        sum_of: int32 ``[parameters]``: see ``sums``; 0: every rank has all its layers.
+        sums: how many sums over scattered layers there are: of the parameters whose ``sum_of`` is 1, 2, ...
+            They follow in the buffer after the ``length`` numbers and the ranks' verdict.
+    """
+
+    all_reduce: Callable[[Tensor], Tensor]
+    sources: Tensor
+    slots: Tensor
+    sum_of: Tensor
+    sums: int
+
+    @property
+    def length(self) -> int:
+        """How many numbers of the vector are in the buffer."""
+        return len(self.sources)
+
+
+@dataclass
+class Noted:
+    """What the last steps have shown of each layer; written in place, for CUDA graphs.
+
+    Attributes:
+        statistic: float64 ``[layers]``: of the last step.
+        bad: bool ``[layers]``: which had the last skipped step skipped.
+        bad_at: int64, 0-dim: the number of that step, or -1.
+    """
+
+    statistic: Tensor
+    bad: Tensor
+    bad_at: Tensor
+
+
 class Plan:
     """What one step needs to know of the layouts of its tensors; built once and reused.
 
@@ -102,6 +142,7 @@ class Plan:
         apart: whether each parameter has its own verdict.
         cut_blocks: how many blocks of first moments are cut: see :meth:`agree_on_blocks`.
         device: where the vector of statistics lives.
+        noted: what the last steps have shown.
     """
 
     def __init__(
@@ -126,8 +167,7 @@ class Plan:
         scattered: dict[tuple[int, ...], list[range]] = {}  # by the process groups
         for p in placed:
             if p.layout.scattered:
-                groups = tuple(id(completion.process_group) for completion in p.layout.completions)
-                scattered.setdefault(groups, []).append(range(p.first, p.first + p.layout.layers))
+                scattered.setdefault(_groups(p.layout), []).append(range(p.first, p.first + p.layout.layers))
             order = p.layout.numbers()
             for completion in p.layout.completions:
                 key = (id(completion.process_group), p.op)
@@ -151,15 +191,22 @@ class Plan:
                 if key in ((group, dist.ReduceOp.SUM) for group in groups):
                     reduction.scattered.append(index)
         self._scattered = [_index(ranges, device) for ranges in scattered.values()]
+        self._sum_of = [
+            1 + [*scattered].index(_groups(p.layout)) if p.layout.scattered else 0
+            for p in placed
+            for _ in p.layout.held
+        ]
         alike = [range(p.first, p.first + p.layout.layers) for p in placed if not p.layout.scattered]
         self._everywhere = _index(alike, device)
         held = [h for h, _ in self._held] if apart else []
         self._layers_of = torch.tensor([h.count for h in held], device=device)
         self._columns_of = torch.tensor([h.columns for h in held], device=device)
-        # What the last steps have shown: see NovoGrad.layer_norms and skipped_layers.
-        self._statistic = torch.zeros(self.layers, dtype=torch.float64, device=device)
-        self._bad = torch.zeros(self.layers, dtype=torch.bool, device=device)
-        self._bad_at = torch.full((), -1, dtype=torch.int64, device=device)
+        # See NovoGrad.layer_norms and skipped_layers.
+        self.noted = Noted(
+            torch.zeros(self.layers, dtype=torch.float64, device=device),
+            torch.zeros(self.layers, dtype=torch.bool, device=device),
+            torch.full((), -1, dtype=torch.int64, device=device),
+        )
         for reduction, _, _ in self._reductions:
             self._agree(reduction, options or {})
 
@@ -222,6 +269,20 @@ class Plan:
         finite = statistic[self._verdicts] == 0 if self.apart else bad == 0
         return finite, torch.stack([total, *sums]).sum() if sums else total
 
+    def packing(self) -> Packing | None:
+        """Of a step with one collective, in which all parameters have one verdict; else None."""
+        if self.apart or len(self._reductions) != 1:
+            return None
+        reduction, slots, places = self._reductions[0]
+        if reduction.scattered != [*range(len(self._scattered))]:
+            return None
+        sources = torch.full((reduction.length,), -1, dtype=torch.int64, device=self.device)
+        of_vector = self.layers + self.columns + self.numbers * self.parameters
+        back = torch.full((of_vector,), -1, dtype=torch.int32, device=self.device)
+        sources[slots], back[places] = places, slots.int()
+        sum_of = torch.tensor(self._sum_of, dtype=torch.int32, device="cpu").to(self.device)
+        return Packing(reduction.all_reduce, sources, back, sum_of, len(self._scattered))
+
     def _bad_parameters(self, statistic: Tensor) -> Tensor:
         """1 for each parameter that is not finite, as far as it is known here, else 0: float64."""
         sizes = [self.layers, self.columns, self.numbers * self.parameters]
@@ -262,7 +323,8 @@ class Plan:
         """Raise on every rank if the ranks differ, rather than add up what does not match."""
         known = [(p.name, p.numel, p.layers, p.number, p.factored) for p in reduction.parameters]
         # Largest and smallest in one collective.
-        digests = torch.tensor([*map(digest, (repr(known), *options.values()))], dtype=torch.float64)
+        written = [*map(digest, (repr(known), *options.values()))]
+        digests = torch.tensor(written, dtype=torch.float64, device="cpu")
         verdict = torch.stack((digests, -digests)).to(self.device)
         largest, smallest = all_reduce(verdict, dist.ReduceOp.MAX, reduction.process_group).tolist()
         layers, *others = [high != -low for high, low in zip(largest, smallest, strict=True)]
@@ -289,12 +351,11 @@ class Plan:
             finite: see :meth:`complete`.
             step: the number of the step.
         """
-        # In place: a CUDA graph replays into the same tensors.
         of_layers = statistic[: self.layers]
         finite = finite.all() if finite.ndim else finite
-        self._statistic.copy_(of_layers)
-        self._bad.copy_(torch.where(finite, self._bad, ~_fits_float32(of_layers)))
-        self._bad_at.copy_(torch.where(finite, self._bad_at, step))
+        self.noted.statistic.copy_(of_layers)
+        self.noted.bad.copy_(torch.where(finite, self.noted.bad, ~_fits_float32(of_layers)))
+        self.noted.bad_at.copy_(torch.where(finite, self.noted.bad_at, step))
 
     def names(self) -> Iterator[str]:
         """The name of each layer in the vector."""
@@ -303,17 +364,22 @@ class Plan:
 
     def bad_at(self) -> int:
         """The number of the last step that was skipped, -1 if there was none. Waits for the device."""
-        return int(self._bad_at)
+        return int(self.noted.bad_at)
 
     def bad(self) -> list[str]:
         """Names of the layers that had that step skipped. Waits for the device."""
-        return [name for name, bad in zip(self.names(), self._bad.tolist(), strict=True) if bad]
+        return [name for name, bad in zip(self.names(), self.noted.bad.tolist(), strict=True) if bad]
 
     def norms(self) -> dict[str, float]:
         """The norm of each layer's gradient at the last step. Waits for the device."""
         squared = (op == dist.ReduceOp.SUM for held, op in self._held for _ in range(held.count))
-        rows = zip(self.names(), self._statistic.tolist(), squared, strict=True)
+        rows = zip(self.names(), self.noted.statistic.tolist(), squared, strict=True)
         return {name: math.sqrt(value) if is_square else value for name, value, is_square in rows}
+
+
+def _groups(layout: Layout) -> tuple[int, ...]:
+    """The process groups over which the layers of a tensor are completed, by id."""
+    return tuple(id(completion.process_group) for completion in layout.completions)
 
 
 def blocks_in_stages(placed: Sequence[Placed]) -> list[tuple[_Reduction, Tensor]]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import product
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from novoscale.layout import (
     Parameter,
     Segment,
     Span,
+    has_dtensors,
     local_tensor,
+    local_tensors,
     repeated,
 )
 
@@ -178,8 +180,17 @@ def from_local(local: Tensor, p: DTensor, shape: Sequence[int], placements: Sequ
     )
 
 
+def local_gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """This rank's part of the gradient of each parameter: see :func:`local_gradient`."""
+    gradients: list[Any] = [p.grad for p in params]
+    if not has_dtensors(params):
+        return gradients
+    placements = [[getattr(t, "placements", None) for t in tensors] for tensors in (params, gradients)]
+    return local_tensors(gradients) if placements[0] == placements[1] else [*map(local_gradient, params)]
+
+
 def local_gradient(p: Tensor) -> Tensor:
-    """This rank's part of a parameter's gradient, placed as the parameter is.
+    """This rank's part of a parameter's gradient, placed as the parameter is. A collective, if it is not.
 
     A gradient that is placed otherwise (a partial sum, under tensor parallelism) is redistributed.
     """

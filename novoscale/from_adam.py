@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from novoscale import second_moment
 from novoscale.adam_states import Moments, moments_of, shape_of
 from novoscale.collectives import Placed, Plan
+from novoscale.kernels.layers import LEAST_SCALE
 from novoscale.layer_tables import counts_steps
 from novoscale.layout import Layout, counts_once, describe, local_tensor, matrix_dimensions, whole
 
@@ -300,7 +300,7 @@ class _Averages:
 
 
 def _update_scale(target: Target, squares_of_weights: Tensor, averages: _Averages) -> Tensor:
-    """What each parameter's normalised gradient was multiplied by: see ``second_moment.update_scale``."""
+    """What each parameter's normalised gradient was multiplied by."""
     group = target.group
     parameters = [target.layout.held[i].parameter for i in target.layout.in_order()]
     scale = torch.ones_like(squares_of_weights)
@@ -311,7 +311,7 @@ def _update_scale(target: Target, squares_of_weights: Tensor, averages: _Average
     if group["scale_parameter"]:
         sizes = [p.numel * p.row_shares * p.column_shares for p in parameters]
         mean = squares_of_weights / torch.tensor(sizes, dtype=torch.float64, device=scale.device)
-        scale = scale * mean.sqrt().clamp(min=second_moment.LEAST_SCALE)
+        scale = scale * mean.sqrt().clamp(min=LEAST_SCALE)
     return scale
 
 

@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from novoscale import checks, momentum, prepared, second_moment
 from novoscale.dtensors import sharded
+from novoscale.kernels.uploads import capturing
 from novoscale.layer_tables import Group, Groups, counts_steps
 from novoscale.layout import Layout, describe, whole
-from novoscale.prepared import Prepared
+from novoscale.prepared import Prepared, Tensors
 
 # Tables kept, one for each set of tensors that is stepped together, beside one for each tensor: a model of
 # which other parts get gradients at each step has many.
@@ -28,13 +29,15 @@ class KnowsLayers(Optimizer):
     _layouts: dict[int, Layout]  # by id(tensor)
     _sharded: dict[int, tuple[DeviceMesh, Any, Layout]]  # of DTensors: mesh, placements; by id(tensor)
     _prepared: dict[Any, Prepared]  # by prepared.key(), last used last
+    _captured: list[Prepared]  # those that CUDA graphs read at each replay: never freed, never written to
     _wrapper: str | None  # what replaced the parameters, if anything did; copied
     _released: object | None  # the handle of release_gradients, if it is in use
+    _whole: Sequence[Group] | None  # see number_as()
 
     def _forget(self) -> None:
         """Start with empty caches."""
-        self._layouts, self._sharded, self._prepared = {}, {}, {}
-        self._wrapper = self._released = None
+        self._layouts, self._sharded, self._prepared, self._captured = {}, {}, {}, []
+        self._wrapper = self._released = self._whole = None
 
     # ---- a set of tensors ---------------------------------------------------------------------------
 
@@ -54,20 +57,36 @@ class KnowsLayers(Optimizer):
 
         Refuses by name what cannot be stepped, before anything is changed.
         """
-        gradients = prepared.local_gradients(groups)
+        try:
+            tensors = Tensors(groups, self.state)
+        except RuntimeError:  # a sparse gradient has no address
+            self._check(groups)
+            raise
         apart = self._released is not None
         key = prepared.key(groups, apart)
         ready = self._prepared.pop(key, None)
-        if ready is None or not ready.serves(groups, gradients, self.state):
-            layouts = self._check(groups)
-            for (group, params), known in zip(groups, layouts, strict=True):
-                for p, layout in zip(params, known, strict=True):
-                    self._init_state(p, layout, group)
-            ready = prepared.build(groups, layouts, gradients, self.state, ready, apart)
+        if ready is None or not ready.serves(tensors):
+            ready = self._tables(groups, tensors, ready, apart)
+        if capturing() and not ready.captured:
+            ready.captured = True
+            self._captured.append(ready)
         self._prepared[key] = ready
         if len(self._prepared) > MAX_PREPARED + sum(len(group["params"]) for group in self.param_groups):
             del self._prepared[next(iter(self._prepared))]
+        ready.hold(tensors)
         return ready
+
+    def _tables(self, groups: Groups, tensors: Tensors, before: Prepared | None, apart: bool) -> Prepared:
+        """New tables of a set of tensors, which get a state if they have none."""
+        layouts = self._check(groups)
+        if capturing():
+            raise RuntimeError(checks.captured(before is not None))
+        for (group, params), known in zip(groups, layouts, strict=True):
+            counted = counts_steps(group)
+            for p, layout in zip(params, known, strict=True):
+                self._init_state(p, layout, group, counted)
+        tensors.look_up(self.state)
+        return prepared.build(tensors, layouts, before, apart)
 
     def _check(self, groups: Groups) -> list[list[Layout]]:
         """The layouts of the tensors of a step, by param group; raises if one cannot be stepped."""
@@ -76,6 +95,8 @@ class KnowsLayers(Optimizer):
         for index, position, number, p in self._numbered():
             if id(p) in stepped.get(id(self.param_groups[index]), ()):
                 name, group = self._name(index, position), self.param_groups[index]
+                if group["fused"]:
+                    checks.check_has_fused(p, name)
                 checks.check_gradient(name, p)
                 layout = self._find_layout(index, position, number, p)
                 if self._wrapper is None:  # a wrapper's tensors have not the parameters' shapes
@@ -102,13 +123,13 @@ class KnowsLayers(Optimizer):
             raise RuntimeError(checks.unknown_layers(name, p, known, self._wrapper))
         return known
 
-    def _init_state(self, p: Tensor, layout: Layout, group: Group) -> None:
+    def _init_state(self, p: Tensor, layout: Layout, group: Group, counted: bool) -> None:
         state = self.state[p]
         if "exp_avg_sq" not in state and "exp_avg_sq_row" not in state:
             state.update(second_moment.allocate(p, layout))
         if "exp_avg" not in state and group["betas"][0] != 0:
             state.update(momentum.allocate(p, layout, group["momentum_dtype"]))
-        if "step" not in state and counts_steps(group):
+        if "step" not in state and counted:
             state["step"] = second_moment.allocate_steps(p, layout)
 
     def _numbered(self) -> Iterator[tuple[int, int, int, Tensor]]:
@@ -116,11 +137,17 @@ class KnowsLayers(Optimizer):
 
         The number is that of the trainable parameters before it, the same however parameters are cut.
         """
+        numbers: dict[int, int] = {}
         number = 0
+        for group in self._whole or self.param_groups:
+            for p in group["params"]:
+                numbers[id(p)] = number
+                number += p.requires_grad
         for index, group in enumerate(self.param_groups):
             for position, p in enumerate(group["params"]):
-                yield index, position, number, p
-                number += p.requires_grad
+                if id(p) not in numbers:
+                    raise ValueError(checks.not_of_the_whole(self._name(index, position)))
+                yield index, position, numbers[id(p)], p
 
     def _name(self, group: int, position: int) -> str:
         """The name of a parameter for an error message."""
@@ -139,6 +166,33 @@ class KnowsLayers(Optimizer):
                 if not isinstance(p, DTensor):
                     self._layouts[id(p)] = whole(parameter)
         self._prepared = {}
+
+    # ---- for wrappers that share out parameters ---------------------------------------------------
+
+    def number_as(self, param_groups: Sequence[Group]) -> None:
+        """Number the parameters as an optimizer of the whole model does, of which this one has a part.
+
+        The random bits for rounding depend on a parameter's number. ``ZeroRedundancyOptimizer`` makes an
+        optimizer of each rank's own parameters, which can only count these. Told once, before the first step,
+        it has the bits of DDP: ``optimizer.optim.number_as(optimizer.param_groups)``. A copy has to be told
+        again.
+
+        Args:
+            param_groups: of the whole model. Kept, and looked at again when a param group is added.
+
+        Raises:
+            ValueError: a parameter of this optimizer is not in them, or a wrapper has cut the parameters.
+        """
+        if self._wrapper is not None:
+            raise ValueError(f"number_as: {self._wrapper} has numbered the parameters. Leave the call out")
+        before, self._whole = self._whole, param_groups
+        try:
+            for index in range(len(self.param_groups)):
+                self._know(index)
+        except ValueError:
+            self._whole = before
+            raise
+        self._sharded.clear()
 
     # ---- for wrappers that cut parameters -------------------------------------------------------
 
@@ -169,8 +223,9 @@ class KnowsLayers(Optimizer):
         self._wrapper = wrapper
         self._layouts = given
         self._prepared = {}
+        counted = [*map(counts_steps, self.param_groups)]
         for index, tensor, layout in layouts:
-            self._init_state(tensor, layout, self.param_groups[index])
+            self._init_state(tensor, layout, self.param_groups[index], counted[index])
 
     def refuse_clipping(self, wrapper: str) -> None:
         """Raise ValueError if ``max_grad_norm`` is in use, for a wrapper under which it cannot be right."""

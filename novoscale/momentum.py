@@ -29,6 +29,9 @@ from novoscale.blocks import BLOCK, SMALL, CutBlocks
 from novoscale.dtensors import from_local
 from novoscale.layout import Layout, Segment, local_tensor, repeated
 
+# Of the optimizer's state: the first moment, its scales, and that of small parameters in a flat partition.
+NAMES = ("exp_avg", "exp_avg_scale", "exp_avg_small")
+
 SMALLEST_SCALE = 0x00800000  # as the bits of a float32: its smallest normal number
 
 

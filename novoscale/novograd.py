@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from novoscale import checkpoint, checks, foreign, presets, reassembly, second_moment
+from novoscale import checkpoint, checks, foreign, presets, reassembly
 from novoscale.collectives import Plan
 from novoscale.from_adam import Target
 from novoscale.known_layers import KnowsLayers
@@ -24,7 +24,7 @@ from novoscale.telemetry import Telemetry
 class NovoGrad(KnowsLayers):
     r"""Stochastic gradients normalised by one second moment per layer.
 
-    For each layer (by default one parameter tensor), with gradient g and weight w::
+    For each layer (by default one parameter tensor), with gradient g and weight w:
 
         S = sum(g**2)
         v = S if v == 0 else beta2*v + (1 - beta2)*S
@@ -33,7 +33,7 @@ class NovoGrad(KnowsLayers):
 
     A layer whose gradient has been zero since the start (v == 0 and S == 0) is left as it is. A step
     in which any layer's gradient is not finite, on any rank, changes nothing on any rank: see
-    :attr:`skipped_steps`. Gradients are never written to, and a step does not wait for the device.
+    ``skipped_steps``. Gradients are never written to, and a step does not wait for the device.
 
     State, per parameter tensor: ``exp_avg`` (m; as ``momentum_dtype`` says, see ``novoscale.momentum``;
     float64 for a float64 parameter instead of float32; absent if beta1 is 0) and ``exp_avg_sq`` (v;
@@ -48,15 +48,17 @@ class NovoGrad(KnowsLayers):
 
     Args:
         params: parameters, named parameters or param groups; float32, bfloat16, float16 or float64.
-        lr: learning rate; a number or a tensor of one element.
+        lr: learning rate; a number or a tensor of one element. A tensor on another device than the CPU is not
+            read, which would wait for the device: nothing refuses it if it is below 0 or NaN.
         betas: decay of the first moment and of the second. With beta1 = 0 no first moment is kept. None, as
-            with every option that a preset has: the preset's.
+            with every option that a preset has: the preset's. Tensors are read, once: to change betas later
+            put others into the param group.
         eps: added to the square root of the second moment.
         weight_decay: times the weight, added to the normalised gradient.
         preset: a word for a set of options, of which each that is given wins: "paper" (Algorithm 1, the
             default) or "adamw" (learns as AdamW does, at its learning rates: factored second moments, AdamW's
             averages, Nesterov). A param group may have its own. See ``novoscale.presets``.
-        bias_correction: divide m by 1 - beta1**t and sqrt(v) by sqrt(1 - beta2**t), t counting the
+        bias_correction: divide m by ``1 - beta1**t`` and sqrt(v) by ``sqrt(1 - beta2**t)``, t counting the
             layer's own steps (as Apex; the paper has none).
         grad_averaging: weight the new term of the first moment with 1 - beta1.
         norm_type: 2, or 0: v then averages the largest magnitude instead of the sum of squares.
@@ -90,18 +92,23 @@ class NovoGrad(KnowsLayers):
         stochastic_rounding: of the weights where they are bfloat16 (and have no float32 master: a wrapper
             that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost.
         seed: of the random bits for rounding; they do not depend on how the model is cut, nor on the rank.
+            (Under ``ZeroRedundancyOptimizer`` they do, unless it is told by ``number_as``.)
         allow_lossy_load: let ``load_state_dict`` round a first moment to a ``momentum_dtype`` that cannot
             hold it, a collective where that is in blocks that are cut; and take over the state of an Adam.
         foreach: True: torch's own operations (``kernels/reference.py``), as with ``fused=False``.
         fused: True: a fused kernel (Triton on a GPU, C++ on the CPU), or an error; False: torch's own
             operations. None: the fused kernel where there is one. All give the same bits.
 
-    Under ``torch.amp.GradScaler`` leave ``scaler.unscale_`` out: the step divides by the scale itself. In
-    a CUDA graph let ``lr`` be a tensor on the device, if it changes.
+    A number may be of any kind that ``float`` takes, such as NumPy's; param groups have it as a float.
+    ``capturable`` and ``differentiable``, which torch's optimizers have, may stay in ported code: a step can
+    always be captured in a CUDA graph (let ``lr`` be a tensor on the device there, if it changes), and
+    ``differentiable=True`` is refused.
+
+    Under ``torch.amp.GradScaler`` leave ``scaler.unscale_`` out: the step divides by the scale itself.
 
     Raises:
         ValueError: an option out of range, or a parameter that cannot be optimised.
-        RuntimeError: ``fused=True`` where there is no fused kernel.
+        RuntimeError: ``fused=True`` where there is no fused kernel. (On the device meta: at the step.)
         TypeError: an option that NovoGrad does not have, or one of the wrong kind.
     """
 
@@ -202,13 +209,13 @@ class NovoGrad(KnowsLayers):
     @_disable_dynamo
     @torch.no_grad()
     def step_some(self, tensors: Iterable[tuple[int, Sequence[Tensor]]]) -> None:
-        """Step some of the tensors of ``param_groups``, if they have a gradient; :meth:`step` ends the step.
+        """Step some of the tensors of ``param_groups``, if they have a gradient; ``step`` ends the step.
 
         Args:
             tensors: by the index of their param group.
 
         Raises:
-            RuntimeError: see :meth:`step`.
+            RuntimeError: see ``step``.
         """
         groups = self._with_gradients(tensors)
         limit = checks.one_max_grad_norm(self.param_groups)
@@ -216,22 +223,22 @@ class NovoGrad(KnowsLayers):
             raise RuntimeError(checks.clipped_and_released(limit))
         if groups:
             ready = self._prepare(groups)
-            inverse_scale, veto = self._amp()
-            statistic = ready.statistic(groups, inverse_scale)
-            finite, total = ready.plan.complete(statistic, veto)
-            clip = second_moment.clip_coefficient(total, limit)
-            coefficients = ready.second_moments(groups, statistic, finite, clip, inverse_scale)
-            self._telemetry.record(ready, statistic, finite, total)
-            ready.update(coefficients)
+            scale, veto = self._amp(ready.plan.device)
+            statistic = ready.statistic(scale)
+            finite, total = ready.complete(statistic, veto, self._telemetry)
+            ready.update(ready.second_moments(statistic, finite, total, scale))
             ready.release()
 
     # ---- mixed precision ------------------------------------------------------------------------
 
-    def _amp(self) -> tuple[Tensor | None, Tensor | None]:
-        """What ``torch.amp.GradScaler`` left here: 1 / scale (float64), and whether to skip the step."""
+    def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """What ``torch.amp.GradScaler`` left here: the scale of the loss, and whether to skip the step.
+
+        The scale is where the loss is, which need not be where the parameters are.
+        """
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         veto = self._veto if found_inf is None else found_inf.reshape(()) > 0
-        return None if scale is None else 1 / scale.double().reshape(()), veto
+        return None if scale is None else scale.to(device).reshape(()), veto
 
     # ---- param groups -----------------------------------------------------------------------------
 
@@ -286,7 +293,7 @@ class NovoGrad(KnowsLayers):
         self._veto = skip
 
     def squares_of_gradients(self) -> Tensor | None:
-        """The sum of the squares of the gradients that :meth:`step_some` has used in this step; 0-dim."""
+        """The sum of the squares of the gradients that ``step_some`` has used in this step; 0-dim."""
         return self._telemetry.squares
 
     # ---- what a step has shown ------------------------------------------------------------------
@@ -294,7 +301,7 @@ class NovoGrad(KnowsLayers):
     @property
     def skipped_steps(self) -> int:
         """How many steps changed nothing because a gradient was not finite; under
-        :func:`novoscale.release_gradients` how many left out some parameters. Waits for the device.
+        ``novoscale.release_gradients`` how many left out some parameters. Waits for the device.
         """
         return self._telemetry.skipped_steps(by_groups=self._wrapper is not None)
 
@@ -331,6 +338,8 @@ class NovoGrad(KnowsLayers):
         Of moments in blocks that are cut, or whose rows are no whole blocks, it has copies. Where tensor
         parallelism cuts such rows, it is a collective. Under a wrapper it says what each tensor holds.
         """
+        for group in self.param_groups:
+            checks.plain_numbers(group)
         kept = self.state
         self.state = defaultdict(dict, kept)
         for index, position, number, p in self._numbered():

@@ -63,7 +63,7 @@ def _converted(name: str, state: State, group: Group, norm: Tensor | None) -> di
         squared = norm if group.get("norm_type", 2) == 0 else norm.square()
         return {"exp_avg": state["exp_avg"], "exp_avg_sq": squared, "step": int(group["step"])}
     if keys == ARRAYS:
-        mu, nu = (torch.as_tensor(state[key]) for key in ("mu", "nu"))
+        mu, nu = (torch.as_tensor(state[key], device="cpu") for key in ("mu", "nu"))
         return {"exp_avg": mu, "exp_avg_sq": nu, "step": int(state["count"])}
     if keys == PYTORCH_OPTIMIZER:
         return {"exp_avg": state["moments"], "exp_avg_sq": state["grads_ema"], "step": int(group["step"])}
@@ -87,7 +87,7 @@ def _norms(states: Sequence[tuple[int, str, State]], groups: Sequence[Group]) ->
             continue
         members = [nth for nth, (its, _, _) in enumerate(states) if its == index]
         for half, kept in zip((True, False), group["exp_avg_sq"], strict=True):
-            vector = torch.empty(0) if kept is None else kept
+            vector = torch.empty(0, device="cpu") if kept is None else kept
             mine = [n for n in members if (states[n][2]["exp_avg"].dtype == torch.float16) is half]
             if len(mine) != len(vector):
                 kind = "in half precision" if half else "in float32"

@@ -1,4 +1,8 @@
-"""What a step needs to know of its tensors: built once, and reused while they stay where they are."""
+"""What a step needs to know of its tensors: built once, and reused while they stay where they are.
+
+One way down: the layouts make a plan; the plan and the state's addresses make the tables of the kernels; and
+what may change from step to step, the options' numbers and where the gradients are, is given to them.
+"""
 
 from __future__ import annotations
 
@@ -10,37 +14,36 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from novoscale import kernels, momentum, rounding, second_moment
+from novoscale import kernels, momentum, second_moment
 from novoscale.blocks import NONE
-from novoscale.collectives import Placed, Plan
-from novoscale.dtensors import local_gradient
-from novoscale.kernels import Coefficients, Kernels
-from novoscale.layer_tables import Groups, Kept, State, has_dtensors, layers_of_group, rounds
-from novoscale.layout import Layout, local_tensor
-from novoscale.second_moment import Layers
+from novoscale.collectives import Packing, Placed, Plan
+from novoscale.dtensors import local_gradients
+from novoscale.kernels import Coefficients, Held, Kernels, LayerKernels
+from novoscale.kernels.layers import SUMS, WEIGHTS, OptionTable
+from novoscale.kernels.reference_layers import States
+from novoscale.layer_tables import Group, Groups, State, states_of, table_of_layers
+from novoscale.layout import Layout, local_tensor, local_tensors
+from novoscale.telemetry import Telemetry
 
-# Options of a param group that the tables contain.
-OPTIONS = (
-    "betas",
-    "weight_decay",
+# What of a param group the tables depend on; the other options are numbers that are given to the kernels.
+STRUCTURE = (
     "bias_correction",
-    "grad_averaging",
     "reg_inside_moment",
     "momentum_dtype",
     "granularity",
+    "norm_type",
     "stochastic_rounding",
     "fused",
     "foreach",
-    "eps",
     "nesterov",
-    "clip_threshold",
     "scale_parameter",
 )
 
 # Those on which the ranks that share a layer must agree.
 SHARED = (
-    *(option for option in OPTIONS if option not in ("fused", "foreach")),
-    *("lr", "norm_type", "normalize", "init_zero", "max_grad_norm", "maximize", "seed"),
+    *(option for option in STRUCTURE if option not in ("fused", "foreach")),
+    *("lr", "betas", "eps", "weight_decay", "grad_averaging", "normalize", "init_zero", "clip_threshold"),
+    *("max_grad_norm", "maximize", "seed"),
 )
 
 
@@ -53,99 +56,87 @@ class Prepared:
         agreed: what it rests on, see :func:`agreed`.
         kernels: both passes over the elements.
         weights: the first of them over the weights, where ``scale_parameter`` asks for their norms.
-        layers: of each param group; its vectors are the state of its tensors, see :class:`Kept`.
-        kept: where that state is.
-        rounds: for each param group, whether anything in it is rounded stochastically.
-        tensors: of each shard of the kernels, which tensor it is; most tensors are one shard.
-        first_layout: id of the layout of the first tensor.
-        gradients: of the present step, in the order of the tensors.
-        addresses: where the tables have the gradients.
-        facts: what else the tables rest on, see :func:`facts`; empty if they serve one step only.
+        layers: the pass over the layers between them.
+        options: of the param groups, on the device.
+        shards: of each shard of the kernels, which tensor it is, and the name of its first moment.
+        weighed: of each shard of ``weights``, which tensor it is.
+        facts: what the tables rest on, see :func:`facts`.
+        addresses: where they have the gradients.
+        packing: of the only collective of a step, if there is just one.
+        captured: whether a CUDA graph has them, which reads them whenever it is replayed.
+        gradients: of the present step: some may be copies that nobody else holds.
     """
 
     plan: Plan
     agreed: list[Any]
     kernels: Kernels
     weights: Kernels | None
-    layers: list[Layers]
-    kept: list[Kept]
-    rounds: list[bool]
-    tensors: list[int]
-    first_layout: int
-    gradients: list[Tensor]
-    addresses: list[int]
+    layers: LayerKernels
+    options: OptionTable
+    shards: list[tuple[int, str]]
+    weighed: list[int]
     facts: list[Any]
+    addresses: list[int]
+    packing: Packing | None
+    captured: bool = False
+    gradients: Sequence[Tensor] = ()
 
-    def serves(self, groups: Groups, gradients: list[Tensor], state: State) -> bool:
-        """Whether the tables are right for the coming step. Gradients may have moved: that is mended."""
-        try:
-            if not self.facts or self.facts != facts(groups, gradients, state):
-                return False
-        except RuntimeError:  # a gradient without an address is sparse: for checks to say
-            return False
-        for kept in self.kept:
-            kept.gather()
-        self.gradients, addresses = gradients, _addresses(gradients)
-        if addresses != self.addresses:
-            self.addresses = addresses
-            self.kernels.moved([addresses[tensor] for tensor in self.tensors])
-        return True
+    def serves(self, tensors: Tensors) -> bool:
+        """Whether the tables are right for the coming step, once they :meth:`hold` its tensors."""
+        return self.facts == tensors.facts and not (self.captured and self._differs(tensors))
 
-    def statistic(self, groups: Groups, inverse_scale: Tensor | None) -> Tensor:
-        """This rank's part of the vector of the step: see ``collectives.Plan``."""
-        statistic = self.kernels.sum_of_squares()
-        if inverse_scale is not None:
-            for (group, _), (S, of_columns, _) in zip(groups, self.by_group(statistic), strict=True):
-                of_statistic = second_moment.power(inverse_scale, group)
-                S.mul_(of_statistic)
-                of_columns.mul_(of_statistic)
-        if not self.plan.numbers:
-            return statistic
-        numbers = statistic.new_zeros(self.plan.numbers, self.plan.parameters)
+    def _differs(self, tensors: Tensors) -> bool:
+        """Whether something has to be written into the tables."""
+        return self.addresses != tensors.addresses or self.options.differs(tensors.options)
+
+    def hold(self, tensors: Tensors) -> None:
+        """Take what a step has of its own: where the gradients are, and the numbers among the options."""
+        self.gradients = tensors.gradients
+        self.options.take(tensors.options)
+        if self.addresses != tensors.addresses:
+            self.addresses = tensors.addresses
+            self.kernels.moved([tensors.addresses[tensor] for tensor, _ in self.shards])
+        self.layers.hold(tensors.states)
+        self.kernels.hold(lambda shard: tensors.of(*self.shards[shard]))
         if self.weights is not None:
-            numbers[second_moment.WEIGHTS] = self.weights.sum_of_squares()
-        statistic = torch.cat((statistic, numbers.view(-1)))
-        rows = zip(groups, self.layers, self.by_group(statistic), strict=True)
-        for (group, _), layers, (S, _, totals) in rows:
-            if second_moment.adds_up(group):
-                totals[: second_moment.WEIGHTS] = second_moment.sums(layers, S, group)
+            self.weights.hold(lambda shard: tensors.weights(self.weighed[shard]))
+
+    def statistic(self, scale: Tensor | None) -> Tensor:
+        """This rank's part of the vector of the step: see ``collectives.Plan``."""
+        statistic = self.kernels.sum_of_squares(self.plan.numbers * self.plan.parameters)
+        if self.weights is not None:
+            first = self.plan.layers + self.plan.columns + WEIGHTS * self.plan.parameters
+            statistic[first : first + self.plan.parameters] = self.weights.sum_of_squares()
+        self.layers.begin(self.options, statistic, scale)
         return statistic
 
+    def complete(self, statistic: Tensor, veto: Tensor | None, telemetry: Telemetry) -> tuple[Tensor, Tensor]:
+        """See ``collectives.Plan.complete``; and note what the step shows."""
+        plan = self.plan
+        if self.layers.completes and not plan.apart and (self.packing or not plan.reductions):
+            skipped = telemetry.skipped(plan)
+            finite, total = self.layers.complete(
+                self.options, statistic, veto, self.packing, plan.noted, skipped, telemetry.step
+            )
+        else:
+            finite, total = plan.complete(statistic, veto)
+            telemetry.record(plan, statistic, finite)
+        telemetry.add(total)
+        return finite, total
+
     def second_moments(
-        self,
-        groups: Groups,
-        statistic: Tensor,
-        finite: Tensor,
-        clip: Tensor | None,
-        inverse_scale: Tensor | None,
+        self, statistic: Tensor, finite: Tensor, total: Tensor, scale: Tensor | None
     ) -> Coefficients:
         """Update v of every layer; return what the update of m and w needs to know of it.
 
         Args:
-            groups: the tensors, by param group.
             statistic: the complete vector of the step.
             finite: bool: whether there is a step at all; 0-dim, or one for each parameter.
-            clip: 0-dim: what clipping multiplies the gradients by; None: nothing.
-            inverse_scale: the same of a loss scale.
+            total: 0-dim: the sum of squares of the whole model.
+            scale: 0-dim: of the loss; None: 1.
         """
-        scale = clip if inverse_scale is None else inverse_scale if clip is None else clip * inverse_scale
-        steps = []
-        if finite.ndim and finite.device.type == "cpu" and bool(finite.all()):
-            finite = finite.all()  # which a GPU would have to be asked for
-        counts = [len(layers.here) for layers in self.layers]
-        verdicts = torch.split(finite, counts) if finite.ndim else [finite] * len(counts)
-        given = zip(groups, self.layers, self.by_group(statistic), verdicts, strict=True)
-        for (group, _), layers, sums, verdict in given:
-            S, of_columns, totals = sums if clip is None else second_moment.clipped(*sums, clip, group)
-            active = second_moment.advance(layers, S, of_columns, totals, verdict, group)
-            steps.append((S, totals, active))
-        parts = []
-        rows = zip(groups, self.layers, steps, self._mean_square_updates(groups, steps), strict=True)
-        for index, ((group, _), layers, (_, totals, active), mean_square) in enumerate(rows):
-            factor = second_moment.update_scale(layers, totals, mean_square, group)
-            found = second_moment.coefficients(layers, totals, scale, factor, group)
-            parts.append((found, active, self.keys(index, group["seed"])))
-        return second_moment.of_all(parts)
+        share = self.plan.share
+        return self.layers.advance(self.options, statistic, finite, total, scale, share)
 
     def update(self, coefficients: Coefficients) -> None:
         """Change m and w of every active layer. The ranks first agree on the scales of cut blocks."""
@@ -154,109 +145,138 @@ class Prepared:
             coefficients = replace(coefficients, cut=self.plan.agree_on_blocks(largest))
         self.kernels.update(coefficients)
 
-    def _mean_square_updates(
-        self, groups: Groups, steps: Sequence[tuple[Tensor, Tensor, Tensor]]
-    ) -> list[Tensor | None]:
-        """For each param group rms(u)**2 of its parameters, where its ``clip_threshold`` asks for it.
-
-        A second collective where a parameter's layers are on different ranks: their second moments are known
-        after the first only.
-        """
-        rows = zip(groups, self.layers, steps, strict=True)
-        found = [
-            second_moment.mean_square_update(layers, S, active, group) if group["clip_threshold"] else None
-            for (group, _), layers, (S, _, active) in rows
-        ]
-        if all(part is None for part in found):
-            return found
-        counts = [len(layers.here) for layers in self.layers]
-        none = torch.zeros(0, dtype=torch.float64, device=self.plan.device)
-        parts = [none.new_zeros(n) if part is None else part for part, n in zip(found, counts, strict=True)]
-        shared = torch.split(self.plan.share(torch.cat(parts)), counts)
-        return [None if part is None else whole for part, whole in zip(found, shared, strict=True)]
-
-    def by_group(self, vector: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """The parts of the vector of the step that belong to each param group: views.
-
-        One element for each layer; for each column; and, for each parameter, the columns of a matrix.
-        """
-        counts = [(len(x.v), 0 if x.columns is None else len(x.columns), len(x.here)) for x in self.layers]
-        layers, columns, parameters = ([*n] for n in zip(*counts, strict=True))
-        first = self.plan.layers + self.plan.columns
-        rows = self.plan.numbers if len(vector) == first + self.plan.numbers * self.plan.parameters else 0
-        numbers = vector[first:].view(rows, self.plan.parameters)
-        return list(
-            zip(
-                torch.split(vector[: self.plan.layers], layers),
-                torch.split(vector[self.plan.layers : first], columns),
-                torch.split(numbers, parameters, dim=1),
-                strict=True,
-            )
-        )
-
-    def keys(self, group: int, seed: int) -> Tensor:
-        """What random bits each layer of a param group has in this step: see ``rounding.keys``."""
-        layers = self.layers[group]
-        if layers.t is None or not self.rounds[group]:
-            return torch.zeros_like(layers.v, dtype=torch.int64)
-        return rounding.keys(seed, layers.by_layer(layers.number), layers.by_count(layers.t).long())
-
     def release(self) -> None:
-        """Put the state back where it is kept, and let go of tensors, at the end of a step."""
-        for kept in self.kept:
-            kept.put_back()
-        self.gradients = []
+        """Let go of tensors, at the end of a step."""
+        self.gradients = ()
+        self.layers.release()
         self.kernels.release()
         if self.weights is not None:
             self.weights.release()
 
 
+class Tensors:
+    """The tensors of a step: this rank's parts of them.
+
+    Args:
+        groups: the tensors, by param group.
+        state: of the optimizer.
+
+    Attributes:
+        groups: as given.
+        params: local parts, in order.
+        gradients: local parts; each in the order of its parameter, if need be by a copy for this step.
+        addresses: of the gradients.
+        own: the state of each.
+        facts: see :func:`facts`.
+
+    Raises:
+        RuntimeError: a gradient is not dense.
+    """
+
+    def __init__(self, groups: Groups, state: State) -> None:
+        self.groups = groups
+        members = [p for _, params in groups for p in params]
+        self.params = local_tensors(members)
+        self.gradients = local_gradients(members)
+        self.contiguous = [*map(Tensor.is_contiguous, self.params)]
+        self._in_one_order()
+        self.addresses = [*map(Tensor.data_ptr, self.gradients)]
+        self.look_up(state)
+
+    def look_up(self, state: State) -> None:
+        """Find the state of each tensor, and what the tables rest on."""
+        self.own = [state.get(p, {}) for _, params in self.groups for p in params]
+        self.facts = facts(self)
+
+    def _in_one_order(self) -> None:
+        """Copy a gradient in the order of its parameter, if it has another: expanded, or channels_last."""
+        plain = [*map(Tensor.is_contiguous, self.gradients)]
+        if all(plain) and all(self.contiguous):
+            return
+        self.gradients = [*self.gradients]
+        for i, (p, g) in enumerate(zip(self.params, self.gradients, strict=True)):
+            if not (plain[i] and self.contiguous[i]) and g.stride() != p.stride():
+                like = torch.empty_like(p, dtype=g.dtype)
+                if like.stride() == p.stride():  # it has no gaps
+                    self.gradients[i] = like.copy_(g)
+
+    @property
+    def options(self) -> list[Group]:
+        """Of each param group."""
+        return [group for group, _ in self.groups]
+
+    def states(self) -> States:
+        """The second moments and counts of steps."""
+        return states_of(self.own)
+
+    def of(self, tensor: int, name: str) -> Held:
+        """What a shard is made of: a tensor, and its first moment of this name, if it has one."""
+        own = self.own[tensor]
+        exp_avg, scale = own.get(name), own.get("exp_avg_scale") if name == "exp_avg" else None
+        moments = (None if t is None else local_tensor(t) for t in (exp_avg, scale))
+        return Held(self.params[tensor], self.gradients[tensor], *moments)
+
+    def weights(self, tensor: int) -> Held:
+        """The same for a statistic of the weights."""
+        return Held(self.params[tensor], self.params[tensor])
+
+
+def facts(tensors: Tensors) -> list[Any]:
+    """What tables rest on: the structure that the options ask for, and where all lies but the gradients."""
+    found: list[Any] = [structure(group) for group in tensors.options]
+    found += tensors.contiguous
+    if not all(tensors.contiguous):
+        found += map(Tensor.stride, tensors.params)
+        found += map(Tensor.stride, tensors.gradients)
+    # Other tensors may come to lie at the same address.
+    found += map(Tensor.numel, tensors.params)
+    found += [p.dtype for p in tensors.params]
+    found += [g.dtype for g in tensors.gradients]
+    found += map(Tensor.data_ptr, tensors.params)
+    states = [value for own in tensors.own for value in own.values()]
+    if not all(issubclass(kind, Tensor) for kind in set(map(type, states))):  # a user's own
+        states = [value for value in states if isinstance(value, Tensor)]
+    found += map(Tensor.data_ptr, local_tensors(states))
+    return found
+
+
+def structure(group: Group) -> tuple[Any, ...]:
+    """What the tables depend on of a param group's options: of the numbers, which of them are zero."""
+    numbers = (group["betas"][0], group["weight_decay"], group["clip_threshold"], group["max_grad_norm"])
+    return (*map(bool, numbers), *(group[option] for option in STRUCTURE))
+
+
 def build(
-    groups: Groups,
-    layouts: Sequence[Sequence[Layout]],
-    gradients: list[Tensor],
-    state: State,
-    before: Prepared | None,
-    apart: bool = False,
+    tensors: Tensors, layouts: Sequence[Sequence[Layout]], before: Prepared | None, apart: bool = False
 ) -> Prepared:
     """Make the tables of a set of tensors.
 
     Args:
-        groups: the tensors, by param group.
-        layouts: of each tensor.
-        gradients: see :func:`local_gradients`.
-        state: of the optimizer, which has one for every tensor; see :class:`Kept`.
+        tensors: they have a state.
+        layouts: of each tensor, by param group.
         before: what was made for the same tensors earlier.
         apart: see ``collectives.Plan``.
     """
-    device = local_tensor(groups[0][1][0]).device
-    kept = [Kept(group, params, state, device) for group, params in groups]
-    known = zip(groups, layouts, kept, strict=True)
-    layers = [layers_of_group(group, of_group, k, device) for (group, _), of_group, k in known]
+    groups, device = tensors.groups, tensors.params[0].device
     # The ranks compare their layers when a plan is made: not again when a tensor has moved.
     rests_on = agreed(groups, apart)
     planned = before.plan if before and before.agreed == rests_on else plan(groups, layouts, device, apart)
-    made, tensors = shards(groups, planned.placed, gradients, state)
-    columns = sum(len(x.columns) for x in layers if x.columns is not None)
-    tables = Kernels(made, device, sum(len(x.v) for x in layers), columns, planned.cut_blocks)
-    weights = None
-    if any(group["scale_parameter"] for group, _ in groups):
-        parameters = sum(len(x.here) for x in layers)
-        weights = Kernels(of_weights(groups, planned.placed, made, tensors), device, parameters)
-    reusable = tables.reusable and (weights is None or weights.reusable)
+    made, named = shards(tensors, planned.placed)
+    weighed = of_weights(groups, planned.placed, made, named)
+    table = table_of_layers(groups, layouts, tensors.own)
+    of_layers = kernels.layer_kernels(table, device, tensors.states(), made)
     return Prepared(
         plan=planned,
         agreed=rests_on,
-        kernels=tables,
-        weights=weights,
-        layers=layers,
-        kept=kept,
-        rounds=[rounds(group) for group, _ in groups],
-        tensors=tensors,
-        first_layout=id(layouts[0][0]),
-        gradients=gradients,
-        addresses=_addresses(gradients) if reusable else [],
-        facts=facts(groups, gradients, state) if reusable else [],
+        kernels=Kernels(made, device, planned.layers, planned.columns, planned.cut_blocks),
+        weights=Kernels([*weighed.values()], device, planned.parameters) if weighed else None,
+        layers=of_layers,
+        options=OptionTable(len(groups), device, table.dtype),
+        shards=named,
+        weighed=[*weighed],
+        facts=tensors.facts,
+        addresses=tensors.addresses,
+        packing=planned.packing() if of_layers.completes else None,
     )
 
 
@@ -265,90 +285,53 @@ def key(groups: Groups, apart: bool) -> tuple[Any, ...]:
     return (apart, *((group["norm_type"], *map(id, params)) for group, params in groups))
 
 
-def local_gradients(groups: Groups) -> list[Tensor]:
-    """This rank's part of the gradient of every tensor, in order. A collective for those to redistribute."""
-    params = [p for _, members in groups for p in members]
-    if has_dtensors(params):
-        return [*map(local_gradient, params)]
-    return [p.grad for p in params]  # type: ignore[misc]
-
-
-def facts(groups: Groups, gradients: list[Tensor], state: State) -> list[Any]:
-    """What tables rest on, beside the addresses of the gradients: options, and where all else lies.
-
-    Raises:
-        RuntimeError: a gradient is not dense.
-    """
-    found: list[Any] = [group[name] for group, _ in groups for name in OPTIONS]
-    for _, params in groups:
-        found += _addresses(params)
-        # Other tensors may come to lie at the same address.
-        found += map(Tensor.numel, params)
-        found += [p.dtype for p in params]
-    found += [g.dtype for g in gradients]
-    found += map(Tensor.is_contiguous, gradients)
-    states = [state[p] for _, params in groups for p in params if p in state]
-    found += _addresses([t for s in states for t in s.values() if isinstance(t, Tensor)])
-    return found
-
-
-def _addresses(tensors: list[Any]) -> list[int]:
-    # Once a step for each tensor: for 1,000 layers this is most of the step's time.
-    if has_dtensors(tensors):
-        tensors = [*map(local_tensor, tensors)]
-    return [*map(Tensor.data_ptr, tensors)]
-
-
-def shards(
-    groups: Groups, placed: Sequence[Placed], gradients: Sequence[Tensor], state: State
-) -> tuple[list[kernels.Shard], list[int]]:
+def shards(tensors: Tensors, placed: Sequence[Placed]) -> tuple[list[kernels.Shard], list[tuple[int, str]]]:
     """Make the tensors of a step known to the kernels.
 
     Returns:
-        The shards, and which tensor each of them is.
+        The shards, and of each which tensor it is, and the name of its first moment.
     """
     made: list[kernels.Shard] = []
-    tensors: list[int] = []
+    named: list[tuple[int, str]] = []
     tensor = 0
-    for group, params in groups:
-        beta1 = group["betas"][0]
-        for p in params:
+    for index, (group, params) in enumerate(tensors.groups):
+        has_moment = group["betas"][0] != 0
+        for _ in params:
             at = placed[tensor]
-            for part in momentum.stored(at.layout, group["momentum_dtype"] if beta1 != 0 else "float32"):
-                scale = state[p].get("exp_avg_scale") if part.in_blocks else None
+            for part in momentum.stored(at.layout, group["momentum_dtype"] if has_moment else "float32"):
+                name = part.key if has_moment else ""
+                held = tensors.of(tensor, name)
                 pieces = momentum.pieces(
                     at.layout, part, at.first, at.first_column, at.cut_blocks, at.first_block
                 )
                 made.append(
                     kernels.Shard(
-                        param=local_tensor(p),
-                        grad=gradients[tensor],
-                        exp_avg=local_tensor(state[p][part.key]) if beta1 != 0 else None,
-                        exp_avg_scale=None if scale is None else local_tensor(scale),
+                        *held,
                         pieces=pieces,
                         norm_type=group["norm_type"],
-                        beta1=beta1,
-                        beta3=1 - beta1 if group["grad_averaging"] else 1.0,
-                        weight_decay=group["weight_decay"],
+                        group=index,
+                        decays=group["weight_decay"] != 0,
                         reg_inside_moment=group["reg_inside_moment"],
                         stochastic_rounding=group["stochastic_rounding"],
                         fused=False if group["foreach"] else group["fused"],
-                        eps=group["eps"],
-                        nesterov=group["nesterov"] and beta1 != 0,
+                        nesterov=group["nesterov"] and has_moment,
                     )
                 )
-                tensors.append(tensor)
+                named.append((tensor, name))
             tensor += 1
-    return made, tensors
+    return made, named
 
 
 def of_weights(
-    groups: Groups, placed: Sequence[Placed], made: Sequence[kernels.Shard], tensors: Sequence[int]
-) -> list[kernels.Shard]:
-    """Shards whose statistic is the sum of squares of the weights of each parameter."""
+    groups: Groups,
+    placed: Sequence[Placed],
+    made: Sequence[kernels.Shard],
+    named: Sequence[tuple[int, str]],
+) -> dict[int, kernels.Shard]:
+    """Shards whose statistic is the sum of squares of the weights of each parameter; by tensor."""
     scaled = [group["scale_parameter"] for group, params in groups for _ in params]
     shown: dict[int, kernels.Shard] = {}
-    for shard, tensor in zip(made, tensors, strict=True):
+    for shard, (tensor, _) in zip(made, named, strict=True):
         if scaled[tensor] and tensor not in shown:
             at = placed[tensor]
             one = at.layout.by_parameter()
@@ -360,7 +343,7 @@ def of_weights(
                 nesterov=False,  # which needs a first moment
                 pieces=momentum.pieces(one, momentum.stored(one, "float32")[0], at.first_parameter),
             )
-    return list(shown.values())
+    return shown
 
 
 def plan(
@@ -400,4 +383,4 @@ def agreed(groups: Groups, apart: bool) -> list[Any]:
 
 def sums(groups: Groups) -> int:
     """How many numbers of each parameter the ranks add up in a step."""
-    return second_moment.SUMS if any(second_moment.adds_up(group) for group, _ in groups) else 0
+    return SUMS if any(second_moment.adds_up(group) for group, _ in groups) else 0

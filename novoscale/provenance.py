@@ -12,7 +12,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 PACKAGES = (
@@ -36,7 +35,7 @@ def provenance(command: str | None = None) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
             "cpu": _cpu(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "memory_GiB": round(psutil.virtual_memory().total / 2**30, 1),
+            "memory_GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }

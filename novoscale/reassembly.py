@@ -77,7 +77,7 @@ class Whole:
         self.parameter = parameter
         self.state: dict[str, Tensor] = {}
         self._layout = whole(parameter)
-        self._like = torch.empty(()).expand(parameter.shape)  # of its shape, without its memory
+        self._like = torch.empty((), device="cpu").expand(parameter.shape)  # of its shape, without its memory
         self._held = 0
 
     def add(self, layout: Layout, index: int, state: State) -> None:
@@ -164,7 +164,7 @@ def scatter(
         if name not in wholes:
             raise ValueError(f"{name}: the checkpoint has no state of it: it is of another model")
         own = whole(h.parameter)
-        like = torch.empty(()).expand(h.parameter.shape)
+        like = torch.empty((), device="cpu").expand(h.parameter.shape)
         state = checkpoint.loaded(name, wholes[name], like, own, group)
         if "step" in state and "step" not in made:
             made["step"] = second_moment.allocate_steps(flat, layout)

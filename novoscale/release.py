@@ -1,6 +1,6 @@
 """Steps in the backward pass: a gradient is let go as soon as it has been used.
 
-A layer-wise optimizer needs one layer's gradient at a time. With :func:`release_gradients` each parameter is
+A layer-wise optimizer needs one layer's gradient at a time. With ``release_gradients`` each parameter is
 stepped when its gradient is whole, so that the gradients of a model are never there together. The training is
 the one without it, to the bit, but where it says otherwise; what cannot be the same is refused.
 """
@@ -61,7 +61,7 @@ def release_gradients(model: nn.Module, optimizer: Any) -> ReleasedGradients:
 
 
 class ReleasedGradients:
-    """The handle of :func:`release_gradients`."""
+    """The handle of ``release_gradients``."""
 
     # Of the present step:
     _stepped: set[int]  # ids of the parameters that have been stepped
@@ -144,7 +144,7 @@ class ReleasedGradients:
         if any(group["norm_type"] == 0 for group in self._optimizer.param_groups):
             raise RuntimeError("the norm of the gradients is not known with norm_type=0")
         squares = self._optimizer.squares_of_gradients()
-        return torch.zeros(()) if squares is None else squares.sqrt()
+        return torch.zeros((), device="cpu") if squares is None else squares.sqrt()
 
     def __enter__(self) -> ReleasedGradients:
         return self

@@ -8,33 +8,45 @@ import torch
 from torch import Tensor
 
 from novoscale.collectives import Plan
-from novoscale.prepared import Prepared
 
 
 class Telemetry:
-    """Counts on the device, and waits for it only when it is asked."""
+    """Counts on the device, and waits for it only when it is asked.
+
+    Attributes:
+        step: the number of the present step.
+        squares: the sum of its squared gradients, as far as tensors have been stepped; None: none has.
+    """
 
     def __init__(self) -> None:
-        self._step = 0
+        self.step = 0
+        self.squares: Tensor | None = None
         self._skipped: dict[int, Tensor] = {}  # by id(layout) of the first tensor stepped together
         self._partly: Tensor | None = None  # the steps that left out some of the parameters
         self._left_out: Tensor | None = None  # whether the present step has
-        self.squares: Tensor | None = None  # the sum of the present step's squared gradients, as far as it is
 
-    def record(self, ready: Prepared, statistic: Tensor, finite: Tensor, total: Tensor) -> None:
-        """Note the completed statistic of some tensors, which of them may be stepped, and the sum of all."""
-        self.squares = total if self.squares is None else self.squares + total.to(self.squares.device)
-        ready.plan.record(statistic, finite, self._step)
-        if ready.plan.apart:
+    def skipped(self, plan: Plan) -> Tensor:
+        """How often the tensors of a plan were not stepped: int64, 0-dim; for the step to count on."""
+        first = id(plan.placed[0].layout)
+        if first not in self._skipped:
+            self._skipped[first] = torch.zeros((), dtype=torch.int64, device=plan.device)
+        return self._skipped[first]
+
+    def record(self, plan: Plan, statistic: Tensor, finite: Tensor) -> None:
+        """Note the completed statistic of some tensors, and which of them may be stepped."""
+        plan.record(statistic, finite, self.step)
+        if plan.apart:
             left_out = ~finite.all()
             if self._left_out is None:
                 self._left_out = torch.zeros_like(left_out)
                 self._partly = torch.zeros_like(left_out, dtype=torch.int64)
             self._left_out.logical_or_(left_out.to(self._left_out.device))
-            return
-        if ready.first_layout not in self._skipped:
-            self._skipped[ready.first_layout] = torch.zeros_like(finite, dtype=torch.int64)
-        self._skipped[ready.first_layout].add_(~finite)  # in place, for CUDA graphs
+        else:
+            self.skipped(plan).add_(~finite)  # in place, for CUDA graphs
+
+    def add(self, total: Tensor) -> None:
+        """Note the sum of the squared gradients of some tensors."""
+        self.squares = total if self.squares is None else self.squares + total.to(self.squares.device)
 
     def end_step(self, by_groups: bool) -> None:
         """All tensors of a step have been noted.
@@ -42,7 +54,7 @@ class Telemetry:
         Args:
             by_groups: a wrapper's step is several of the optimizer's, skipped together.
         """
-        self._step += not by_groups
+        self.step += not by_groups
         self.squares = None
         if self._partly is not None and self._left_out is not None:
             self._partly.add_(self._left_out)

@@ -1,5 +1,6 @@
 """Bad input gets one clear error that names it, before anything is changed."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,13 @@ from novoscale import NovoGrad
         ({"lr": float("nan")}, ValueError, "lr must be"),
         ({"lr": "1e-3"}, TypeError, "lr must be a number, got '1e-3'"),
         ({"lr": torch.tensor([0.1, 0.2])}, ValueError, "Tensor lr must be 1-element"),
+        ({"lr": torch.tensor(-0.1)}, ValueError, "lr must be a finite number of at least 0, got -0.1"),
+        ({"lr": torch.tensor(float("nan"))}, ValueError, "lr must be a finite number of at least 0, got nan"),
+        ({"lr": np.float32("inf")}, ValueError, "lr must be a finite number of at least 0, got inf"),
+        ({"lr": np.ones(2)}, TypeError, "lr must be a number, got array"),
+        ({"lr": True}, TypeError, "lr must be a number, got True"),
+        ({"betas": (torch.ones(2), 0.9)}, TypeError, r"betas\[0\] must be a number, got tensor"),
+        ({"betas": (0.9, torch.tensor(1.0))}, ValueError, r"betas\[1\] must be at least 0 and below 1"),
         ({"betas": (1.0, 0.9)}, ValueError, r"betas\[0\] must be at least 0 and below 1"),
         ({"betas": (0.9, -0.1)}, ValueError, r"betas\[1\]"),
         ({"betas": 0.9}, TypeError, "betas must be two numbers"),
@@ -122,3 +130,26 @@ def test_a_granularity_that_is_changed_while_it_is_in_use_is_refused(option, val
     with pytest.raises(RuntimeError, match=f"p: the {option} of its param group was .* load_state_dict"):
         optimizer.step()
     assert torch.equal(p, before)
+
+
+def test_a_learning_rate_on_the_cpu_is_read_at_each_step_and_one_on_a_device_never():
+    p = nn.Parameter(torch.ones(2))
+    rate = torch.tensor(0.1)
+    optimizer = NovoGrad([p], lr=rate)
+    p.grad = torch.ones(2)
+    rate.fill_(float("nan"))
+    with pytest.raises(ValueError, match="param group 0: lr must be a finite number of at least 0, got nan"):
+        optimizer.step()
+    assert torch.equal(p, torch.ones(2))
+    NovoGrad([p], lr=torch.tensor(-0.1, device="meta"))  # which has nothing to read
+
+
+def test_numbers_of_a_part_are_refused_where_they_are_not_known():
+    a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer = NovoGrad([("a", a)])
+    with pytest.raises(ValueError, match="a is not in the param groups that number_as was given"):
+        optimizer.number_as([{"params": [b]}])
+    optimizer.number_as([{"params": [b, a]}])
+    with pytest.raises(ValueError, match=r"c is not in .* number_as"):
+        optimizer.add_param_group({"params": [("c", nn.Parameter(torch.ones(2)))]})
+    assert len(optimizer.param_groups) == 1

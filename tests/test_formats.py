@@ -10,6 +10,7 @@ from stepping import parameters, run, set_gradients, worst
 from torch import nn
 
 from novoscale import NovoGrad, blocks, momentum
+from novoscale.layer_tables import counts_steps
 from novoscale.memory import optimizer_state_bytes
 
 OPTIONS = [
@@ -120,8 +121,9 @@ def test_bytes_of_state_of_gpt2_124m(gpt2_124m, momentum_dtype, most, options):
     numel = sum(p.numel() for p in gpt2_124m.parameters())
     assert round(numel / 1e6) == 124
     optimizer = NovoGrad(gpt2_124m.parameters(), momentum_dtype=momentum_dtype, **options)
+    group = optimizer.param_groups[0]
     for p in gpt2_124m.parameters():
-        optimizer._init_state(p, optimizer._layouts[id(p)], optimizer.param_groups[0])
+        optimizer._init_state(p, optimizer._layouts[id(p)], group, counts_steps(group))
     # Of rows v and the number of steps; of what is factored rows, columns, and v of each element of vectors.
     more = {"row": 8 / 768, "factored": 0.0104}.get(optimizer.defaults["granularity"], 0)
     assert optimizer_state_bytes(optimizer).total / numel < most + more

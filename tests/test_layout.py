@@ -99,13 +99,15 @@ def step(param, grad, exp_avg, lay, norm_type=2):
     made = Plan([Placed(lay, 0, op)], torch.device("cpu"))
     (stored,) = momentum.stored(lay, "float32")
     pieces = momentum.pieces(lay, stored, 0)
-    shard = kernels.Shard(param, grad, exp_avg, None, pieces, norm_type, 0.9, 1.0, 0.1, True, False)
+    shard = kernels.Shard(param, grad, exp_avg, None, pieces, norm_type, 0, True, True, False)
     statistic = reference.sum_of_squares([shard], made.device, made.layers)
     finite, _ = made.complete(statistic)
     scale = 1 / (statistic.sqrt() + 1e-8)
     active = finite & (statistic > 0)
     tenth, zero = torch.full_like(scale, 0.1), torch.zeros_like(scale)
-    reference.update([shard], kernels.Coefficients(scale, tenth, zero, active, zero.long()))
+    each = torch.stack((scale, tenth, zero, zero), dim=1)
+    options = scale.new_tensor([[0.9, 1.0, 0.1, 0.0]])
+    reference.update([shard], kernels.Coefficients(each, options, active, zero.int()))
     return dict(zip(made.names(), statistic.tolist(), strict=True)), bool(finite)
 
 

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch._lazy.ts_backend
 from torch import nn
 
 from novoscale import NovoGrad
@@ -74,6 +75,31 @@ def test_a_step_with_an_overflow_changes_nothing_and_is_counted():
             assert optimizer.skipped_layers() == ["2.bias"]
     assert optimizer.skipped_steps == 1
     assert amp.get_scale() == 512
+
+
+@pytest.fixture(scope="module")
+def another_device():
+    """A second device that computes: torch's lazy tensors, which other tensors may not be mixed with."""
+    torch._lazy.ts_backend.init()
+    return torch.device("lazy")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_scale_may_be_on_another_device(options, another_device):
+    weights = []
+    for device in (torch.device("cpu"), another_device):
+        m = model()
+        optimizer = NovoGrad(m.parameters(), lr=0.1, **options)
+        for step, overflow in enumerate((0.0, 1.0, 0.0)):
+            optimizer.zero_grad()
+            (8 * loss_of(m, step)).backward()
+            # As GradScaler does.
+            optimizer.grad_scale = torch.tensor([8.0], device=device)
+            optimizer.found_inf = torch.tensor(overflow, device=device)
+            optimizer.step()
+        assert optimizer.skipped_steps == 1
+        weights.append(list(m.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 def test_a_loss_scale_that_float32_could_not_square_is_no_overflow():

@@ -40,7 +40,8 @@ def test_follows_algorithm_1(options, dtype, bound):
     assert worst(params, oracle) < bound
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+# bfloat16 is rounded stochastically, by less than one unit in the last place; float16 by half of one.
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-11)])
 def test_low_precision_weights_differ_by_their_own_rounding_only(dtype, bound):
     params = parameters(dtype)
     oracle = Oracle([p.detach().double().numpy() for p in params], lr=0.03)

@@ -1,6 +1,7 @@
 """Tables are made once, and again whenever anything has moved: the training never notices."""
 
 import copy
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from oracle import Oracle, deviation
 from torch import nn
 
-from novoscale import NovoGrad, kernels, layer_tables, prepared
+from novoscale import NovoGrad, kernels, prepared
 
 SHAPES = ((3, 4), (5,), (1,), (20, 7))
 
@@ -165,25 +166,118 @@ def test_tables_are_made_once(options):
     assert made.call_count == 1
 
 
-def test_second_moments_of_a_group_are_views_of_one_vector():
+def test_the_state_of_each_tensor_is_its_own():
+    """No view of a vector of all: it can be saved, copied and moved by itself."""
     params = parameters()
     optimizer = NovoGrad(params, lr=0.1, bias_correction=True)
     for p, g in zip(params, gradients(0), strict=True):
         p.grad = g
     optimizer.step()
     for name in ("exp_avg_sq", "step"):
-        storages = {optimizer.state[p][name].untyped_storage().data_ptr() for p in params}
-        assert len(storages) == 1
-        assert all(optimizer.state[p][name].shape == (1,) for p in params)
-    saved = optimizer.state_dict()["state"]
-    assert [saved[i]["exp_avg_sq"].item() for i in range(len(params))] == pytest.approx(
+        states = [optimizer.state[p][name] for p in params]
+        assert len({t.untyped_storage().data_ptr() for t in states}) == len(params)
+        assert all(t.shape == (1,) and t.untyped_storage().nbytes() == 4 for t in states)
+    assert [optimizer.state[p]["exp_avg_sq"].item() for p in params] == pytest.approx(
         [g.double().square().sum().item() for g in gradients(0)]
     )
 
 
-def test_neighbouring_storages_are_not_taken_for_one_vector():
-    base = torch.zeros(2)
-    a, b = torch.empty(0).set_(base.untyped_storage(), 0, (1,)), base[1:]
-    assert layer_tables._joined([a, b], a.device) is not None
-    other = torch.from_numpy(np.zeros(2, dtype=np.float32))
-    assert layer_tables._joined([other[:1], torch.from_numpy(other.numpy()[1:])], a.device) is None
+def contiguous(g):
+    return g.contiguous()
+
+
+def channels_last(g):
+    return g.contiguous(memory_format=torch.channels_last)
+
+
+def expanded(g):
+    return g.flatten()[:1].view(1, 1, 1, 1).expand(g.shape)
+
+
+def of_a_larger_tensor(g):
+    return torch.cat((g, g), dim=1)[:, : g.shape[1]]
+
+
+def transposed(g):
+    return g.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+ORDERS = [contiguous, channels_last, expanded, of_a_larger_tensor, transposed]
+
+
+@pytest.mark.parametrize("of_param", [contiguous, channels_last], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"momentum_dtype": "int8"}, {"granularity": "row", "normalize": "rms"}, {"preset": "adamw"}],
+    ids=str,
+)
+def test_gradients_may_have_any_order_and_another_at_each_step(of_param, options):
+    """Dense in another order, expanded from one element: the step is that of a contiguous copy."""
+    torch.manual_seed(0)
+    weight = of_param(torch.randn(16, 8, 9, 16))
+    optimizers = [NovoGrad([nn.Parameter(weight.clone())], lr=0.1, **options) for _ in range(2)]
+    params = [optimizer.param_groups[0]["params"][0] for optimizer in optimizers]
+    for step in range(2 * len(ORDERS)):
+        params[0].grad = ORDERS[(3 * step) % len(ORDERS)](torch.randn(weight.shape))
+        params[1].grad = params[0].grad.clone(memory_format=torch.contiguous_format)
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(*params)
+        for name, state in optimizers[0].state[params[0]].items():
+            assert torch.equal(state, optimizers[1].state[params[1]][name]), name
+
+
+COST = {
+    "a schedule of the weight decay": lambda group, step: group.update(weight_decay=0.01 * step),
+    "cycled betas": lambda group, step: group.update(betas=(0.9 + 0.001 * step, 0.98)),
+    "a schedule of eps, seed and clipping": lambda group, step: group.update(
+        eps=1e-8 * step, seed=step, max_grad_norm=1.0 * step
+    ),
+}
+
+
+@pytest.mark.skipif(kernels.fused("cpu") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("change", COST.values(), ids=COST)
+def test_options_that_change_make_no_new_tables(change):
+    params = parameters()
+    optimizer = NovoGrad(params, lr=0.1, weight_decay=1.0)
+    with mock.patch.object(prepared, "build", wraps=prepared.build) as made:
+        for step in range(1, 6):
+            change(optimizer.param_groups[0], step)
+            for p, g in zip(params, gradients(step), strict=True):
+                p.grad = g
+            optimizer.step()
+    assert made.call_count == 1
+
+
+def test_sets_of_tensors_that_take_turns_have_their_tables():
+    params = parameters()
+    optimizer = NovoGrad(params, lr=0.1, preset="adamw")
+    with mock.patch.object(prepared, "build", wraps=prepared.build) as made:
+        for step in range(12):
+            for i, (p, g) in enumerate(zip(params, gradients(step), strict=True)):
+                p.grad = None if i == step % 3 else g
+            optimizer.step()
+    assert made.call_count == 3
+
+
+def test_one_tensor_for_the_reference_does_not_cost_the_others_their_tables(monkeypatch):
+    """A transposed parameter that is rounded: memory is not in the order of its elements."""
+    optimizers, made, build = [], [], prepared.build
+    monkeypatch.setattr(prepared, "build", lambda *args: made.append(1) or build(*args))
+    for fused in (None, False):
+        params = [*parameters(), nn.Parameter(torch.ones(4, 6).t())]
+        optimizers.append((NovoGrad(params, lr=0.1, momentum_dtype="bfloat16", fused=fused), params))
+    for step in range(4):
+        for optimizer, params in optimizers:
+            for p, g in zip(params, [*gradients(step), torch.full((6, 4), 0.1 * step)], strict=True):
+                p.grad = g
+            del g
+            optimizer.step()
+            # Its tensors are held for the step only.
+            alive = weakref.ref(params[-1].grad)
+            params[-1].grad = None
+            assert alive() is None
+    assert len(made) == 2
+    for p, q in zip(*(params for _, params in optimizers), strict=True):
+        assert torch.equal(p, q)

@@ -60,13 +60,85 @@ def test_the_mean_of_many_roundings_to_bfloat16_is_the_value(shift):
         assert_unbiased(exact.bfloat16().expand(REPEATS, -1), exact, spacing)
 
 
-def test_random_bits_of_elements_steps_and_halves_are_not_related():
-    table = bits(500, 500)
-    for other in (table.roll(1, 0), table.roll(1, 1), table.roll((1, -1), (0, 1))):
-        differing = sum(((table ^ other) >> bit & 1).double().mean() for bit in range(32))
-        assert differing == pytest.approx(16, abs=0.1)
-    low, high = ((table & 0xFFFF).double() - 32767.5, (table >> 16).double() - 32767.5)
-    assert abs((low * high).mean() / 32768**2) < 0.01
+SAMPLES = 1 << 14
+
+
+def whole_numbers(bits, seed):
+    return torch.randint(1 << bits, (SAMPLES,), generator=torch.Generator().manual_seed(seed))
+
+
+def hashed(seed=7, number=None, step=None, position=None):
+    """Random bits of samples, each of other whole numbers where none are given."""
+    number = whole_numbers(16, 1) if number is None else number
+    step = whole_numbers(20, 2) if step is None else step
+    position = whole_numbers(34, 3) if position is None else position
+    return rounding.random_bits(rounding.keys(seed, number, step), position)
+
+
+def each_bit(x):
+    """Float64 ``[samples, 32]`` of -1 and 1."""
+    return 2.0 * (x[:, None] >> torch.arange(32) & 1) - 1
+
+
+@pytest.mark.parametrize(
+    ("argument", "numbers"),
+    [("position", whole_numbers(34, 3)), ("step", whole_numbers(20, 2)), ("number", whole_numbers(16, 1))],
+    ids=["position", "step", "parameter"],
+)
+def test_each_bit_of_what_is_hashed_turns_each_random_bit_over_half_of_the_time(argument, numbers):
+    before = hashed(**{argument: numbers})
+    for bit in range(int(numbers.max()).bit_length()):
+        turned = each_bit(before ^ hashed(**{argument: numbers ^ 1 << bit})).mean(dim=0)
+        assert turned.abs().max() < 5.5 / SAMPLES**0.5, bit
+
+
+def test_another_seed_is_another_sequence():
+    assert each_bit(hashed(7) ^ hashed(8)).mean(dim=0).abs().max() < 5 / SAMPLES**0.5
+
+
+@pytest.mark.parametrize("key", ["each its own", "one"])
+@pytest.mark.parametrize("apart", [1, 2, 3, 5, 8, 32, 128, 768, 987, 4096, 11008, 1 << 20, 1 << 26, 1 << 32])
+def test_no_random_bit_knows_one_of_another_element(apart, key):
+    at = torch.arange(SAMPLES)
+    names = {} if key == "each its own" else {"number": at * 0, "step": at * 0 + 9}
+    one, other = (each_bit(hashed(position=at + off, **names)) for off in (0, apart))
+    assert (one.T @ other / SAMPLES**0.5).abs().max() < 5.5  # of 1,024 pairs of bits
+    assert (one.T @ one - SAMPLES * torch.eye(32)).abs().max() / SAMPLES**0.5 < 5.5
+
+
+def too_uneven(x, y):
+    """By how many standard deviations pairs of values of four bits are not equally frequent."""
+    counts = torch.bincount((x & 15) * 16 + (y & 15), minlength=256).double()
+    expected = len(x) / 256
+    return abs(((counts - expected) ** 2 / expected).sum().item() - 255) / 510**0.5
+
+
+@pytest.mark.parametrize("apart", [0, 1, 2, 8, 128, 987, 4096])
+@pytest.mark.parametrize("by", ["element", "step"])
+def test_pairs_of_random_numbers_are_equally_frequent(by, apart):
+    """Of the halves, which round weights and moments, and in their uppermost and lowest bits."""
+    at = torch.arange(1 << 19)
+    names = {"number": at * 0, "step": at * 0 + 5, "position": at * 0 + 11}
+    x = hashed(**names | {"position" if by == "element" else "step": at})
+    shifts = {"weight, lowest": 0, "weight, uppermost": 12, "moment, lowest": 16, "moment, uppermost": 28}
+    values = {name: x >> shift for name, shift in shifts.items()}
+    for one in values:
+        for other in values:
+            if apart or one < other:
+                pairs = values[one][: len(at) - apart], values[other][apart:]
+                assert too_uneven(*pairs) < 5, (one, other)
+
+
+def test_sums_of_random_numbers_vary_as_those_of_independent_ones():
+    """Over a block, and over the steps of an element."""
+    table = bits(1024, 1024)
+    for half in (table & 0xFFFF, table >> 16):
+        uniform = (half.double() + 0.5) / 65536 - 0.5
+        for sums in (uniform.view(1024, 8, 128).sum(dim=2), uniform.view(8, 128, 1024).sum(dim=1)):
+            # The variance of n independent variances' mean is 2 / n.
+            assert sums.square().mean().item() * 12 / 128 == pytest.approx(
+                1, abs=5 * (2 / sums.numel()) ** 0.5
+            )
 
 
 def decayed(momentum_dtype, beta1, steps):

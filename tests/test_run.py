@@ -1,12 +1,17 @@
 """``python -m novoscale.run`` serves scripts that must not be changed."""
 
 import os
+import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from novoscale.ranks import remove_shared_memory
+
+ROOT = Path(__file__).parent.parent
 
 PORT = 29613
 SCRIPT = """
@@ -17,6 +22,22 @@ config = {"train_batch_size": 1, "zero_optimization": {"stage": 2}, "optimizer":
 engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
 print(__name__, sys.argv[1:], type(engine.basic_optimizer).__name__)
 import helper
+"""
+ACCELERATED = """
+import sys
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DummyOptim, InitProcessGroupKwargs
+
+handlers = [InitProcessGroupKwargs(backend="gloo")] if "--gloo" in sys.argv else []
+accelerator = Accelerator(kwargs_handlers=handlers)
+model = torch.nn.Linear(1, 4)
+data = torch.utils.data.DataLoader(torch.arange(4.0)[:, None], batch_size=1)
+engine, _, data = accelerator.prepare(model, DummyOptim(model.parameters()), data)
+batches = [int(batch) for batch in data]
+rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+assert (accelerator.process_index, accelerator.num_processes) == (rank, world)
+print(f"rank {rank} of {world}: {type(engine.basic_optimizer).__name__} on {batches}\\n", end="", flush=True)
 """
 
 
@@ -51,3 +72,28 @@ def test_missing_script_is_named(tmp_path):
     done = run(tmp_path, "-m", "novoscale.run", "absent.py")
     assert done.returncode == 1
     assert done.stderr.strip().startswith("absent.py: there is no such file. Usage:")
+
+
+@pytest.mark.usefixtures("deepspeed_operation")
+@pytest.mark.parametrize("handler", [[], ["--gloo"]], ids=["plain", "with InitProcessGroupKwargs"])
+def test_ranks_of_accelerate_launch_train_on_different_batches(handler, tmp_path):
+    (tmp_path / "train.py").write_text(ACCELERATED)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = ["accelerate.commands.accelerate_cli", "launch", "--main_process_port", str(port)]
+    command += ["--config_file", "configs/accelerate_zero2_novograd.yaml", "-m", "novoscale.run"]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", *command, tmp_path / "train.py", *handler],
+            cwd=ROOT,
+            env={**os.environ, "LOCAL_SIZE": "2"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    finally:
+        remove_shared_memory(port)
+    assert done.returncode == 0, done.stderr
+    said = sorted(re.findall("rank .*", done.stdout))
+    assert said == ["rank 0 of 2: NovoGrad on [0, 2]", "rank 1 of 2: NovoGrad on [1, 3]"]

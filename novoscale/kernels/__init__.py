@@ -10,7 +10,7 @@ import functools
 import importlib
 import warnings
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -18,9 +18,14 @@ import torch
 from torch import Tensor
 
 from novoscale.kernels import reference
-from novoscale.kernels.shards import Coefficients, Shard
+from novoscale.kernels.layers import LayerTable
+from novoscale.kernels.reference_layers import LayerKernels, States
+from novoscale.kernels.shards import Coefficients, Held, Shard
 
-__all__ = ["FUSED_DEVICES", "Coefficients", "Kernels", "Shard", "fused", "unfused_reason"]
+__all__ = [
+    "FUSED_DEVICES", "Coefficients", "Held", "Kernels", "LayerKernels", "Shard", "fused", "layer_kernels",
+    "unfused_reason",
+]  # fmt: skip
 
 # The fused kernel for each type of device. "cuda" is ROCm's name too.
 FUSED_DEVICES = {"cuda": "triton", "cpu": "cpu"}
@@ -31,15 +36,14 @@ PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 class Kernels:
     """Both passes, for the tensors of a step, each tensor by the fastest kernel that takes it.
 
+    Fused kernels know addresses. What is left to the reference it holds for one step at a time.
+
     Args:
         shards: the tensors.
         device: of the vectors that have one element per layer.
         layers: how many layers there are.
         columns: how many columns of factored parameters.
         cut_blocks: how many blocks of first moments are cut.
-
-    Attributes:
-        reusable: whether the tables hold addresses only, so that they can be kept from step to step.
     """
 
     def __init__(
@@ -58,22 +62,32 @@ class Kernels:
             (where, module.Kernels([shards[i] for i in places], where, layers, columns, cut_blocks))
             for (module, where), places in self._places.items()
         ]
-        self.reusable = all(module is not reference for module, _ in self._places)
 
     def moved(self, gradients: Sequence[int]) -> None:
-        """Go on with gradients at other addresses. Only if ``reusable``."""
-        for (_, kernel), places in zip(self._parts, self._places.values(), strict=True):
-            kernel.moved([gradients[i] for i in places])
+        """Go on with gradients at other addresses: one for each shard."""
+        for ((module, _), places), (_, kernel) in zip(self._places.items(), self._parts, strict=True):
+            if module is not reference:
+                kernel.moved([gradients[i] for i in places])
+
+    def hold(self, tensors: Callable[[int], Held]) -> None:
+        """Take the tensors of those shards that are not known by their addresses, for one step."""
+        for ((module, _), places), (_, kernel) in zip(self._places.items(), self._parts, strict=True):
+            if module is reference:
+                kernel.hold([*map(tensors, places)])
 
     def release(self) -> None:
-        """Let go of tensors that are held as such and not by address: the end of these tables."""
-        if not self.reusable:
-            self._parts = []
+        """Let go of them."""
+        for (module, _), (_, kernel) in zip(self._places, self._parts, strict=True):
+            if module is reference:
+                kernel.release()
 
-    def sum_of_squares(self) -> Tensor:
-        """This rank's part of each layer's and column's statistic: see ``reference.sum_of_squares``."""
+    def sum_of_squares(self, more: int = 0) -> Tensor:
+        """This rank's part of each layer's and column's statistic: see ``reference.sum_of_squares``.
+
+        Followed by ``more`` zeros.
+        """
         # Each layer lies in one tensor, so that all parts but one have 0 for it.
-        parts = [kernel.sum_of_squares().to(self._device) for _, kernel in self._parts]
+        parts = [kernel.sum_of_squares(more).to(self._device) for _, kernel in self._parts]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
     def largest(self, coefficients: Coefficients) -> Tensor:
@@ -85,6 +99,26 @@ class Kernels:
         """The first moment and the weights of every active layer: see ``reference.update``."""
         for device, kernel in self._parts:
             kernel.update(coefficients.to(device))
+
+
+def layer_kernels(
+    table: LayerTable, device: torch.device, states: States, shards: Sequence[Shard]
+) -> LayerKernels:
+    """The pass over the layers, by the fused kernel if it can take them all and a tensor is for one.
+
+    Args:
+        table: the layers.
+        device: of the vectors that have one element per layer.
+        states: of the tensors, at the addresses that the table has.
+        shards: the tensors.
+    """
+    module = fused(device.type)
+    if module is not None and table.dtype == torch.float32 and any(s.fused is not False for s in shards):
+        tensors = [t for of in states for t in of]
+        if all(t.device == device and t.is_contiguous() and type(t) in PLAIN for t in tensors):
+            found: LayerKernels = module.LayerKernels(table, device)
+            return found
+    return LayerKernels(table, device)
 
 
 def kernel_of(shard: Shard) -> ModuleType:
@@ -128,8 +162,8 @@ def _load(device_type: str) -> ModuleType | str:
     try:
         module = importlib.import_module(f"novoscale.kernels.{name}")
         module.load()
-    except (ImportError, OSError, RuntimeError) as error:
-        return str(error)
+    except Exception as error:  # a compiler has many ways to fail, and the reference serves in all of them
+        return f"{type(error).__name__}: {error}"
     return module
 
 

@@ -17,6 +17,7 @@
 #include <cstring>
 
 #include "cpu_formats.h"
+#include "cpu_layers.h"
 #include "cpu_rounding.h"
 
 namespace {
@@ -39,7 +40,15 @@ enum Option : int32_t {
 struct Shard {
   void *param, *grad, *exp_avg, *scale;  // exp_avg is null where none is kept, scale where it has none
   int32_t param_format, grad_format, exp_avg_format;
-  int32_t norm_type, options, rounds_weights;
+  int32_t norm_type, options, rounds_weights, group;
+};
+
+// What the update needs to know of a layer, and of a param group: see Coefficients in shards.py.
+struct Record {
+  float grad_scale, step_size, decay, ahead;
+};
+
+struct Group {
   float beta1, beta3, weight_decay, eps;
 };
 
@@ -238,10 +247,11 @@ void store(const float *values, void *tensor, int32_t format, int64_t start, int
 // The numbers of a step, for consecutive elements. What is an address is that of the first element's number.
 struct Step {
   // One for all elements; EACH: one for each.
-  const float *grad_scale, *step_size, *decay, *ahead, *row_root;
+  const Record *layer;
+  const float *row_root;
   const bool *active;
   const float *column_root;  // one for each element; EACH: one for all
-  float beta1, beta3, weight_decay, eps;
+  Group group;
   int32_t options;
 
   // Whether any of n elements is active.
@@ -260,27 +270,27 @@ INLINE void step_piece(float *w, const float *g, float *m, int64_t start, int64_
   const bool each = options & EACH, factored = options & FACTORED, nesterov = options & NESTEROV;
   const bool decays_inside = (options & DECAYS) && (options & INSIDE);
   const bool decays_outside = (options & DECAYS) && !(options & INSIDE);
-  const float grad_scale = *s.grad_scale, step_size = *s.step_size, decay = *s.decay, ahead = *s.ahead;
+  const Record layer = *s.layer;
   const float row_root = *s.row_root, column_root = factored ? *s.column_root : 0;
 #pragma omp simd
   for (int64_t i = start; i < stop; i++) {
     const float column = factored && !each ? s.column_root[i] : column_root;
-    const float root = (each ? s.row_root[i] : row_root) * column + s.eps;
+    const float root = (each ? s.row_root[i] : row_root) * column + s.group.eps;
     const bool active = (!each || s.active[i]) && (!factored || column > 0);
-    float term = g[i] * (each ? s.grad_scale[i] : grad_scale);
+    float term = g[i] * (each ? s.layer[i].grad_scale : layer.grad_scale);
     if (factored && (options & INSIDE)) term /= root;
-    if (decays_inside) term += w[i] * s.weight_decay;
-    term *= s.beta3;
+    if (decays_inside) term += w[i] * s.group.weight_decay;
+    term *= s.group.beta3;
     float moment = term;
     if (options & MOMENT) {
-      moment += m[i] * s.beta1;
+      moment += m[i] * s.group.beta1;
       m[i] = active ? moment : m[i];
     }
-    const float size = each ? s.step_size[i] : step_size;
-    float change = moment * (nesterov ? each ? s.ahead[i] : ahead : size);
+    const float size = each ? s.layer[i].step_size : layer.step_size;
+    float change = moment * (nesterov ? each ? s.layer[i].ahead : layer.ahead : size);
     if (nesterov) change += term * size;
     if (factored && !(options & INSIDE)) change /= root;
-    if (decays_outside) change += w[i] * (each ? s.decay[i] : decay);
+    if (decays_outside) change += w[i] * (each ? s.layer[i].decay : layer.decay);
     w[i] = active ? w[i] - change : w[i];
   }
 }
@@ -319,35 +329,31 @@ VARIANTS void step(float *w, const float *g, float *m, int64_t n, const Step s) 
   step_with<0, 1>(w, g, m, n, s);
 }
 
-// Vectors with one element per layer, and one with one per column.
+// One element per layer; per param group; and of column_root per column.
 struct Layers {
-  const float *grad_scale, *step_size, *decay, *ahead, *row_root, *column_root;
+  const Record *each;
+  const Group *groups;
+  const float *row_root, *column_root;
   const bool *active;
-  const int64_t *key;
+  const uint32_t *key;
   const int32_t *cut_largest, *cut_active;  // one of each cut block
 
   // For the elements of a chunk from `start` on, which is in this layer.
   Step step(const Shard &shard, const Chunk &chunk, int64_t layer, int64_t start) const {
     const bool factored = chunk.column >= 0;
     const int64_t within = factored ? (chunk.position + start - chunk.start) % chunk.size : 0;
-    return {grad_scale + layer,
-            step_size + layer,
-            decay + layer,
-            ahead + layer,
+    return {each + layer,
             row_root + layer,
             active + layer,
             factored ? column_root + chunk.column + within : nullptr,
-            shard.beta1,
-            shard.beta3,
-            shard.weight_decay,
-            shard.eps,
+            groups[shard.group],
             shard.options | (factored ? FACTORED : 0) | (chunk.each() ? EACH : 0)};
   }
 
   // The positions of elements, of which the first is in this layer, become their random bits.
   void mix(const Chunk &chunk, int64_t layer, uint32_t *positions, int64_t n) const {
     if (chunk.each()) return mix_keys(positions, key + layer, n);
-    mix_key(positions, static_cast<uint32_t>(key[layer]), n);
+    mix_key(positions, key[layer], n);
   }
 };
 
@@ -587,11 +593,10 @@ extern "C" void novoscale_sum_of_squares(const Shard *shards, const Chunk *chunk
 // Of each cut block the largest magnitude of this rank's moments after the update, and whether any of its
 // elements is active: see reference.largest. The chunks are pieces of such blocks; `found` has room for both.
 extern "C" void novoscale_largest(const Shard *shards, const Chunk *chunks, int64_t count, int32_t *found,
-                                  const float *grad_scale, const float *step_size, const float *decay,
-                                  const float *ahead, const float *row_root, const float *column_root,
-                                  const bool *active, const int64_t *key, int64_t threads, int32_t *largest,
-                                  int32_t *any) {
-  const Layers layers{grad_scale, step_size, decay, ahead, row_root, column_root, active, key, nullptr, nullptr};
+                                  const Record *each, const Group *groups, const float *row_root,
+                                  const float *column_root, const bool *active, const uint32_t *key,
+                                  int64_t threads, int32_t *largest, int32_t *any) {
+  const Layers layers{each, groups, row_root, column_root, active, key, nullptr, nullptr};
   each_chunk(chunks, count, threads, [&](int64_t index) {
     alignas(64) float moments[BLOCK];
     found[2 * index + 1] = update_block(shards[chunks[index].shard], chunks[index], layers, false, moments);
@@ -605,12 +610,10 @@ extern "C" void novoscale_largest(const Shard *shards, const Chunk *chunks, int6
 }
 
 extern "C" void novoscale_update(const Shard *shards, const Chunk *chunks, int64_t count,
-                                 const float *grad_scale, const float *step_size, const float *decay,
-                                 const float *ahead, const float *row_root, const float *column_root,
-                                 const bool *active, const int64_t *key, const int32_t *cut_largest,
-                                 const int32_t *cut_active, int64_t threads) {
-  const Layers layers{grad_scale, step_size, decay, ahead, row_root, column_root, active, key,
-                      cut_largest, cut_active};
+                                 const Record *each, const Group *groups, const float *row_root,
+                                 const float *column_root, const bool *active, const uint32_t *key,
+                                 const int32_t *cut_largest, const int32_t *cut_active, int64_t threads) {
+  const Layers layers{each, groups, row_root, column_root, active, key, cut_largest, cut_active};
   each_chunk(chunks, count, threads,
              [&](int64_t index) { update(shards[chunks[index].shard], chunks[index], layers); });
 }

@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from novoscale.blocks import BLOCK
+from novoscale.kernels import cpu_layers
+from novoscale.kernels.layers import LayerTable
 from novoscale.kernels.shards import (
     COLUMN,
     CUT,
@@ -45,7 +47,8 @@ CHUNK = 1 << 16  # elements, a multiple of BLOCK: what a thread does at once, an
 PANEL, PANEL_WIDTH, PANEL_ROWS = 1 << 18, 1 << 14, 64
 WAVE = 1 << 22  # sums of panels that are kept at once: 32 MiB
 
-SOURCE, *HEADERS = (Path(__file__).with_name(n) for n in ("cpu.cpp", "cpu_formats.h", "cpu_rounding.h"))
+SOURCE = Path(__file__).with_name("cpu.cpp")
+HEADERS = [SOURCE.with_name(n) for n in ("cpu_formats.h", "cpu_layers.h", "cpu_rounding.h")]
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -76,10 +79,7 @@ class _Shard(ctypes.Structure):
         ("norm_type", ctypes.c_int32),
         ("options", ctypes.c_int32),
         ("rounds_weights", ctypes.c_int32),
-        ("beta1", ctypes.c_float),
-        ("beta3", ctypes.c_float),
-        ("weight_decay", ctypes.c_float),
-        ("eps", ctypes.c_float),
+        ("group", ctypes.c_int32),
     )
 
 
@@ -128,7 +128,6 @@ class Kernels:
     ) -> None:
         self._library, self._device, self._counts = load(), device, (layers, columns)
         self._shards = (_Shard * len(shards))(*map(_entry, shards))
-        self._nesterov = any(s.nesterov for s in shards)
         table = chunks(shards, CHUNK, BLOCK)
         self._chunks = _with_ends(table, table[:, STOP] - table[:, START])
         cut = table[table[:, CUT] >= 0]
@@ -146,13 +145,13 @@ class Kernels:
         for entry, address in zip(self._shards, gradients, strict=True):
             entry.grad = address
 
-    def sum_of_squares(self) -> Tensor:
+    def sum_of_squares(self, more: int = 0) -> Tensor:
         """This rank's part of each layer's and column's statistic: see ``reference.sum_of_squares``.
 
         Returns:
-            float64 ``[layers + columns]``. The bits do not depend on the number of threads.
+            float64 ``[layers + columns + more]``. The bits do not depend on the number of threads.
         """
-        result = torch.empty(sum(self._counts), dtype=torch.float64, device="cpu")
+        result = torch.zeros(sum(self._counts) + more, dtype=torch.float64, device="cpu")
         self._library.novoscale_sum_of_squares(
             ctypes.addressof(self._shards),
             self._plain.data_ptr(),
@@ -200,15 +199,18 @@ class Kernels:
 
     def _vectors(self, c: Coefficients) -> list[Tensor]:
         """The vectors of the coefficients, in the order of the library's arguments."""
-        assert c.ahead is not None or not self._nesterov
         assert (c.row_root is not None and c.column_root is not None) or not self._factored
-        optional = (c.ahead, c.row_root, c.column_root)
         # What is not there does not enter the arithmetic, but its address may be read.
-        vectors = [c.grad_scale, c.step_size, c.decay, *(c.grad_scale if v is None else v for v in optional)]
-        vectors = [v.to("cpu", torch.float32).contiguous() for v in vectors]
-        vectors.append(c.active.to("cpu", torch.bool).contiguous())
-        vectors.append(c.key.to("cpu", torch.int64).contiguous())
-        return vectors
+        optional = (c.each if v is None else v for v in (c.row_root, c.column_root))
+        vectors = [v.to("cpu", torch.float32).contiguous() for v in (c.each, c.options, *optional)]
+        return [*vectors, c.active.to("cpu").contiguous(), c.key.to("cpu").contiguous()]
+
+
+class LayerKernels(cpu_layers.LayerKernels):
+    """The pass over the layers."""
+
+    def __init__(self, known: LayerTable, device: torch.device) -> None:
+        super().__init__(known, load())
 
 
 def panel_table(shards: Sequence[Shard]) -> tuple[Tensor, int]:
@@ -269,7 +271,7 @@ def supports(shard: Shard) -> bool:
 
 def _entry(shard: Shard) -> _Shard:
     options = MOMENT * (shard.exp_avg is not None) | NESTEROV * shard.nesterov
-    options |= DECAYS * (shard.weight_decay != 0) | INSIDE * shard.reg_inside_moment
+    options |= DECAYS * shard.decays | INSIDE * shard.reg_inside_moment
     return _Shard(
         shard.param.data_ptr(),
         shard.grad.data_ptr(),
@@ -280,10 +282,7 @@ def _entry(shard: Shard) -> _Shard:
         shard.norm_type,
         options,
         shard.rounds_weights,
-        shard.beta1,
-        shard.beta3,
-        shard.weight_decay,
-        shard.eps,
+        shard.group,
     )
 
 
@@ -332,8 +331,9 @@ def _open(path: Path, compiler: Sequence[str]) -> ctypes.CDLL:
     address, integer = ctypes.c_void_p, ctypes.c_int64
     table = (address, integer)
     library.novoscale_sum_of_squares.argtypes = [address, *table * 2, *[address] * 3, *[integer] * 3]
-    library.novoscale_largest.argtypes = [address, *table, *[address] * 9, integer, *[address] * 2]
-    library.novoscale_update.argtypes = [address, *table, *[address] * 10, integer]
+    library.novoscale_largest.argtypes = [address, *table, *[address] * 7, integer, *[address] * 2]
+    library.novoscale_update.argtypes = [address, *table, *[address] * 8, integer]
+    cpu_layers.declare(library)
     for function in (library.novoscale_sum_of_squares, library.novoscale_largest, library.novoscale_update):
         function.restype = None
     return library

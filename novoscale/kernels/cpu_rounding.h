@@ -11,17 +11,22 @@ namespace {
 
 constexpr int64_t BLOCK = 128;  // elements of the first moment that have one scale
 
-INLINE uint32_t scramble(uint32_t x) {
-  x = (x ^ x >> 16) * 0x21f0aaad;
-  x = (x ^ x >> 15) * 0xd35a2d97;
+INLINE uint32_t scramble_rest(uint32_t x) {
+  x *= 0x7feb352d;
+  x = (x ^ x >> 15) * 0x846ca68b;
   return x ^ x >> 15;
 }
 
+INLINE uint32_t scramble(uint32_t x) { return scramble_rest(x ^ x >> 16); }
+
 VARIANTS void hash_of(uint32_t low, uint32_t high, uint32_t *bits, int64_t n) {
-  for (int64_t i = 0; i < n; i++) bits[i] = scramble((low + static_cast<uint32_t>(i)) ^ high);
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t x = (low + static_cast<uint32_t>(i)) * 0x9e3779b9;
+    bits[i] = x ^ x >> 16 ^ high;
+  }
 }
 
-// A hash of the place of each of n elements from `position` on. With a key in it, it is 32 random bits.
+// What a key does not take part in, of the hash of n elements from `position` on.
 void hash_positions(int64_t position, uint32_t *bits, int64_t n) {
   const int64_t rest = (int64_t{1} << 32) - (position & 0xffffffff);  // until the upper half changes
   const int64_t now = n < rest ? n : rest;
@@ -29,12 +34,13 @@ void hash_positions(int64_t position, uint32_t *bits, int64_t n) {
   if (now < n) hash_positions(position + now, bits + now, n - now);
 }
 
+// And the rest of it: 32 random bits for each.
 VARIANTS void mix_key(uint32_t *bits, uint32_t key, int64_t n) {
-  for (int64_t i = 0; i < n; i++) bits[i] = scramble(bits[i] ^ key);
+  for (int64_t i = 0; i < n; i++) bits[i] = scramble_rest(bits[i] ^ key);
 }
 
-VARIANTS void mix_keys(uint32_t *bits, const int64_t *keys, int64_t n) {
-  for (int64_t i = 0; i < n; i++) bits[i] = scramble(bits[i] ^ static_cast<uint32_t>(keys[i]));
+VARIANTS void mix_keys(uint32_t *bits, const uint32_t *keys, int64_t n) {
+  for (int64_t i = 0; i < n; i++) bits[i] = scramble_rest(bits[i] ^ keys[i]);
 }
 
 // ---- bfloat16 ----

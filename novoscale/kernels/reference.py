@@ -1,11 +1,12 @@
 """The definition of both passes: plain torch, any device, bounded memory.
 
-Works on tiles of at most ``TILE`` elements, so no transient grows with a tensor.
+Works on tiles of a bounded number of elements, so no transient grows with a tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,26 @@ from torch import Tensor
 
 from novoscale import momentum, rounding
 from novoscale.blocks import BLOCK
-from novoscale.kernels.shards import CUT, Coefficients, Shard, chunks, panels
+from novoscale.kernels.shards import (
+    AHEAD,
+    BETA1,
+    BETA3,
+    CUT,
+    DECAY,
+    EPS,
+    GRAD_SCALE,
+    STEP_SIZE,
+    WEIGHT_DECAY,
+    Coefficients,
+    Held,
+    Shard,
+    chunks,
+    panels,
+)
 
-TILE = 1 << 16
+# Elements of a tile: what a CPU's caches hold; on a GPU, where a tile is some thirty launches, so many that
+# these take longer than to launch them, and transients some hundred MiB.
+TILE, GPU_TILE = 1 << 16, 1 << 22
 
 
 class Kernels:
@@ -41,9 +59,22 @@ class Kernels:
         self._shards, self._device, self._layers, self._columns = shards, device, layers, columns
         self._cut_blocks = cut_blocks
 
-    def sum_of_squares(self) -> Tensor:
-        """See :func:`sum_of_squares`."""
-        return sum_of_squares(self._shards, self._device, self._layers, self._columns)
+    def hold(self, tensors: Sequence[Held]) -> None:
+        """Take the tensors of the shards, for one step."""
+        self._shards = [
+            replace(shard, **held._asdict()) for shard, held in zip(self._shards, tensors, strict=True)
+        ]
+
+    def release(self) -> None:
+        """Let go of them."""
+        none = torch.empty(0, device="cpu")
+        self._shards = [
+            replace(s, param=none, grad=none, exp_avg=None, exp_avg_scale=None) for s in self._shards
+        ]
+
+    def sum_of_squares(self, more: int = 0) -> Tensor:
+        """See :func:`sum_of_squares`; followed by ``more`` zeros."""
+        return sum_of_squares(self._shards, self._device, self._layers, self._columns, more)
 
     def largest(self, coefficients: Coefficients) -> Tensor:
         """See :func:`largest`."""
@@ -54,23 +85,28 @@ class Kernels:
         update(self._shards, coefficients)
 
 
-def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0) -> Tensor:
+def sum_of_squares(
+    shards: Sequence[Shard], device: torch.device, layers: int, columns: int = 0, more: int = 0
+) -> Tensor:
     """This rank's part of each layer's statistic, and of each column's of factored parameters.
 
     Squares are formed and added in float64, where the square of a float32, bfloat16 or float16 is
-    exact, so the way a layer is cut shows in the last bits of a float64 only.
+    exact, so the way a layer is cut shows in the last bits of a float64 only; and in a float32 made of it
+    with a chance of about 1e-9: see docs/kernels.md.
 
     Args:
         shards: the tensors of the step.
         device: where the result goes.
         layers: how many layers there are.
         columns: how many columns.
+        more: how many zeros are to follow.
 
     Returns:
-        float64 ``[layers + columns]``: the sum of g**2 (``norm_type`` 2) or the largest abs(g) (0).
+        float64 ``[layers + columns + more]``: the sum of g**2 (``norm_type`` 2) or the largest abs(g) (0).
     """
-    result = torch.zeros(layers + columns, dtype=torch.float64, device=device)
-    table = chunks(shards, TILE, BLOCK, factored=False)
+    result = torch.zeros(layers + columns + more, dtype=torch.float64, device=device)
+    tile = _tile(shards)
+    table = chunks(shards, tile, BLOCK, factored=False)
     for start, stop, layer, position, size, *_, index in table.tolist():
         shard = shards[index]
         grad = _read(shard.grad, start, stop).double()
@@ -83,7 +119,7 @@ def sum_of_squares(shards: Sequence[Shard], device: torch.device, layers: int, c
             layer += len(rows) if (position + rows.numel()) % size == 0 else 0
             position += rows.numel()
     for start, rows, width, layer, column, index in panels(shards).tolist():
-        for first, stop, left, right in _tiles(rows, width):
+        for first, stop, left, right in _tiles(rows, width, tile):
             grad = _read(shards[index].grad, start + first * width + left, start + (stop - 1) * width + right)
             squares = grad.double().square().view(stop - first, right - left)
             result[layer + first : layer + stop] += squares.sum(dim=1).to(device)
@@ -107,7 +143,7 @@ def update(shards: Sequence[Shard], coefficients: Coefficients) -> None:
     (no fused multiply-add: every kernel gives the same bits); what is stored is rounded to the nearest
     value of the tensor's dtype, or stochastically: see ``Shard.stochastic_rounding``.
     """
-    for row in chunks(shards, TILE, BLOCK).tolist():
+    for row in chunks(shards, _tile(shards), BLOCK).tolist():
         start, stop, _, position, _, place, _, cut, index = row
         shard, new = shards[index], _changed(shards, row, coefficients)
         if new.moment is not None:
@@ -132,7 +168,7 @@ def largest(shards: Sequence[Shard], coefficients: Coefficients, cut_blocks: int
         of them is active, else 0.
     """
     found = torch.zeros(2, cut_blocks, dtype=torch.int32, device=coefficients.active.device)
-    for row in chunks(shards, TILE, BLOCK).tolist():
+    for row in chunks(shards, _tile(shards), BLOCK).tolist():
         if (cut := row[CUT]) >= 0:
             new = _changed(shards, row, coefficients)
             assert new.moment is not None
@@ -159,49 +195,53 @@ def _changed(shards: Sequence[Shard], row: Sequence[int], coefficients: Coeffici
     elements = torch.arange(stop - start, device=shard.param.device)
     one = position % size + len(elements) <= size
     layers = layer if one else layer + (position % size + elements) // size
+    each, of_group = c.each.to(dtype), c.options[shard.group].to(dtype)
     active = c.active[layers].expand(len(elements))
     bits = elements
     if shard.needs_positions:
-        bits = rounding.random_bits(c.key[layers], position + elements)
+        bits = rounding.random_bits(c.key[layers].long() & rounding.MASK, position + elements)
     weight = _read(shard.param, start, stop).to(dtype)
-    term = _read(shard.grad, start, stop).to(dtype) * c.grad_scale.to(dtype)[layers]
+    term = _read(shard.grad, start, stop).to(dtype) * each[layers, GRAD_SCALE]
     if column >= 0:
         assert c.row_root is not None
         assert c.column_root is not None
         of_column = c.column_root[column + (position + elements) % size].to(dtype)
         active = active & (of_column > 0)
-        root = c.row_root.to(dtype)[layers] * of_column + shard.eps
+        root = c.row_root[layers].to(dtype) * of_column + of_group[EPS]
         if shard.reg_inside_moment:
             term /= root
-    if shard.reg_inside_moment and shard.weight_decay != 0:
-        term += weight * shard.weight_decay
-    term *= shard.beta3
+    if shard.reg_inside_moment and shard.decays:
+        term += weight * of_group[WEIGHT_DECAY]
+    term *= of_group[BETA3]
     moment, kept = term, None
     if shard.exp_avg is not None:
         old = _read_moment(shard, start, stop, place, position).to(dtype)
-        moment = term + old * shard.beta1
+        moment = term + old * of_group[BETA1]
         kept = torch.where(active, moment, old)
     if shard.nesterov:
-        assert c.ahead is not None
-        change = moment * c.ahead.to(dtype)[layers] + term * c.step_size.to(dtype)[layers]
+        change = moment * each[layers, AHEAD] + term * each[layers, STEP_SIZE]
     else:
-        change = moment * c.step_size.to(dtype)[layers]
+        change = moment * each[layers, STEP_SIZE]
     if column >= 0 and not shard.reg_inside_moment:
         change /= root
-    if not shard.reg_inside_moment and shard.weight_decay != 0:
-        change += weight * c.decay.to(dtype)[layers]
+    if not shard.reg_inside_moment and shard.decays:
+        change += weight * each[layers, DECAY]
     weight = weight - change
     if shard.rounds_weights:
         weight = rounding.to_bfloat16(weight, bits)
     return _Changed(weight, kept, bits, active)
 
 
-def _tiles(rows: int, width: int) -> Iterator[tuple[int, int, int, int]]:
+def _tile(shards: Sequence[Shard]) -> int:
+    return GPU_TILE if all(shard.param.is_cuda for shard in shards) else TILE
+
+
+def _tiles(rows: int, width: int, tile: int) -> Iterator[tuple[int, int, int, int]]:
     """First and last (exclusive) row and column of parts of a matrix; consecutive in it, and bounded."""
-    many = max(TILE // width, 1)
+    many = max(tile // width, 1)
     for first in range(0, rows, many):
-        for left in range(0, width, TILE):
-            yield first, min(first + many, rows), left, min(left + TILE, width)
+        for left in range(0, width, tile):
+            yield first, min(first + many, rows), left, min(left + tile, width)
 
 
 def _by_layers(values: Tensor, within: int, size: int) -> Iterator[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,10 +37,24 @@ FIRST_LAYER = 3
 FIRST_COLUMN = 4
 OF_SHARD = 5
 
+# The columns of Coefficients.each: one record of 16 bytes for each layer.
+GRAD_SCALE, STEP_SIZE, DECAY, AHEAD = range(4)
+# The columns of Coefficients.options: one row for each param group of the step.
+BETA1, BETA3, WEIGHT_DECAY, EPS = range(4)
+
+
+class Held(NamedTuple):
+    """The tensors of a shard: see :class:`Shard`."""
+
+    param: Tensor
+    grad: Tensor
+    exp_avg: Tensor | None = None
+    exp_avg_scale: Tensor | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tensor of a step, with the options of its param group.
+    """One tensor of a step, with what the tables know of its param group's options.
 
     Attributes:
         param: the weights; updated in place. float32, bfloat16, float16 or float64.
@@ -50,15 +65,13 @@ class Shard:
         pieces: which elements belong to which layer, and where their moment lies: int64 ``[pieces, 9]`` on
             the CPU, the columns above. The layers of a factored parameter are its rows.
         norm_type: 2 (sum of squares) or 0 (largest magnitude).
-        beta1: decay of the first moment.
-        beta3: weight of the new term in it: 1, or 1 - beta1 with ``grad_averaging``.
-        weight_decay: times the weight, it is added to the gradient's term.
-        reg_inside_moment: whether that is before (True) or after the first moment is formed.
+        group: its row of ``Coefficients.options``.
+        decays: whether its weight decay is not zero.
+        reg_inside_moment: whether the weights decay before (True) or after the first moment is formed.
         stochastic_rounding: of the weights, if they are bfloat16. A first moment that is not float32 or
             float64 is always rounded so.
         fused: True: by a fused kernel; False: by the reference; None: by whichever can.
-        eps: what is added to the root of a factored second moment.
-        nesterov: whether the weight moves along the new term too: see ``Coefficients.ahead``.
+        nesterov: whether the weight moves along the new term too: see ``Coefficients.each``.
     """
 
     param: Tensor
@@ -67,13 +80,11 @@ class Shard:
     exp_avg_scale: Tensor | None
     pieces: Tensor
     norm_type: int
-    beta1: float
-    beta3: float
-    weight_decay: float
+    group: int
+    decays: bool
     reg_inside_moment: bool
     stochastic_rounding: bool
     fused: bool | None = None
-    eps: float = 0.0
     nesterov: bool = False
 
     @property
@@ -96,28 +107,31 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Coefficients:
-    """What the update needs to know of each layer: vectors, one element per layer, on one device.
+    """What the update needs to know of each layer and of each param group, on one device.
+
+    Numbers are float32, or float64 where a tensor of the step is.
 
     Attributes:
-        grad_scale: multiplies the gradient before it enters the first moment.
-        step_size: multiplies the first moment when it is taken from the weight.
-        decay: lr * weight_decay, for tensors whose decay stays outside the moment.
-        active: bool; a layer that is not active is left bit for bit as it is.
-        key: int64 of 32 bits, for stochastic rounding: see ``novoscale.rounding.keys``.
-        ahead: multiplies the first moment where a shard is ``nesterov``; step_size then multiplies the new
-            term of it. None: no shard is.
+        each: ``[layers, 4]``, contiguous. GRAD_SCALE multiplies the gradient before it enters the first
+            moment; STEP_SIZE the first moment when it is taken from the weight; DECAY, which is
+            lr * weight_decay, the weight, for tensors whose decay stays outside the moment. Where a shard is
+            ``nesterov``, AHEAD multiplies the first moment, and STEP_SIZE the new term of it.
+        options: ``[groups, 4]``, contiguous. BETA1 is the decay of the first moment; BETA3 the weight of the
+            new term in it, 1 or 1 - beta1 with ``grad_averaging``; WEIGHT_DECAY times the weight is added to
+            the gradient's term; EPS is added to the root of a factored second moment.
+        active: bool ``[layers]``; a layer that is not active is left bit for bit as it is.
+        key: int32 ``[layers]``, the 32 bits of the key for stochastic rounding: see
+            ``novoscale.rounding.keys``.
+        row_root: ``[layers]``: of each that is a row of a factored parameter, its factor of the root of the
+            second moment. None: there is none.
+        column_root: ``[columns]``: the same of each column. Where it is 0 nothing is changed.
         cut: int32 ``[2, cut blocks]``: see ``reference.largest``. None: no block is cut.
-        row_root: of each layer that is a row of a factored parameter, its factor of the root of the second
-            moment. None: there is none.
-        column_root: the same of each column; one element per *column*. Where it is 0 nothing is changed.
     """
 
-    grad_scale: Tensor
-    step_size: Tensor
-    decay: Tensor
+    each: Tensor
+    options: Tensor
     active: Tensor
     key: Tensor
-    ahead: Tensor | None = None
     row_root: Tensor | None = None
     column_root: Tensor | None = None
     cut: Tensor | None = None
@@ -174,7 +188,7 @@ def chunks(shards: Sequence[Shard], size: int, block: int, factored: bool = True
     Returns:
         int64 ``[chunks, 9]`` on the CPU: the columns above. A piece of a cut block is a chunk of its own.
     """
-    pieces, shard = _pieces(shards)
+    pieces, shard = pieces_of(shards)
     known = (pieces[:, STOP] > pieces[:, START]) & (factored | (pieces[:, COLUMN] < 0))
     in_blocks = torch.tensor([s.exp_avg_scale is not None for s in shards], dtype=torch.bool, device="cpu")
     table, piece = at_cut_blocks(pieces[known], block)
@@ -237,22 +251,11 @@ def panels(shards: Sequence[Shard]) -> Tensor:
     Returns:
         int64 ``[panels, 6]`` on the CPU: the columns above. A layer may be in several panels, and a column.
     """
-    pieces, shard = _pieces(shards)
+    pieces, shard = pieces_of(shards)
     known = (pieces[:, COLUMN] >= 0) & (pieces[:, STOP] > pieces[:, START])
     pieces, shard = pieces[known], shard[known]
-    start, stop, layer, position, size, _, column = pieces[:, :FIRST_CUT].unbind(1)
-    within, numel = position % size, stop - start
-    head = torch.where((within > 0) | (numel < size), torch.minimum(numel, size - within), 0)
-    rows, tail = (numel - head) // size, (numel - head) % size
-    after = layer + (head > 0)
-    one = torch.ones_like(head)
-    parts = (
-        (start, one, head, layer, column + within, shard),
-        (start + head, rows, size, after, column, shard),
-        (start + head + rows * size, one, tail, after + rows, column, shard),
-    )
-    table = torch.stack([torch.stack(part, dim=1) for part in parts], dim=1).view(-1, 6)
-    table = table[(table[:, ROWS] > 0) & (table[:, WIDTH] > 0)]
+    start, rows, width, layer, within, piece = by_layers(pieces).unbind(1)
+    table = torch.stack((start, rows, width, layer, pieces[piece, COLUMN] + within, shard[piece]), dim=1)
     before, following = table[:-1], table[1:]
     same = (before[:, [WIDTH, FIRST_COLUMN, OF_SHARD]] == following[:, [WIDTH, FIRST_COLUMN, OF_SHARD]]).all(
         1
@@ -266,7 +269,29 @@ def panels(shards: Sequence[Shard]) -> Tensor:
     return merged
 
 
-def _pieces(shards: Sequence[Shard]) -> tuple[Tensor, Tensor]:
+def by_layers(pieces: Tensor) -> Tensor:
+    """The elements of each piece in up to three parts: whole layers, and what is before and after them.
+
+    Returns:
+        int64 ``[parts, 6]``: the first element in its tensor; of how many layers it has elements, and how
+        many of each; the first layer; how many elements of that one come before; the piece.
+    """
+    start, stop, layer, position, size = pieces[:, :PLACE].unbind(1)
+    within, numel = position % size, stop - start
+    head = torch.where((within > 0) | (numel < size), torch.minimum(numel, size - within), 0)
+    rows, tail = (numel - head) // size, (numel - head) % size
+    after, one, zero = layer + (head > 0), torch.ones_like(head), torch.zeros_like(head)
+    piece = torch.arange(len(pieces), device="cpu")
+    parts = (
+        (start, one, head, layer, within, piece),
+        (start + head, rows, size, after, zero, piece),
+        (start + head + rows * size, one, tail, after + rows, zero, piece),
+    )
+    table = torch.stack([torch.stack(part, dim=1) for part in parts], dim=1).view(-1, 6)
+    return table[(table[:, 1] > 0) & (table[:, 2] > 0)]
+
+
+def pieces_of(shards: Sequence[Shard]) -> tuple[Tensor, Tensor]:
     """The pieces of all shards, and of which shard each is."""
     tables = [s.pieces for s in shards]
     pieces = torch.cat([torch.empty((0, PIECE), dtype=torch.int64, device="cpu"), *tables])

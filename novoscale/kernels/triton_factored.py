@@ -16,8 +16,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from novoscale.kernels import triton_sums
 from novoscale.kernels.shards import OF_SHARD, WIDTH, Shard, panels
 from novoscale.kernels.triton_formats import FORMATS, jit, load_elements
+from novoscale.kernels.triton_tables import codes, ratio, to_device
 from novoscale.layout import repeated
 
 # Columns of a strip: few in a narrow panel, so that no thread is without work; in a wide one as many as a
@@ -31,14 +33,15 @@ PARTIALS = 1 << 23
 # Sums that a program of the second kernel makes: 512 bytes that follow each other of each row of partials.
 SUMS = tl.constexpr(64)
 
-# The columns of the table of strips, int64; 48 bytes.
-GRAD = tl.constexpr(0)  # address of the first element
+# The columns of the table of strips, int64; 64 bytes, the last eight unused.
+GRAD = tl.constexpr(0)  # of the first element, the bytes from the beginning of the gradient, which may move
 ROWS = tl.constexpr(1)
 COLUMNS = tl.constexpr(2)
 PITCH = tl.constexpr(3)  # elements from a row to the next
 OF_ROWS = tl.constexpr(4)  # where the partials of its rows go
 OF_COLUMNS = tl.constexpr(5)
-STRIP = tl.constexpr(6)
+SHARD = tl.constexpr(6)  # of all gradients, its own
+STRIP = tl.constexpr(8)
 
 # The columns of the table of sources: matrices of partials, of which the sum of each column is one of the
 # statistic's. 32 bytes.
@@ -80,7 +83,7 @@ def _tile(
 
 
 @jit
-def _strip(
+def _strip_in_float64(
     grad: tl.tensor,
     of_rows: tl.tensor,
     of_columns: tl.tensor,
@@ -96,40 +99,102 @@ def _strip(
     column = tl.arange(0, width)
     totals = tl.zeros([tile // width, width], tl.float64)
     value = _tile(grad, row, column, rows, columns, pitch, grad_type, aligned)
+    following = _tile(grad, row + tile // width, column, rows, columns, pitch, grad_type, aligned)
     for _ in range(0, rows, tile // width):
         squares = value.to(tl.float64) * value.to(tl.float64)
         totals += squares
-        # The next tile is on its way while the rows of this one are added.
-        value = _tile(grad, row + tile // width, column, rows, columns, pitch, grad_type, aligned)
+        # Two tiles are on their way while the rows of this one are added.
+        value = following
+        following = _tile(grad, row + 2 * (tile // width), column, rows, columns, pitch, grad_type, aligned)
         tl.store(of_rows + row, tl.sum(squares, 1), mask=row < rows)
         row += tile // width
     tl.store(of_columns + column, tl.sum(totals, 0), mask=column < columns)
 
 
 @jit
+def _strip_in_words(
+    grad: tl.tensor,
+    of_rows: tl.tensor,
+    of_columns: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    pitch: tl.tensor,
+    grad_type: tl.constexpr,
+    width: tl.constexpr,
+    tile: tl.constexpr,
+    aligned: tl.constexpr,
+) -> tl.tensor:
+    """The same, as triton_sums adds; whether any of the sums are not right."""
+    row = tl.arange(0, tile // width)
+    column = tl.arange(0, width)
+    high = tl.zeros([tile // width, width], tl.float32)
+    middle, low = high, high
+    any_wrong = row < 0
+    value = _tile(grad, row, column, rows, columns, pitch, grad_type, aligned)
+    for _ in range(0, rows, tile // width):
+        product, rest, least = triton_sums.square(value)
+        high, middle, low = triton_sums.add(high, middle, low, product, rest, least)
+        value = _tile(grad, row + tile // width, column, rows, columns, pitch, grad_type, aligned)
+        sums, wrong = triton_sums.total(product, rest, least, 1)
+        any_wrong = any_wrong | wrong
+        tl.store(of_rows + row, sums, mask=row < rows)
+        row += tile // width
+    sums, wrong = triton_sums.total(high, middle, low, 0)
+    tl.store(of_columns + column, sums, mask=column < columns)
+    return (tl.max(any_wrong.to(tl.int32)) | tl.max(wrong.to(tl.int32))) > 0
+
+
+@jit
+def _strip(
+    grad: tl.tensor,
+    of_rows: tl.tensor,
+    of_columns: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    pitch: tl.tensor,
+    grad_type: tl.constexpr,
+    in_words: tl.constexpr,
+    width: tl.constexpr,
+    tile: tl.constexpr,
+    aligned: tl.constexpr,
+) -> None:
+    if in_words:
+        if _strip_in_words(grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, aligned):
+            tl.debug_barrier()  # another thread may have written what is written again
+            _strip_in_float64(
+                grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, aligned
+            )
+    else:
+        _strip_in_float64(grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, aligned)
+
+
+@jit
 def strip_statistic(
     table: tl.tensor,
+    gradients: tl.tensor,
     partials: tl.tensor,
     statistic: tl.tensor,
     grad_type: tl.constexpr,
+    in_words: tl.constexpr,
     width: tl.constexpr,
     tile: tl.constexpr,
 ) -> None:
     """Of each strip, of at most ``width`` columns, the sums of g**2 of its rows and of its columns.
 
-    ``statistic`` is for panel_statistic only.
+    ``gradients``: the address of each. ``in_words``: see triton_passes.chunk_statistic. ``statistic`` is for
+    panel_statistic only.
     """
     strip = table + tl.program_id(0) * STRIP
-    grad = tl.load(strip + GRAD)
+    grad = tl.load(gradients + tl.load(strip + SHARD)) + tl.load(strip + GRAD)
     rows = tl.load(strip + ROWS).to(tl.int32)
     columns = tl.load(strip + COLUMNS).to(tl.int32)
     pitch = tl.load(strip + PITCH)
     of_rows = partials + tl.load(strip + OF_ROWS)
     of_columns = partials + tl.load(strip + OF_COLUMNS)
     if (grad % 16 == 0) & ((pitch | columns) % 8 == 0):
-        _strip(grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, True)
+        _strip(grad, of_rows, of_columns, rows, columns, pitch, grad_type, in_words, width, tile, True)
     else:
-        _strip(grad, of_rows, of_columns, rows, columns, pitch, grad_type, width, tile, False)
+        _strip(grad, of_rows, of_columns, rows, columns, pitch, grad_type, in_words, width, tile, False)
 
 
 @jit
@@ -165,29 +230,34 @@ class Panels:
 
     Args:
         shards: the tensors, of which the pieces of factored parameters count here.
-        device: where they are.
+        gradients: the address of each, int64 on the device.
         layers: how many layers there are; the columns come after them in the statistic.
         area: elements of a strip: a power of two, at most SIDE times the smallest of WIDTHS.
         tile: elements a program handles at a time: a power of two, from the largest of WIDTHS to ``area``.
+        in_words: see triton_passes.chunk_statistic.
         options: of all launches.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], device: torch.device, layers: int, area: int, tile: int, **options: Any
+        self,
+        shards: Sequence[Shard],
+        gradients: Tensor,
+        layers: int,
+        area: int,
+        tile: int,
+        in_words: bool,
+        **options: Any,
     ) -> None:
         parts = _parts(shards, area)
-        strips, start, part = _strips(parts)
-        itemsize = _int64([s.grad.element_size() for s in shards])
-        self._device, self._shard_of = device, parts.shard[part]
-        self._from_grad = start * itemsize[self._shard_of]
-        self._strips = to_device(device, strips)
-        self.moved([s.grad.data_ptr() for s in shards])
+        strips, part = _strips(parts, _int64([s.grad.element_size() for s in shards]))
+        device = self._device = gradients.device
+        strips = to_device(device, strips)
         self._partials = parts.partials
         launches: list[tuple[int, Any]] = []
         for (wave, dtype, width), a, b in _runs(torch.stack((parts.wave, parts.dtype, parts.width), 1)[part]):
-            kind = {"grad_type": list(FORMATS.values())[dtype], "width": width, "tile": tile, **options}
-            table = self._strips[a:b]
-            launches.append((wave, partial(strip_statistic[(b - a,)], table, **kind)))
+            kind = {"grad_type": list(FORMATS.values())[dtype], "in_words": in_words, "width": width}
+            launch = strip_statistic[(b - a,)]
+            launches.append((wave, partial(launch, strips[a:b], gradients, tile=tile, **kind, **options)))
         destinations, wave_of, sources = _sums(parts, layers)
         destinations, sources = to_device(device, destinations), to_device(device, sources)
         for (wave,), a, b in _runs(wave_of[:, None]):
@@ -195,12 +265,6 @@ class Panels:
             launches.append((wave, partial(panel_statistic[(b - a,)], *tables, tile=tile, **options)))
         # In each wave the strips first, whose partials the sums are of.
         self._launches = [launch for _, launch in sorted(launches, key=lambda x: x[0])]
-
-    def moved(self, gradients: Sequence[int]) -> None:
-        """Go on with gradients at other addresses."""
-        if len(self._strips):
-            addresses = _int64(gradients)[self._shard_of] + self._from_grad
-            self._strips[:, GRAD.value] = to_device(self._device, addresses)
 
     def add_to(self, statistic: Tensor) -> None:
         """Add the sums to those of the statistic."""
@@ -257,8 +321,8 @@ def _parts(shards: Sequence[Shard], area: int) -> _Parts:
     order = torch.argsort(dtype * WIDTHS[-1] + width, stable=True)
     start, rows, pitch, layer, column, shard = table[order].unbind(1)
     # How many of them are beside each other, and where each begins in its panel.
-    beside = _ratio(pitch, SIDE)
-    panel, nth = repeated(_ratio(rows, SIDE) * beside)
+    beside = ratio(pitch, SIDE)
+    panel, nth = repeated(ratio(rows, SIDE) * beside)
     top, left = nth // beside[panel] * SIDE, nth % beside[panel] * SIDE
     start, rows, pitch, layer, column, shard, dtype, width = (
         x[panel] for x in (start, rows, pitch, layer, column, shard, dtype[order], width[order])
@@ -266,7 +330,7 @@ def _parts(shards: Sequence[Shard], area: int) -> _Parts:
     start += top * pitch + left
     rows, columns = (rows - top).clamp(max=SIDE), (pitch - left).clamp(max=SIDE)
     height = area // width
-    across, down = _ratio(columns, width), _ratio(rows, height)
+    across, down = ratio(columns, width), ratio(rows, height)
     partials = rows * across + columns * down
     before = partials.cumsum(0) - partials
     # A part is of the wave that it begins in, and may end beyond it: by one part's partials at most.
@@ -280,8 +344,8 @@ def _parts(shards: Sequence[Shard], area: int) -> _Parts:
     )  # fmt: skip
 
 
-def _strips(parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
-    """Their table without the addresses, the first element of each in its tensor, and its part."""
+def _strips(parts: _Parts, itemsize: Tensor) -> tuple[Tensor, Tensor]:
+    """Their table, and the part of each; ``itemsize``: of the gradients."""
     part, nth = repeated(parts.across * parts.down)
     rows, columns, place, across = (
         parts.rows[part],
@@ -294,15 +358,18 @@ def _strips(parts: _Parts) -> tuple[Tensor, Tensor, Tensor]:
     down, right = nth // across, nth % across
     top, left = down * height, right * width
     entries = {
-        GRAD: torch.zeros_like(part),
+        GRAD: (parts.start[part] + top * pitch + left) * itemsize[parts.shard[part]],
         ROWS: torch.minimum(rows - top, height),
         COLUMNS: torch.minimum(columns - left, width),
         PITCH: pitch,
         OF_ROWS: place + right * rows + top,
         OF_COLUMNS: place + rows * across + down * columns + left,
+        SHARD: parts.shard[part],
     }
-    table = torch.stack([entries[c] for c in sorted(entries, key=lambda c: c.value)], dim=1)
-    return table, parts.start[part] + top * pitch + left, part
+    table = torch.zeros(len(part), STRIP.value, dtype=torch.int64, device="cpu")
+    for column, values in entries.items():
+        table[:, column.value] = values
+    return table, part
 
 
 def _sums(parts: _Parts, layers: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -312,34 +379,24 @@ def _sums(parts: _Parts, layers: int) -> tuple[Tensor, Tensor, Tensor]:
     of_columns = (parts.place + parts.rows * parts.across, first, first + parts.columns, parts.down)
     sources = torch.stack([torch.stack(s, dim=1) for s in (of_rows, of_columns)], dim=1).view(-1, 4)
     begin = sources[:, BEGIN.value] // SUMS.value
-    source, nth = repeated(_ratio(sources[:, END.value], SUMS.value) - begin)
+    source, nth = repeated(ratio(sources[:, END.value], SUMS.value) - begin)
     destination, wave = begin[source] + nth, parts.wave[source // 2]
-    order = torch.argsort(destination, stable=True)
-    order = order[torch.argsort(wave[order], stable=True)]
-    found, counts = torch.unique_consecutive(
-        torch.stack((wave, destination), dim=1)[order], dim=0, return_counts=True
-    )
+    code = codes(torch.stack((wave, destination), dim=1))
+    order = torch.argsort(code, stable=True)
+    _, counts = torch.unique_consecutive(code[order], return_counts=True)
     stop = counts.cumsum(0)
-    table = torch.stack((found[:, 1] * SUMS.value, stop - counts, stop, torch.zeros_like(stop)), dim=1)
-    return table, found[:, 0], sources[source[order]]
+    some = order[stop - 1]
+    first = destination[some] * SUMS.value
+    table = torch.stack((first, stop - counts, stop, torch.zeros_like(stop)), dim=1)
+    return table, wave[some], sources[source[order]]
 
 
 def _runs(keys: Tensor) -> list[tuple[list[int], int, int]]:
     """Equal rows that follow each other: the row, and the first and the last (exclusive) place."""
-    found, counts = torch.unique_consecutive(keys, dim=0, return_counts=True)
+    _, counts = torch.unique_consecutive(codes(keys), return_counts=True)
     stop = counts.cumsum(0)
-    return list(zip(found.tolist(), (stop - counts).tolist(), stop.tolist(), strict=True))
-
-
-def _ratio(numerator: Tensor, denominator: Tensor | int) -> Tensor:
-    """Rounded up."""
-    return (numerator + denominator - 1) // denominator
+    return list(zip(keys[stop - 1].tolist(), (stop - counts).tolist(), stop.tolist(), strict=True))
 
 
 def _int64(values: Sequence[int]) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
-
-
-def to_device(device: torch.device, table: Tensor) -> Tensor:
-    """A table of the CPU's, on the device, without waiting for it."""
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table.to(device)

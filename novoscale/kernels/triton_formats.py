@@ -156,7 +156,8 @@ def store_blocks(
     packed: tl.constexpr = 2 if largest < 8 else 1
     value = value.reshape(block.shape[0], BLOCK)
     if magnitude is None:
-        magnitude = tl.max(magnitudes(value), 1)
+        # As of ``magnitudes``; a shift is for another pipe than the rest, which a mask is not.
+        magnitude = (tl.max(value.to(tl.uint32, bitcast=True) << 1, 1) >> 1).to(tl.int32, bitcast=True)
     else:
         magnitude = magnitude + tl.zeros([block.shape[0]], tl.int32)
     finite = magnitude < _INFINITY
@@ -168,9 +169,10 @@ def store_blocks(
     tl.store(_pointers(scales, block, tl.uint16, False), scale, mask=mask)
     # (2 * bits + 1) * 2**-17 as the fraction of a number from 1 to 2, which saves a conversion: exact.
     fraction = ((bits << 7) | 0x3F800040).to(tl.float32, bitcast=True) - 1.0
-    code = tl.where(finite[:, None], value * inverse[:, None], 0.0) + fraction.reshape(value.shape)
+    code = value * inverse[:, None] + fraction.reshape(value.shape)
     # A GPU's floor may take subnormal numbers for 0; no such sum is one, for the fraction is at least 2**-17.
-    code = tl.minimum(tl.maximum(tl.floor(code).to(tl.int32), -largest), largest)
+    bound = tl.where(finite, largest, 0)[:, None]  # where not, the codes are 0 whatever the values became
+    code = tl.minimum(tl.maximum(tl.floor(code).to(tl.int32), -bound), bound)
     if packed == 2:
         low, high = code.reshape(block.shape[0], BLOCK // 2, 2).split()
         code = (low & 15) | (high << 4)
@@ -182,14 +184,14 @@ def store_blocks(
 
 
 @jit
-def scramble(x: tl.tensor) -> tl.tensor:
+def scramble(x: tl.tensor, key: tl.tensor = 0) -> tl.tensor:
     """See ``rounding.scramble``; uint32."""
-    x = (x ^ (x >> 16)) * 0x21F0AAAD
-    x = (x ^ (x >> 15)) * 0xD35A2D97
+    x = (x ^ (x >> 16) ^ key) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 15)
 
 
 @jit
 def random_bits(key: tl.tensor, low: tl.tensor, scrambled_high: tl.tensor) -> tl.tensor:
     """See ``rounding.random_bits``; of the position the lower half, and the upper one scrambled."""
-    return scramble(scramble(low ^ scrambled_high) ^ key)
+    return scramble(low * 0x9E3779B9, key ^ scrambled_high)

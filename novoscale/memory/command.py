@@ -19,7 +19,7 @@ from rich.progress import track
 from novoscale.memory import models, releasing, report
 from novoscale.memory.comparison import compare
 from novoscale.memory.cuts import CUTS, PRECISIONS
-from novoscale.memory.models import MemoryToolError, unknown
+from novoscale.memory.models import MemoryToolError
 from novoscale.memory.optimizers import CANDIDATES, COMPARED
 from novoscale.memory.planning import plan as planned
 from novoscale.memory.planning import smallest_world
@@ -27,6 +27,7 @@ from novoscale.memory.rules import Rule
 
 # The state of AdamW is the same with foreach.
 PLANNED = [n for n in COMPARED if CANDIDATES[n].state is not None and n != "torch AdamW, foreach"]
+BRIEFLY = ["NovoGrad, adamw, int8", "NovoGrad, adamw, int4", "torch AdamW, fused"]
 Names = Annotated[
     list[str] | None,
     typer.Option("--optimizer", help="Of the catalogue, as adamw-fused; repeat. Default: one of each kind."),
@@ -99,15 +100,18 @@ def plan(
     ] = None,
     precision: Precision = "bf16-mixed",
     release: Release = False,
+    show_all: Annotated[bool, typer.Option("--all", help="Every optimizer and cut, part by part.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Bytes on each rank for a MODEL that does not fit here: model states, without activations.
+    """On how few devices a MODEL fits that does not fit here: model states, without activations.
+
+    One row for NovoGrad, in two formats, and one for AdamW, under the cut that is best for each.
 
     Exit code 0: planned. 2: MODEL or a name is not known, or there is no rule for an optimizer's state.
     """
     console = Console(stderr=True, emoji=False)
     try:
-        names = _optimizers(optimizer) or PLANNED
+        names = _optimizers(optimizer) or (PLANNED if show_all or as_json else BRIEFLY)
         cuts = [_known("cut", c, CUTS) for c in cut or ("zero2", "zero3", "fsdp2")]
         _known("precision", precision, PRECISIONS)
         rules = {name: CANDIDATES[name].state for name in names}
@@ -136,15 +140,17 @@ def plan(
     }
     if as_json:
         print(json.dumps(found, indent=1))
-    else:
+    elif show_all:
         _output().print(report.plan(found))
+    else:
+        _output().print(report.answer(found), highlight=False, markup=False, soft_wrap=True)
+        _output().print(report.brief_plan(found))
 
 
 def _optimizers(names: Sequence[str] | None) -> list[str]:
     """Names of the catalogue; "adamw-fused" and "torch AdamW, fused" are the same."""
-    slugs = {_slug(name): name for name in CANDIDATES}
-    slugs |= {slug.removeprefix("torch-"): name for slug, name in slugs.items()}
-    return [slugs[_known("optimizer", _slug(name), slugs, shown=name)] for name in names or ()]
+    short = {_slug(name).removeprefix("torch-"): name for name in CANDIDATES}
+    return [short[_known("optimizer", _slug(n).removeprefix("torch-"), short, shown=n)] for n in names or ()]
 
 
 def _slug(name: str) -> str:
@@ -153,7 +159,7 @@ def _slug(name: str) -> str:
 
 def _known(kind: str, name: str, known: Iterable[str], shown: str | None = None) -> str:
     if name not in known:
-        raise MemoryToolError(unknown(kind, shown or name, known))
+        raise MemoryToolError(f"no {kind} {shown or name!r}; there are: {', '.join(known)}")
     return name
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -60,9 +62,15 @@ def _cell(job: Job, timeout: float) -> tuple[Measured | None, Row]:
     except MemoryToolError as error:
         return None, {**asdict(job), "why": str(error)}
     except RankError as error:
-        why = [line for line in error.brief().splitlines() if not line.startswith("|")][-1][:200]
-        return None, {**asdict(job), "why": why}
+        return None, {**asdict(job), "why": _sentence(error)}
     return found, found.to_dict()
+
+
+def _sentence(error: RankError) -> str:
+    """What is wrong, without the advice that a library may add to it."""
+    lines = [line for line in error.brief().splitlines() if not line.startswith("|")]
+    says = ([line for line in lines if re.match(r"[\w.]+(Error|Exception): \S", line)] or lines)[-1]
+    return textwrap.shorten(re.split(r"(?<=[.!]) ", says)[0], 300, placeholder=" ...")
 
 
 def _against(uncut: Measured | None, found: Measured, row: Row) -> Row:

@@ -6,7 +6,7 @@ One catalogue for ``novoscale memory`` and ``novoscale plan`` and for the benchm
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,14 +77,20 @@ class Candidate:
         return elements * ((weight + grad + outside) * size + state * of_state)
 
 
+def novograd_rule(options: Mapping[str, Any]) -> Rule:
+    """Bytes of state of a NovoGrad with some options."""
+    known = {**presets.PRESETS[options.get("preset", presets.DEFAULT)], **options}
+    momentum = known.get("momentum_dtype", "float32")
+    return rules.novograd(momentum, known["granularity"], known["bias_correction"])
+
+
 def _novograd(**options: Any) -> Candidate:
     momentum = options.get("momentum_dtype", "float32")
-    known = {**presets.PRESETS[options.get("preset", presets.DEFAULT)], **options}
     return Candidate(
         "novoscale:NovoGrad",
         {"lr": LR, **options},
         "novoscale",
-        state=rules.novograd(momentum, known["granularity"], known["bias_correction"]),
+        state=novograd_rule(options),
         timed_on=BOTH,
         moved=(3 if options.get("scale_parameter") else 2, 2, 2),
         state_bytes={"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}[momentum],

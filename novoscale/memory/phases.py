@@ -9,6 +9,7 @@ from the operating system.
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 from bisect import bisect_left, bisect_right
@@ -96,7 +97,7 @@ class Recorder:
 
     def phases(self) -> list[Phase]:
         """The phases in the order in which they ran; call it after the recorder has been left."""
-        spans, histories = self._read()
+        spans, histories = self._recorded
         updates = [span for name, span in spans if name.startswith("Optimizer.step#")]  # torch records it
 
         def allocated(start: int, stop: int) -> dict[str, Allocated]:
@@ -110,7 +111,7 @@ class Recorder:
 
     def timelines(self, slices: int) -> list[dict[str, list[int]]]:
         """Of each phase, by type of device: the most bytes in each of so many equal slices of its time."""
-        spans, histories = self._read()
+        spans, histories = self._recorded
         found = []
         for start, stop in self._of_phases(spans):
             edges = [start + (stop - start) * k // slices for k in range(slices + 1)]
@@ -122,7 +123,8 @@ class Recorder:
             )
         return found
 
-    def _read(self) -> tuple[list[tuple[str, Span]], dict[str, _History]]:
+    @functools.cached_property
+    def _recorded(self) -> tuple[list[tuple[str, Span]], dict[str, _History]]:
         """The names and times of what ran, and what was allocated on each type of device."""
         recorded: Any = self._profile.profiler
         events = recorded.kineto_results.events()

@@ -16,30 +16,35 @@ WRONG = "#c0392b"
 
 
 def memory(report: dict[str, Any], path: Path) -> None:
-    """Bars of state and of the step's transient, or of released gradients; most state on top.
+    """Bars of state and of the step's transient, or of released gradients; most state under any cut on top.
+
+    Where nothing could be measured it says so; an optimizer of which that holds under every cut is left out.
 
     Args:
         report: what ``novoscale memory`` writes as JSON.
         path: of the files, without suffix.
     """
     rows = [row for row in report["rows"] if "why" not in row]
-    cuts = list(dict.fromkeys((row["cut"], row["ranks"]) for row in rows))
-    first = {row["optimizer"]: row["state_bytes_per_parameter"] for row in reversed(rows)}
-    names = sorted(first, key=lambda name: first[name])
+    cuts = list(dict.fromkeys((row["cut"], row["ranks"]) for row in report["rows"]))
+    most: dict[str, float] = {}
+    for row in rows:
+        most[row["optimizer"]] = max(most.get(row["optimizer"], 0.0), _state(row))
+    names = sorted(most, key=lambda name: most[name])
     height = 1.6 + len(names) * (0.1 + 0.17 * len(cuts))
     figure, axes = plt.subplots(1, 2, figsize=(11, height), sharey=True, width_ratios=(3, 2))
     for k, cut in enumerate(cuts):
-        found = {row["optimizer"]: row for row in rows if (row["cut"], row["ranks"]) == cut}
+        found = {row["optimizer"]: row for row in report["rows"] if (row["cut"], row["ranks"]) == cut}
         _bars(axes, names, found, place=0.4 - 0.8 * (k + 0.5) / len(cuts), height=0.74 / len(cuts), shade=k)
     state, transient = axes
     released = report.get("release", False)
+    on = "a GPU" if any(row["device"] == "cuda" for row in rows) else "a CPU"
     state.set_yticks(range(len(names)), names, size=9)
     state.set(
         xlabel="bytes per parameter, of all ranks", title="Optimizer state, and what it saves of AdamW's"
     )
     transient.set(
         xlabel="bytes per parameter, on one rank",
-        title="Gradients, the most at once" if released else "What a step takes for a moment besides",
+        title="Gradients, the most at once" if released else f"What a step takes besides, on {on}",
     )
     state.margins(x=0.42, y=0.01)
     transient.margins(x=0.25)
@@ -52,22 +57,29 @@ def memory(report: dict[str, Any], path: Path) -> None:
 def _bars(
     axes: Any, names: list[str], found: dict[str, Row], *, place: float, height: float, shade: int
 ) -> None:
-    for axis, value in zip(axes, (_state, _besides), strict=True):
-        for y, row in ((y, found[name]) for y, name in enumerate(names) if name in found):
-            wrong = row.get("same_training") is False
+    for y, row in ((y, found[name]) for y, name in enumerate(names) if name in found):
+        if "why" in row:
+            axes[0].text(0, y + place, " stops with an error", size=7, va="center", color=WRONG)
+            continue
+        wrong = row.get("same_training") is False
+        for axis, value in zip(axes, (_state(row), _besides(row)), strict=True):
             bar = axis.barh(
                 y + place,
-                value(row),
+                value,
                 height,
-                color=COLORS["NovoGrad" if row["optimizer"].startswith("NovoGrad") else "AdamW"],
+                color=_color(row["optimizer"]),
                 alpha=1 / (1 + 0.7 * shade),
                 hatch="////" if wrong else None,
                 edgecolor=WRONG if wrong else None,
                 lw=0,
             )
-            label = _saving(value(row)) if axis is axes[0] else f" {value(row):.2f}"
+            label = _saving(value) if axis is axes[0] else f" {value:.2f}"
             axis.bar_label(bar, [label + ("  not the same training" if wrong and axis is axes[0] else "")],
                            size=7, color=WRONG if wrong else "black")  # fmt: skip
+
+
+def _color(name: str) -> str:
+    return next((color for kind, color in COLORS.items() if kind in name), COLORS["AdamW"])
 
 
 def _state(row: Row) -> float:

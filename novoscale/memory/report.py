@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from novoscale.memory.cuts import TITLES
 from novoscale.memory.planning import Plan
 
 GIB, MIB = 2**30, 2**20
+NEVER = "never"
+PLANNED = "Model states only: activations, buckets of collectives and gathered layers come on top."
 RELEASED = (
     " Released: the most gradients that are alive at once; under FSDP2 the largest unit's shards, where each "
     "block of layers is a unit and the rest is one."
@@ -87,28 +90,98 @@ def plan_row(optimizer: str, cut: str, plan: Plan, smallest: int | None) -> dict
     return {"optimizer": optimizer, "cut": cut, **asdict(plan), **sums, "smallest_world": smallest}
 
 
+def answer(report: dict[str, Any]) -> str:
+    """A plan in one sentence: on how few devices the model fits, and on how many with AdamW."""
+    rows = fewest_devices(report)
+    novograd = [row for row in rows if row["optimizer"].startswith("NovoGrad")]
+    first = min(novograd or rows, key=_devices)
+    what = f"{report['model']} ({_size(report)} parameters, {report['precision']})"
+    count = _fits(first)
+    devices = f"{'device' if count == '1' else 'devices'} of {report['device_memory_GiB']:g} GiB"
+    if count == NEVER:
+        says = f"{what} does not fit on {devices} with {_spoken(first)}, however many"
+    else:
+        says = f"{what} fits on {count} {devices} with {_spoken(first)} {_under(first)}"
+    other = next((row for row in rows if row["optimizer"].startswith("torch AdamW")), first)
+    if other is first:
+        return f"{says}."
+    needs = "it does not" if _fits(other) == NEVER else f"on {_fits(other)} {_under(other)}"
+    return f"{says}; with {_spoken(other)} {needs}."
+
+
+def brief_plan(report: dict[str, Any]) -> Table:
+    """A row for each optimizer, under the cut with which it needs the fewest devices."""
+    table = Table(caption=f"{PLANNED} All optimizers and cuts, part by part: --all.")
+    released, world = report["release"], report["world"]
+    where = "the device" if world == 1 else f"each of {world:,}"
+    for column in ("optimizer", "cut", *(["gradients\nreleased"] if released else [])):
+        table.add_column(column)
+    for column in (
+        f"fewest devices\nof {report['device_memory_GiB']:g} GiB",
+        f"optimizer state on\n{where} (GiB)",
+        f"model states on\n{where} (GiB)",
+    ):
+        table.add_column(column, justify="right")
+    for row in fewest_devices(report):
+        sizes = [f"{row[part] / GIB:.2f}" for part in ("state", "on_device")]
+        table.add_row(*_names(row, released), _fits(row), *sizes)
+    return table
+
+
+def fewest_devices(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each optimizer the row that fits on the fewest devices; of equals, the one with the fewest bytes."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in sorted(report["rows"], key=_devices):
+        found.setdefault(row["optimizer"], row)
+    return [found[name] for name in dict.fromkeys(row["optimizer"] for row in report["rows"])]
+
+
 def plan(report: dict[str, Any]) -> Table:
-    """The table of a plan, GiB on the rank that holds most."""
+    """All rows of a plan, GiB on the rank that holds most."""
     table = Table(
-        title=f"{report['model']}: {report['parameters'] / 1e9:.4g} billion parameters on {report['world']} "
-        f"ranks, {report['precision']}; GiB on the rank that holds most",
-        caption="Model states only: activations, buckets of collectives and gathered layers come on top. "
-        "Transient: gradients that DeepSpeed holds for a moment besides. State by rules that are tested "
-        "against measurement; novoscale memory measures, and shows which optimizers a cut changes."
-        + (RELEASED if report["release"] else ""),
+        title=f"{report['model']}: {_size(report)} parameters on {report['world']} "
+        f"ranks, {report['precision']}; on the rank that holds most",
+        caption=f"{PLANNED} Transient: gradients that DeepSpeed holds for a moment besides. State by rules "
+        "that are tested against measurement; novoscale memory measures, and shows which optimizers a cut "
+        "changes." + (RELEASED if report["release"] else ""),
     )
     for column in ("optimizer", "cut", *(["gradients\nreleased"] if report["release"] else [])):
         table.add_column(column)
     parts = ("parameters", "gradients", "master_weights", "state", "transient", "on_host", "on_device")
     for part in parts:
-        table.add_column(part.replace("_", "\n"), justify="right")
+        table.add_column(f"{part}_(GiB)".replace("_", "\n"), justify="right")
     table.add_column(f"fits {report['device_memory_GiB']:g} GiB\nfrom ranks", justify="right")
     for row in report["rows"]:
-        fits = "never" if row["smallest_world"] is None else f"{row['smallest_world']:,}"
         sizes = [f"{row[part] / GIB:.2f}" for part in parts]
-        released = [_released(row)] if report["release"] else []
-        table.add_row(row["optimizer"], TITLES[row["cut"]], *released, *sizes, fits)
+        table.add_row(*_names(row, report["release"]), *sizes, _fits(row))
     return table
+
+
+def _devices(row: dict[str, Any]) -> tuple[float, int]:
+    smallest = row["smallest_world"]
+    return math.inf if smallest is None else smallest, row["on_device"]
+
+
+def _size(report: dict[str, Any]) -> str:
+    count = report["parameters"]
+    return f"{count / 1e9:.4g} billion" if count >= 1e9 else f"{count / 1e6:.4g} million"
+
+
+def _spoken(row: dict[str, Any]) -> str:
+    name, *options = row["optimizer"].split(", ")
+    return f"{name} ({', '.join(options)})" if options else name
+
+
+def _under(row: dict[str, Any]) -> str:
+    return "in one process" if row["cut"] == "none" else f"under {TITLES[row['cut']]}"
+
+
+def _names(row: dict[str, Any], release: bool) -> list[str]:
+    return [row["optimizer"], TITLES[row["cut"]], *([_released(row)] if release else [])]
+
+
+def _fits(row: dict[str, Any]) -> str:
+    return NEVER if row["smallest_world"] is None else f"{row['smallest_world']:,}"
 
 
 def _released(row: dict[str, Any]) -> str:

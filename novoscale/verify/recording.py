@@ -127,7 +127,9 @@ def replay(setup: Setup, folder: Path) -> Bits | None:
             p.grad.view(-1)[offset : offset + values.numel()] = values
         if any(p.grad is not None for p in params):
             optimizer.step()
-    known, differs = ([torch.zeros(p.numel(), dtype=torch.bool) for p in params] for _ in range(2))
+    known, differs = (
+        [torch.zeros(p.numel(), dtype=torch.bool, device="cpu") for p in params] for _ in range(2)
+    )
     for number, offset, values in kept:
         there = slice(offset, offset + values.numel())
         known[number][there] = True

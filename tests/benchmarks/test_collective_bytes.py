@@ -4,8 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from novoscale.kernels.layers import SUMS
 from novoscale.memory.models import build
-from novoscale.second_moment import SUMS
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -157,6 +157,14 @@ def test_data_parallel(kind):
         assert worst(weights, reference(torch_ranks.LR)) < BOUND
 
 
+def test_zero_redundancy_rounds_as_ddp_once_it_is_told_the_numbers():
+    options = {"momentum_dtype": "bfloat16"}
+    expected = run_ranks(torch_ranks.data_parallel_bits, 2, "ddp", options)
+    assert expected[0] == expected[1]
+    assert run_ranks(torch_ranks.data_parallel_bits, 2, "numbered", options) == expected
+    assert run_ranks(torch_ranks.data_parallel_bits, 2, "not told", options) != expected
+
+
 def test_same_gradients_give_the_same_bits_however_cut():
     uncut = run_ranks(torch_ranks.fixed_gradients_bits, 1, "plain")[0]
     for world in (2, 3, 4):

@@ -414,6 +414,24 @@ def data_parallel(kind: str) -> dict[str, Any]:
     return {n: full(p) for n, p in model.module.named_parameters()}
 
 
+def data_parallel_bits(kind: str, options: dict[str, Any]) -> list[bytes]:
+    """The bits of the weights after training with DDP, its gradients the same whoever steps what."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    model = nn.parallel.DistributedDataParallel(OddModel())
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    groups = [{"params": matrices}, {"params": [p for p in model.parameters() if p.ndim < 2]}]
+    if kind == "ddp":
+        optimizer: Any = NovoGrad(groups, lr=LR, **options)
+    else:
+        optimizer = ZeroRedundancyOptimizer(groups[:1], NovoGrad, lr=LR, **options)
+        if kind == "numbered":
+            optimizer.optim.number_as(optimizer.param_groups)
+        optimizer.add_param_group(groups[1])
+    train(model, optimizer, dist.get_rank(), dist.get_world_size())
+    return [p.detach().numpy().tobytes() for p in model.parameters()]
+
+
 def nan_on_one_rank() -> dict[str, Any]:
     """A NaN in the local shard of one gradient on the last rank."""
     rank, world = dist.get_rank(), dist.get_world_size()

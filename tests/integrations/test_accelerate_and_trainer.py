@@ -43,7 +43,17 @@ def test_trainer_with_a_deepspeed_json(betas, tmp_path):
     for result in results:
         assert result["optimizer"] == "novoscale.novograd.NovoGrad"
         assert result["betas"] == [(0.95, 0.98)]
+        assert result["ranks"] == 2
     assert results[0]["losses"][-1] < results[0]["losses"][0]
+
+
+def test_ranks_that_accelerate_does_not_count_are_refused():
+    told = run_ranks(trainer_ranks.accelerate_before_local_rank, 2, str(CONFIGS / "zero2_novograd.json"))
+    for text in told:
+        assert text.startswith(
+            "Accelerate counts 1 process, DeepSpeed has 2 ranks: every rank would train on"
+        )
+        assert "LOCAL_RANK" in text
 
 
 def offloaded(**more):

@@ -31,10 +31,6 @@ def trainer(folder: str, ds: dict[str, Any] | None, route: dict[str, Any]) -> di
     if ds is not None:
         import novoscale.integrations.deepspeed  # noqa: F401
 
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        from accelerate import PartialState
-
-        PartialState(backend="gloo")
     from transformers import Trainer, TrainingArguments
 
     arguments = TrainingArguments(
@@ -50,7 +46,6 @@ def trainer(folder: str, ds: dict[str, Any] | None, route: dict[str, Any]) -> di
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
-        accelerator_config={"use_configured_state": ds is not None},
     )
     t = Trainer(model(), arguments, train_dataset=rows(), **route)
     t.train()
@@ -60,6 +55,7 @@ def trainer(folder: str, ds: dict[str, Any] | None, route: dict[str, Any]) -> di
         "betas": [tuple(g["betas"]) for g in optimizer.param_groups],
         "losses": [entry["loss"] for entry in t.state.log_history if "loss" in entry],
         "layers": len(optimizer.layer_norms()),
+        "ranks": t.accelerator.num_processes,
     }
 
 
@@ -135,6 +131,26 @@ def accelerate_client(config: str) -> str:
     except RuntimeError as error:
         return str(error)
     return type(engine.basic_optimizer).__name__
+
+
+def accelerate_before_local_rank(config: str) -> str:
+    """The error where LOCAL_RANK is not set until DeepSpeed starts, as when MPI has started the ranks."""
+    import novoscale.integrations.deepspeed  # noqa: F401
+
+    local_rank = os.environ.pop("LOCAL_RANK")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = config
+    from accelerate import Accelerator
+    from accelerate.utils import DummyOptim
+
+    accelerator = Accelerator()
+    os.environ["LOCAL_RANK"] = local_rank
+    m = model()
+    try:
+        accelerator.prepare(m, DummyOptim(m.parameters()))
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
 
 
 def trainer_error(folder: str, ds: dict[str, Any], route: str) -> str:

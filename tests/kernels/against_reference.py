@@ -23,6 +23,14 @@ from novoscale.momentum import FORMATS
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# beta1, beta3, weight_decay and eps of param groups: rows of Coefficients.options.
+OPTIONS = [
+    (0.9, 1.0, 0.1, 0.0),
+    (0.95, 1.0, 0.0, 1e-8),
+    (0.9, 0.1, 0.01, 1e-8),
+    (0.3, 1.0, 0.1, 0.0),
+    (0.0, 0.05, 1e-60, 0.1),
+]
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40, -6e-8, 65519.0, 65520.0, 3e38]
 
 
@@ -86,7 +94,7 @@ def shard(
         )
         place += blocks(p) if scale is not None else p.stop - p.start
     table = torch.tensor(rows, dtype=torch.int64).view(-1, 9)
-    usual = {"norm_type": 2, "beta1": 0.9, "beta3": 1.0, "weight_decay": 0.1, "reg_inside_moment": True}
+    usual = {"norm_type": 2, "group": 0, "decays": True, "reg_inside_moment": True}
     return Shard(param, grad, exp_avg, scale, table, **{**usual, "stochastic_rounding": False, **options})
 
 
@@ -171,12 +179,10 @@ def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], t
             parts = [p._replace(cut=draw_cut(draw, p)) for p in parts]
         options = {
             "norm_type": norm_type,
-            "beta1": draw(st.sampled_from([0.0, 0.9, 0.95])) if exp_avg is not None else 0.0,
-            "beta3": draw(st.sampled_from([1.0, 0.05])),
-            "weight_decay": draw(st.sampled_from([0.0, 0.01, 1e-60])),
+            "group": draw(st.integers(0, len(OPTIONS) - 1)),
+            "decays": draw(st.booleans()),
             "reg_inside_moment": draw(st.booleans()),
             "stochastic_rounding": draw(st.booleans()),
-            "eps": draw(st.sampled_from([0.0, 1e-8, 0.1])),
             "nesterov": exp_avg is not None and draw(st.booleans()),
         }
         shards.append(shard(param, grad, exp_avg, parts, scale=scale, **options))
@@ -190,11 +196,22 @@ def draw_cut(draw: Any, part: Part) -> tuple[int, int]:
 
 
 def random_coefficients(layers: int, generator: torch.Generator, columns: int = 0) -> Coefficients:
-    vectors = [torch.rand(layers, generator=generator, dtype=torch.float64) for _ in range(6)]
-    key = torch.randint(2**32, (layers,), generator=generator)
-    of_columns = torch.rand(columns, generator=generator, dtype=torch.float64)
-    of_columns[torch.rand(columns, generator=generator) < 0.1] = 0
-    return Coefficients(100 * vectors[0], *vectors[1:3], vectors[3] > 0.2, key, *vectors[4:], of_columns)
+    """Of all layers other ones, with the rows of OPTIONS."""
+    number = lambda *shape: torch.rand(shape, generator=generator)  # noqa: E731
+    key = torch.randint(-(2**31), 2**31, (layers,), generator=generator).int()
+    of_columns = number(columns)
+    of_columns[number(columns) < 0.1] = 0
+    each = number(layers, 4) * torch.tensor([100.0, 1.0, 1.0, 1.0])
+    return Coefficients(each, torch.tensor(OPTIONS), number(layers) > 0.2, key, number(layers), of_columns)
+
+
+def uniform(
+    layers: int, step_size: float = 1.0, options: tuple[float, ...] = OPTIONS[0], device: torch.device = CPU
+) -> Coefficients:
+    """The same of all layers: but for the step size ones, and the key 0."""
+    each = torch.tensor([1.0, step_size, 1.0, 1.0], device=device).repeat(layers, 1)
+    active = torch.ones(layers, dtype=torch.bool, device=device)
+    return Coefficients(each, torch.tensor([options], device=device), active, active.int())
 
 
 def whole(tensor: Tensor) -> Tensor:

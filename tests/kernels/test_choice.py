@@ -1,6 +1,8 @@
 """Which kernel a tensor goes to, and what is said where there is none."""
 
+import subprocess
 import warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -56,9 +58,16 @@ def test_the_reference_when_it_is_asked_for(options):
 
 def test_what_the_fused_kernel_does_not_take_goes_to_the_reference():
     assert used(parameter(torch.float64)) == {"reference"}
+    p = nn.Parameter(torch.ones(4, 5, dtype=torch.bfloat16).t())
+    p.grad = torch.ones_like(p)
+    assert used(p) == {"reference"}
+
+
+@needs_compiler
+def test_a_gradient_in_another_order_than_its_parameter_goes_to_the_fused_kernel_all_the_same():
     p = parameter()
     p.grad = torch.full((4, 5), 0.5).t()
-    assert used(p) == {"reference"}
+    assert used(p, fused=True) == {"cpu"}
 
 
 @needs_compiler
@@ -99,6 +108,28 @@ def test_without_a_compiler_the_reference_serves_and_that_is_said_once(no_compil
         assert used(parameter()) == {"reference"}
 
 
+@pytest.fixture
+def asked_anew():
+    """Whether there is a fused kernel is asked once: here, and after the test, again."""
+    caches = (kernels._load, kernels._say_once)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "error", [subprocess.CalledProcessError(1, ["gcc"]), FileNotFoundError("gcc"), AssertionError("libcuda")]
+)
+def test_however_a_kernel_fails_to_load_the_reference_serves(error, asked_anew, monkeypatch):
+    monkeypatch.setattr(kernels.fused("cpu"), "load", mock.Mock(side_effect=error))
+    kernels._load.cache_clear()
+    with pytest.warns(UserWarning, match=f"cannot be used: {type(error).__name__}: .*"):
+        assert used(parameter()) == {"reference"}
+
+
 def test_without_a_compiler_fused_true_is_an_error_that_says_why(no_compiler):
     with pytest.raises(RuntimeError, match=r"param group 0: `fused=True`: .*needs a C\+\+ compiler"):
         NovoGrad([parameter()], fused=True)
@@ -109,22 +140,15 @@ def test_fused_and_foreach_as_torch_words_it():
         NovoGrad([parameter()], fused=True, foreach=True)
 
 
-@pytest.mark.parametrize(
-    ("p", "says"),
-    [
-        (parameter(torch.float64), "float64 on cpu"),
-        (nn.Parameter(torch.ones(3, device="meta")), "float32 on meta"),
-    ],
-)
-def test_fused_true_where_there_is_no_fused_kernel(p, says):
-    with pytest.raises(RuntimeError, match=f"`fused=True` requires all the params to be .*{says}"):
-        NovoGrad([p], fused=True)
+def test_fused_true_where_there_is_no_fused_kernel():
+    with pytest.raises(RuntimeError, match=r"`fused=True` requires all the params to be .*float64 on cpu"):
+        NovoGrad([parameter(torch.float64)], fused=True)
 
 
 @needs_compiler
-def test_fused_true_with_a_gradient_of_other_strides_is_an_error_before_anything_is_changed():
-    p = parameter()
-    p.grad = torch.full((4, 5), 0.5).t()
+def test_fused_true_with_a_parameter_it_cannot_take_is_an_error_before_anything_is_changed():
+    p = nn.Parameter(torch.ones(4, 5, dtype=torch.bfloat16).t())
+    p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match=r"`fused=True`: the fused kernel takes .*equal strides"):
         NovoGrad([p], lr=0.1, fused=True).step()
     assert torch.equal(p, torch.ones(5, 4))

@@ -16,11 +16,12 @@ from against_reference import (
     random_coefficients,
     shard,
     steps,
+    uniform,
     values,
 )
 from hypothesis import given, settings
 
-from novoscale.kernels import Coefficients, cpu, reference
+from novoscale.kernels import cpu, reference
 
 try:
     cpu.load()
@@ -65,10 +66,9 @@ def test_every_number_of_16_bits_and_its_neighbours_are_converted_as_torch_does(
     g = torch.cat([(exact + d).view(torch.float32) for d in (-1, 0, 1, half - 1, half, half + 1)])
     g = torch.cat([g, torch.arange(-2048.5, 2048.5, 0.25) * 2.0**-24, torch.tensor([65519.996, 65520.0])])
     # w - (-1*g) with w = -0 is g in all its bits.
-    one = torch.ones(1, dtype=torch.float64)
-    c = Coefficients(one, -one, one, one > 0, one.long())
-    narrowed = shard(torch.full_like(g, -0.0, dtype=dtype), g, None, weight_decay=0.0)
-    widened = shard(torch.full_like(every, -0.0), every.to(dtype), None, weight_decay=0.0)
+    c = uniform(1, step_size=-1.0)
+    narrowed = shard(torch.full_like(g, -0.0, dtype=dtype), g, None, decays=False)
+    widened = shard(torch.full_like(every, -0.0), every.to(dtype), None, decays=False)
     cpu.Kernels([narrowed], CPU, 1).update(c)
     cpu.Kernels([widened], CPU, 1).update(c)
     assert torch.equal(bits(narrowed.param), bits(g.to(dtype)))
@@ -82,7 +82,7 @@ def matrix(rows, width, dtype=torch.float32, *, begin=0, end=0, form="float32", 
     parts = [Part(0, numel, 0, begin, width, column)]
     exp_avg, scale = moment(form, parts, numel, generator, 0, 0.001)
     param, grad = (values((numel,), dtype, generator) for _ in range(2))
-    return shard(param, grad, exp_avg, parts, scale=scale, first=first, eps=1e-8, **options)
+    return shard(param, grad, exp_avg, parts, scale=scale, first=first, **{"group": 1, **options})
 
 
 def assert_same_bits_for_every_number_of_threads(shards, counts):
@@ -192,10 +192,10 @@ def test_layers_of_one_element(form, dtype, column):
     parts = [Part(0, numel, 0, 0, 1, column)]
     exp_avg, scale = moment(form, parts, numel, generator, 0, 0.001)
     param, grad = (values((numel,), dtype, generator, 0, 0.001) for _ in range(2))
-    for inside, decay in ((True, 0.1), (False, 0.1), (True, 0.0)):
-        options = {"reg_inside_moment": inside, "weight_decay": decay, "stochastic_rounding": True}
+    for inside, decays in ((True, True), (False, True), (True, False)):
+        options = {"reg_inside_moment": inside, "decays": decays, "stochastic_rounding": True, "group": 2}
         nesterov = exp_avg is not None and inside
-        s = shard(param, grad, exp_avg, parts, scale=scale, nesterov=nesterov, eps=0.1, **options)
+        s = shard(param, grad, exp_avg, parts, scale=scale, nesterov=nesterov, **options)
         coefficients = random(numel, columns=1)
         coefficients.column_root.fill_(0.5)
         assert_as_reference(cpu, [s], (numel, 1), coefficients)

@@ -5,11 +5,22 @@ from dataclasses import replace
 import hypothesis.strategies as st
 import pytest
 import torch
-from against_reference import CPU, Part, assert_same_statistic, bits, copied, moment, shard, steps
+from against_reference import (
+    CPU,
+    CUT_BLOCKS,
+    Part,
+    assert_same_statistic,
+    bits,
+    copied,
+    moment,
+    shard,
+    steps,
+    uniform,
+)
 from hypothesis import given, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from novoscale.kernels import Coefficients, reference
+from novoscale.kernels import reference
 
 
 @st.composite
@@ -47,19 +58,23 @@ def test_ranges_of_a_large_strided_tensor_are_few_views():
 def test_strides_and_tiles_do_not_matter(case, seed):
     shards, counts, coefficients = case
     plain, strided = copied(shards, CPU), []
+    expected = reference.largest(plain, coefficients, CUT_BLOCKS)
     for s in copied(shards, CPU):  # every second element of a tensor twice as long
         spread = lambda t: torch.stack((t, t), dim=-1)[..., 0]  # noqa: E731
         elementwise = s.exp_avg is not None and s.exp_avg.shape == s.param.shape
         moved = {"exp_avg": spread(s.exp_avg)} if elementwise else {}
         strided.append(replace(s, param=spread(s.param), grad=spread(s.grad), **moved))
-    reference.update(plain, coefficients)
+    reference.update(plain, replace(coefficients, cut=expected))
     original, reference.TILE = reference.TILE, 128 << seed
     try:
         statistic = reference.sum_of_squares(strided, CPU, *counts)
-        reference.update(strided, coefficients)
+        largest = reference.largest(strided, coefficients, CUT_BLOCKS)
+        reference.update(strided, replace(coefficients, cut=largest))
     finally:
         reference.TILE = original
     assert_same_statistic(statistic, shards, *counts)
+    infinity = 0x7F800000  # of a NaN only that it is above that
+    assert torch.equal(largest.clamp(max=infinity), expected.clamp(max=infinity))
     for mine, other in zip(strided, plain, strict=True):
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(mine.tensors, other.tensors, strict=True))
 
@@ -89,10 +104,10 @@ def test_no_transient_grows_with_the_tensor(form, size, shape):
     parts = [Part(0, 3_000_000, 0, 0, size)]
     exp_avg, scale = moment(form, parts, 3_000_000, torch.Generator(), 0, 0.0)
     s = shard(make(), make(), exp_avg, parts, scale=scale)
-    ones = torch.ones(3_000_000 // size, dtype=torch.float64)
-    coefficients = Coefficients(ones, ones, ones, ones > 0, ones.long())
+    layers = 3_000_000 // size
+    coefficients = uniform(layers)
     with LargestAllocation() as largest:
-        reference.sum_of_squares([s], CPU, len(ones))
+        reference.sum_of_squares([s], CPU, layers)
         reference.update([s], coefficients)
     assert 0 < largest.bytes <= 8 * reference.TILE
 
@@ -104,8 +119,7 @@ def test_elements_in_no_piece_are_neither_read_nor_changed():
         t[8:] = 1e30
     s = shard(p, g, m, [Part(0, 3, 0), Part(5, 8, 1)])
     assert reference.sum_of_squares([s], CPU, 2).tolist() == [3.0, 3.0]
-    ones = torch.ones(2, dtype=torch.float64)
-    reference.update([s], Coefficients(ones, ones, ones, torch.tensor([True, False]), ones.long()))
+    reference.update([s], replace(uniform(2), active=torch.tensor([True, False])))
     assert torch.isnan(p[3:5]).all()
     assert torch.equal(p[8:], torch.full((2,), 1e30))
     assert torch.equal(p[5:8], torch.ones(3))

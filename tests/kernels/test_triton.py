@@ -27,19 +27,23 @@ from against_reference import (
     random_coefficients,
     shard,
     steps,
+    uniform,
     values,
 )
 from hypothesis import HealthCheck, Phase, given, settings
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.runtime import interpreter
 
 from novoscale.blocks import BLOCK
-from novoscale.kernels import Coefficients, reference
+from novoscale.kernels import reference
 from novoscale.kernels import triton as kernels
 from novoscale.kernels import triton_factored as factored
 from novoscale.kernels import triton_passes as passes
+from novoscale.kernels.triton_tables import Kind, updates
 from novoscale.momentum import FORMATS
 
 # NumPy says of the interpreter's arithmetic what float32 does with infinity, and uint32 beyond 2**32.
@@ -48,9 +52,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 OPTIONS = [
-    {"beta1": 0.95, "beta3": 1.0, "weight_decay": 0.0},
-    {"beta1": 0.9, "beta3": 0.1, "weight_decay": 0.01},
-    {"beta1": 0.3, "beta3": 1.0, "weight_decay": 0.1, "reg_inside_moment": False},
+    {"group": 1, "decays": False},
+    {"group": 2, "decays": True},
+    {"group": 3, "decays": True, "reg_inside_moment": False},
 ]
 
 
@@ -95,15 +99,14 @@ def made(numel, form, parts=None, *, param=torch.float32, grad=torch.float32, of
 
 
 def ones(layers):
-    one = torch.ones(layers, dtype=torch.float64, device=DEVICE)
-    return Coefficients(one, one, one, one > 0, one.long())
+    return uniform(layers, device=DEVICE)
 
 
 # ---- both passes ----------------------------------------------------------------------------------------
 
 
 @settings(
-    max_examples=120,
+    max_examples=int(os.environ.get("NOVOSCALE_EXAMPLES", "120")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # in the interpreter, shrinking takes minutes
@@ -125,7 +128,7 @@ def test_every_mix_of_formats(small, param, grad, form, rounding):
     assert_as_reference(kernels, [case], 3, random_coefficients(3, generated()), DEVICE)
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 127, 128, 129, 256, 264, 511, 512, 513, 640])
+@pytest.mark.parametrize("size", [1, 7, 8, 127, 128, 129, 256, 264, 511, 512, 513, 640, 1100, 1152])
 @pytest.mark.parametrize(("form", "norm_type"), [("float32", 2), ("bfloat16", 0), ("int8", 2), ("int4", 0)])
 def test_rows(small, size, form, norm_type):
     """Layers below, at and above a block, a tile and a chunk; the piece begins and ends within one."""
@@ -157,13 +160,14 @@ def test_positions_pass_32_bits(small, form, before):
 @pytest.mark.parametrize("form", ["int8", "int4"])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan, 3e38, 1e-45, 1e-38, 0.0])
 def test_blocks_of_extreme_values(small, form, value):
-    case = made(5 * BLOCK, form, beta1=0.0, beta3=1.0, weight_decay=0.0)
+    case = made(5 * BLOCK, form, decays=False)
     case.grad[BLOCK : 2 * BLOCK] = 0.0
     case.grad[BLOCK + 3] = value
     mine = copied([case], DEVICE)
-    kernels.Kernels(mine, DEVICE, 1).update(ones(1))
+    without_beta1 = uniform(1, options=(0.0, 1.0, 0.0, 0.0))
+    kernels.Kernels(mine, DEVICE, 1).update(without_beta1.to(DEVICE))
     expected = copied([case], CPU)
-    reference.update(expected, ones(1).to(CPU))
+    reference.update(expected, without_beta1)
     assert_same_bits(mine, expected)
     code, scale = mine[0].exp_avg[1].cpu(), mine[0].exp_avg_scale.cpu()
     if not torch.tensor(value).isfinite():
@@ -215,7 +219,7 @@ def test_rounding_to_bfloat16_is_to_nearest_even(small):
     exact = wide.flatten().to(torch.int32).view(torch.float32)
     # w - 1 * m with m = 1 * g and w = 0: the weight becomes -g.
     param = torch.zeros(len(exact), dtype=torch.bfloat16)
-    mine = copied([shard(param, exact, None, beta1=0.0, weight_decay=0.0)], DEVICE)
+    mine = copied([shard(param, exact, None, decays=False)], DEVICE)
     kernels.Kernels(mine, DEVICE, 1).update(ones(1))
     result, expected = mine[0].param.cpu(), (0 - exact).bfloat16()
     assert torch.equal(result.isnan(), expected.isnan())
@@ -225,11 +229,14 @@ def test_rounding_to_bfloat16_is_to_nearest_even(small):
 def test_chunks_are_aligned_where_the_tensor_is_and_the_piece_is_not(monkeypatch):
     monkeypatch.setattr(kernels, "CHUNK", 128)
     tensors = [torch.ones(400, device=DEVICE) for _ in range(2)]
-    rows = kernels.Kernels([shard(*tensors, None, [Part(115, 350, 0)])], DEVICE, 1)._table.cpu()
-    assert rows[:, [passes.BEGIN.value, passes.END.value]].tolist() == [[3, 16], [0, 128], [0, 94]]
-    addresses = rows[:, [passes.PARAM.value, passes.GRAD.value]]
-    assert (addresses % 16 == 0).all()
-    assert (addresses - addresses[0]).tolist() == [[0, 0], [4 * 16] * 2, [4 * 144] * 2]
+    case = shard(*tensors, None, [Part(115, 390, 0)])
+    rows, kinds, chunks = updates([case], torch.zeros(1, dtype=torch.int64), 128, 64)
+    columns = [passes.BEGIN.value, passes.END.value, passes.PARAM.value, passes.GRAD.value]
+    rows = rows[:, columns]
+    rows[:, 2] -= case.param.data_ptr()
+    assert rows.tolist() == [[115, 128, 0, 0], [0, 256, 512, 512], [0, 6, 1536, 1536]]
+    assert [Kind(*kind).whole for kind in kinds.tolist()] == [0, 1, 0]
+    assert chunks.tolist() == [1, 2, 1]
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -244,6 +251,47 @@ def test_gradients_may_move(small, offset):
         )
         shards.append(case)
     assert_follows_gradients(kernels, shards, DEVICE)
+
+
+class Copied(TorchDispatchMode):
+    """Counts the bytes that are copied between tensors."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            self.bytes += result.nbytes
+        return result
+
+
+def moving():
+    """Tables of plain and of factored gradients of several chunks, and whereto the gradients move."""
+    parts = [Part(0, 1500, 0), Part(1500, 2100, 1, 0, 20, 0)]
+    shards = [made(2100, "int8", parts), made(2100, None, [Part(0, 2100, 31)])]
+    mine = copied(shards, DEVICE)
+    both = kernels.Kernels(mine, DEVICE, 32, 20)
+    return both, mine, [torch.full_like(s.grad, 2.0) for s in mine]
+
+
+def test_of_gradients_that_move_one_address_each_is_sent(small):
+    both, mine, elsewhere = moving()
+    with Copied() as counted:
+        both.moved([t.data_ptr() for t in elsewhere])
+    assert counted.bytes == 8 * len(mine)
+    assert both.sum_of_squares().tolist() == [6000.0, *[80.0] * 30, 8400.0, *[120.0] * 20]
+
+
+def test_gradients_may_move_while_a_graph_is_captured(small, monkeypatch):
+    """But tables of another alignment are not made then."""
+    both, _, elsewhere = moving()
+    with monkeypatch.context() as capturing:
+        capturing.setattr(kernels, "capturing", lambda: True)
+        capturing.setattr(Tensor, "pin_memory", None)
+        both.moved([t.data_ptr() for t in elsewhere])
+        with pytest.raises(RuntimeError, match="aligned"):
+            both.moved([t.data_ptr() + 4 for t in elsewhere])
+    assert both.sum_of_squares()[0] == 6000.0
 
 
 def test_layers_without_elements_are_zero():
@@ -299,14 +347,14 @@ def recorded(monkeypatch):
 def test_launches_do_not_grow_with_the_tensors(recorded, number):
     tensor = lambda: torch.ones(5, device=DEVICE)  # noqa: E731
     shards = [
-        shard(tensor(), tensor(), tensor(), [Part(0, 5, i)], weight_decay=0.1 * (i % 2))
-        for i in range(number)
+        shard(tensor(), tensor(), tensor(), [Part(0, 5, i)], group=i, decays=i % 2 > 0) for i in range(number)
     ]
     both = kernels.Kernels(shards, DEVICE, number)
     assert both.sum_of_squares().tolist() == [5.0] * number
-    both.update(ones(number))
-    # Two groups of options, which the statistic does not depend on.
-    assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 1, 2, 0, 0]
+    options = torch.rand(number, 4, device=DEVICE)
+    both.update(replace(ones(number), options=options))
+    # Each is a param group; the statistic does not depend on whether weights decay.
+    assert [len(kernel.launches) for kernel in recorded.values()] == [1, 0, 0, 2, 0, 0]
     assert all(options["enable_fp_fusion"] is False for options in recorded["update"].launches)
 
 
@@ -318,19 +366,16 @@ def test_neither_launches_nor_programs_nor_tables_grow_with_the_layers(small, re
     both.sum_of_squares()
     both.update(ones(1024 // size))
     rows = size < 512
-    assert [len(kernel.launches) for kernel in recorded.values()] == [not rows, rows, 1, 1, 0, 0]
-    assert [kernel.programs for kernel in recorded.values() if kernel.programs][1:] == [
-        [4 if rows else 2],
-        [2],
-    ]
-    assert len(both._table) == 2
+    assert [len(kernel.launches) for kernel in recorded.values()] == [not rows, rows, 0, 1, 0, 0]
+    assert [kernel.programs for kernel in recorded.values() if kernel.programs] == [[2], [2]]
+    assert len(both._runs.rows) == 1
 
 
 def test_offsets_pass_32_bits():
     start, numel = 2**31 + 3, 2**31 + 64
     param, grad = (torch.empty(numel, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     param[start:], grad[start:] = 1.0, 2.0
-    case = shard(param, grad, None, [Part(start, start + 40, 0)], beta1=0.0, weight_decay=0.0)
+    case = shard(param, grad, None, [Part(start, start + 40, 0)], decays=False)
     both = kernels.Kernels([case], DEVICE, 1)
     assert both.sum_of_squares().item() == 160.0
     both.update(ones(1))
@@ -340,7 +385,7 @@ def test_offsets_pass_32_bits():
 # ---- factored parameters ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [1, 7, 8, 16, 17, 64, 72, 256, 264, 511, 520, 1104])
+@pytest.mark.parametrize("width", [1, 7, 8, 16, 17, 64, 72, 256, 264, 511, 520, 1104, 1152])
 def test_panels(small, width):
     """Columns below, at and above those of a strip, a tile and a chunk; pieces begin and end within a row."""
     numel = max(3 * width, 400)
@@ -354,7 +399,7 @@ def test_panels(small, width):
         layers = 1 + (offset + numel - 1) // width + 1
         case = made(
             start + numel, form, parts, param=DTYPES[width % 2], grad=DTYPES[width % 3], offset=address,
-            special=0.0005, eps=1e-8, nesterov=form == "float32", stochastic_rounding=True,
+            special=0.0005, nesterov=form == "float32", stochastic_rounding=True,
             **OPTIONS[1 + width % 2],
         )  # fmt: skip
         columns = column + width + 2
@@ -395,7 +440,7 @@ def test_layers_and_columns_in_several_panels_and_waves(waves, recorded):
     for n, (a, b) in enumerate(itertools.pairwise(cuts)):
         start = parts[n % 2][-1].stop if parts[n % 2] else 0
         parts[n % 2].append(Part(start, start + b - a, 0, a, size, 0))
-    shards = [made(p[-1].stop, None, p, grad=t, beta1=0.0) for p, t in zip(parts, DTYPES[:2], strict=True)]
+    shards = [made(p[-1].stop, None, p, grad=t) for p, t in zip(parts, DTYPES[:2], strict=True)]
     assert factored._parts(shards, kernels.STRIP * kernels.CHUNK).partials <= 1500
     coefficients = random_coefficients(30, generated(), size)
     assert_as_reference(kernels, shards, (30, size), coefficients, DEVICE)
@@ -472,7 +517,7 @@ def test_a_block_of_such_columns_only_is_not_written(small, width):
         case = made(4 * BLOCK, form, [Part(0, 4 * BLOCK, 0, 0, width, 0)])
         case.exp_avg_scale[:] = 1e-40
         (mine,) = copied([case], DEVICE)
-        one = torch.ones(width, dtype=torch.float64, device=DEVICE)
+        one = torch.ones(width, device=DEVICE)
         column_root = one.clone()
         column_root[BLOCK : 2 * BLOCK] = 0
         coefficients = replace(ones(512 // width), row_root=one, column_root=column_root)
@@ -493,10 +538,11 @@ def test_launches_do_not_grow_with_the_factored_parameters(recorded, number):
     both = kernels.Kernels(shards, DEVICE, 3 * number, 5 * number)
     assert both.sum_of_squares().tolist() == [5.0] * 3 * number + [3.0] * 5 * number
     one = torch.ones(5 * number, device=DEVICE)
-    both.update(replace(ones(3 * number), ahead=one, row_root=one, column_root=one))
+    both.update(replace(ones(3 * number), row_root=one, column_root=one))
     launches = {name: len(kernel.launches) for name, kernel in recorded.items() if kernel.programs != [0]}
     assert launches == {
-        "chunk_statistic": 0, "rows_statistic": 0, "update": 1, "strip_statistic": 1, "panel_statistic": 1,
+        "chunk_statistic": 0, "rows_statistic": 0, "layer_statistic": 0, "update": 1,
+        "strip_statistic": 1, "panel_statistic": 1,
     }  # fmt: skip
 
 
@@ -505,10 +551,19 @@ def test_rows_of_a_strip_may_be_further_apart_than_32_bits():
     grad = torch.empty(2 * pitch + 8, dtype=torch.bfloat16, device=DEVICE)
     for row in range(3):
         grad[row * pitch : row * pitch + 8] = row + 1.0
-    table = torch.tensor([[grad.data_ptr(), 3, 8, pitch, 0, 3]], device=DEVICE)
+    table = torch.tensor([[0, 3, 8, pitch, 0, 3, 0, 0]], device=DEVICE)
+    gradients = torch.tensor([grad.data_ptr()], device=DEVICE)
     partials = torch.zeros(11, dtype=torch.float64, device=DEVICE)
     factored.strip_statistic[(1,)](
-        table, partials, None, grad_type=kernels.FORMATS[grad.dtype], width=16, tile=256, **kernels.LAUNCH
+        table,
+        gradients,
+        partials,
+        None,
+        grad_type=kernels.FORMATS[grad.dtype],
+        in_words=False,
+        width=16,
+        tile=256,
+        **kernels.LAUNCH,
     )
     assert partials.tolist() == [8.0, 32.0, 72.0] + [14.0] * 8
 
@@ -584,20 +639,87 @@ def compiled():
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
+@pytest.mark.timeout(900)  # two minutes of compiling, on a machine that has nothing else to do
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled_code(compiled, architecture, record_property):
     mine = [kernel for kernel in compiled if kernel["architecture"] == architecture]
-    assert len(mine) == len(compiled) / len(ARCHITECTURES)
+    assert {kernel["name"] for kernel in mine} >= {k["name"] for k in compiled if "in words" not in k["name"]}
     for kernel in mine:
         print(json.dumps(kernel))
         record_property(kernel["name"], kernel["registers"])
-        assert kernel["spilled"] == 0
-        # 40 % of the threads that may run, or on AMD's a quarter; less where a launch is of few chunks, and a
-        # quarter where each element is divided.
-        divided = "factored" in kernel["name"] or architecture.startswith("gfx")
-        limit = 128 if divided else 96 if kernel["rare"] else 80 if "nesterov" in kernel["name"] else 72
+        of_layers = kernel["name"].startswith("layers:")  # float64, of few elements
+        divided, in_words = "factored" in kernel["name"], "in words" in kernel["name"]
+        whole = divided and "bf16 bf16 int" in kernel["name"]
+        # In whole tiles, with some spills in one kernel, an H100 is 9 % faster than in halves.
+        assert kernel["spilled"] <= (10 if whole else 0)
+        # 36 % of the threads that may run, or where each element is divided 30 %. 25 % where it is added to
+        # two sums in words of float32, or divided in whole tiles. Less where a launch is of few chunks.
+        limit = 128 if whole or in_words else 90 if divided else 80
+        limit = 168 if of_layers else 112 if kernel["rare"] else limit
         assert kernel["registers"] <= limit
-        assert kernel["float32 fma"] == 0
+        assert kernel["float32 fma"] == 0 or of_layers  # with which divisions in float64 begin
+        assert (kernel["written fma"] > 0) == in_words or of_layers
         assert kernel["other divisions"] == 0
         assert kernel["128-bit loads"] >= kernel["tensors"]
         assert kernel["128-bit stores"] >= kernel["stored"]
+
+
+# Of the main loop, for each element on sm_90: all instructions, and those of the pipe for integers,
+# comparisons and selections, which is the busiest. A fiftieth more than there were: to be lowered with them.
+MOST = {
+    "update fp32 fp32 float32": (11.5, 2),
+    "update fp32 bf16 bfloat16": (31, 14),
+    "update bf16 bf16 bfloat16": (38, 21),
+    "update bf16 bf16 bfloat16 rounded": (36.5, 18.5),
+    "update fp16 fp16 float32": (14.5, 2),
+    "update bf16 bf16 None": (16, 8.5),
+    "update bf16 bf16 None rounded": (24, 12.5),
+    "update fp32 fp32 int8": (46.5, 18.5),
+    "update fp32 bf16 int8": (48.5, 19),
+    "update bf16 bf16 int8 rounded": (49.5, 22.5),
+    "update fp32 fp32 int4": (48.5, 20.5),
+    "update bf16 bf16 int4 rounded": (52, 24.5),
+    "update fp32 fp32 float32, layers of 8s": (16.5, 3),
+    "update bf16 bf16 int8 rounded, layers of 8s": (56.5, 26.5),
+    "update bf16 bf16 int4 rounded, layers of 8s": (59, 29),
+    "update fp32 fp32 float32, edges": (11.5, 1),
+    "update bf16 bf16 bfloat16 rounded, edges": (36, 18.5),
+    "update bf16 bf16 int8 rounded, edges": (52.5, 26),
+    "update bf16 bf16 int8 rounded, nesterov": (52, 22.5),
+    "update fp32 fp32 float32, factored, change": (28, 5.5),
+    "update fp32 bf16 bfloat16, factored, change, nesterov": (50, 18.5),
+    "update bf16 bf16 int8 rounded, layers in turn": (49, 22.5),
+    "update bf16 bf16 bfloat16 rounded, factored, term, nesterov": (58.5, 24),
+    "update fp32 fp32 int8, factored, term, nesterov": (71.5, 26.5),
+    "update bf16 bf16 int8 rounded, factored, change, nesterov": (82.5, 33),
+    "update bf16 bf16 int4 rounded, factored, term": (82, 34.5),
+    "update bf16 bf16 int8 rounded, layers of 8s, factored, change, nesterov": (94, 41),
+    "update fp32 fp32 float32, layers in turn, factored, term, nesterov": (28.5, 4),
+    "update bf16 bf16 float32 rounded, layers in turn, factored, term, nesterov": (48.5, 17.5),
+    "update bf16 bf16 int8 rounded, layers in turn, factored, term, nesterov": (79.5, 33),
+    "update bf16 bf16 int4 rounded, layers in turn, factored, term, nesterov": (81.5, 35),
+    "chunk sum fp32": (4, 1),
+    "rows of 1024 sum fp32": (7, 4.5),
+    "chunk sum bf16": (5, 1.5),
+    "rows of 64 sum bf16": (7.5, 4),
+    "chunk max bf16": (5, 3.5),
+    "rows of 1024 max bf16": (6.5, 5),
+    "chunk sum fp32 in words": (28, 3.5),
+    "rows of 1024 sum fp32 in words": (30, 5.5),
+    "chunk sum bf16 in words": (29, 4.5),
+    "rows of 64 sum bf16 in words": (32, 7.5),
+    "strips of 256 fp32": (17.5, 5),
+    "strips of 256 bf16": (13, 3.5),
+    "strips of 16 bf16": (11.5, 3.5),
+    "strips of 256 fp32 in words": (88.5, 7.5),
+    "strips of 256 bf16 in words": (67.5, 7.5),
+    "strips of 16 bf16 in words": (55, 8),
+}
+
+
+@pytest.mark.timeout(900)
+def test_instructions_do_not_grow(compiled):
+    loops = {k["name"]: k["loop"] for k in compiled if k["architecture"] == "sm_90" and k["loop"]}
+    assert loops.keys() == MOST.keys()
+    found = {name: (loop["issue"], loop["ALU"]) for name, loop in loops.items()}
+    assert {n: f for n, f in found.items() if f[0] > MOST[n][0] or f[1] > MOST[n][1]} == {}

@@ -48,19 +48,67 @@ def test_memory_with_released_gradients_says_so_in_table_picture_and_json(tmp_pa
     assert "the most at once" in (tmp_path / "memory.svg").read_text()
 
 
-def test_plan_shows_each_part_and_the_smallest_world():
+def test_plan_answers_with_a_sentence_and_a_row_for_each_optimizer():
+    done = run("plan", "llama-8b", "--world", 8, "--device-memory", 80)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.splitlines()[0] == (
+        "llama-8b (8.03 billion parameters, bf16-mixed) fits on 1 device of 80 GiB "
+        "with NovoGrad (adamw, int4) under FSDP2; with torch AdamW (fused) on 2 under FSDP2."
+    )
+    rows = [line.split("│")[1:4] for line in done.stdout.splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in row] for row in rows] == [
+        ["NovoGrad, adamw, int8", "FSDP2", "1"],
+        ["NovoGrad, adamw, int4", "FSDP2", "1"],
+        ["torch AdamW, fused", "FSDP2", "2"],
+    ]
+    assert done.stdout.count("(GiB)") == 2
+    assert "--all" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("chosen", "says"),
+    [
+        (
+            ["--cut", "none", "--device-memory", 64],
+            "int4) in one process; with torch AdamW (fused) it does not.",
+        ),
+        (
+            ["--cut", "ddp", "--device-memory", 16],
+            "does not fit on devices of 16 GiB with NovoGrad (adamw, int4)",
+        ),
+        (["--optimizer", "lion", "--cut", "zero3"], "fits on 2 devices of 80 GiB with Lion under ZeRO-3."),
+    ],
+    ids=["AdamW does not", "neither does", "another optimizer alone"],
+)
+def test_plan_says_what_does_not_fit_and_what_was_chosen(chosen, says):
+    done = run("plan", "llama-8b", *chosen)
+    assert done.exit_code == 0, done.stderr
+    assert says in done.stdout.splitlines()[0]
+
+
+def test_plan_of_all_shows_each_part_and_the_smallest_world():
     arguments = ["--world", 64, "--optimizer", "novograd", "--cut", "zero3", "--device-memory", 80]
-    done = run("plan", "llama-70b", *arguments)
+    done = run("plan", "llama-70b", *arguments, "--all")
     assert done.exit_code == 0, done.stderr
     assert "70.55 billion parameters on 64 ranks" in done.stdout
     assert "activations" in done.stdout
     assert "12.32" in done.stdout
+    assert done.stdout.count("(GiB)") == 7
+
+
+def test_plan_has_every_optimizer_and_cut_with_all_and_in_json():
+    rows = json.loads(run("plan", "builtin", "--json").stdout)["rows"]
+    optimizers = {row["optimizer"] for row in rows}
+    assert [row["cut"] for row in rows] == [c for c in ("zero2", "zero3", "fsdp2") for _ in optimizers]
+    shown = run("plan", "builtin", "--all").stdout
+    assert sum(line.startswith("│") for line in shown.splitlines()) == len(rows)
 
 
 def test_plan_of_released_gradients_says_which_rows_it_holds_for():
     chosen = ["--optimizer", "novograd-int4", "--optimizer", "adamw-fused", "--cut", "none", "--cut", "zero2"]
     arguments = ["plan", "gpt2-1m", *chosen, "--precision", "bfloat16", "--release"]
-    done = run(*arguments)
+    assert "no: not NovoGrad" in run(*arguments).stdout
+    done = run(*arguments, "--all")
     assert done.exit_code == 0, done.stderr
     says = " ".join(done.stdout.split())
     assert "the most gradients that are alive at once" in says
@@ -81,10 +129,17 @@ def test_plan_of_released_gradients_says_which_rows_it_holds_for():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["memory", "--optimizer", "nvograd"], "no optimizer 'nvograd'; did you mean: novograd"),
+        (
+            ["memory", "--optimizer", "nvograd"],
+            "no optimizer 'nvograd'; there are: novograd, novograd-bfloat16,",
+        ),
+        (["plan", "llama-8b", "--optimizer", "adam"], "no optimizer 'adam'; there are: novograd,"),
         (["memory", "lama"], "no model 'lama'; did you mean: llama"),
-        (["memory", "--cut", "zero4"], "no cut 'zero4'; did you mean: zero"),
-        (["plan", "llama-8b", "--precision", "fp16"], "no precision 'fp16'"),
+        (
+            ["memory", "--cut", "zero4"],
+            "no cut 'zero4'; there are: none, ddp, zero1, zero2, zero3, offload, fsdp2",
+        ),
+        (["plan", "llama-8b", "--precision", "fp16"], "no precision 'fp16'; there are: float32, bf16-mixed"),
         (["plan", "llama-8b", "--optimizer", "gefen-x"], "gefen-x: no rule gives its state"),
         (["plan", "broken.json"], "broken.json: not a transformers config that can be built"),
         (["plan", "t5.json"], "transformers cannot build a causal language model"),

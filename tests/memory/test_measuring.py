@@ -2,10 +2,12 @@
 
 import pytest
 
+from novoscale.memory import measuring
 from novoscale.memory.comparison import compare
 from novoscale.memory.measuring import Job, measure
 from novoscale.memory.models import MemoryToolError
 from novoscale.memory.optimizers import CANDIDATES
+from novoscale.ranks import RankError
 
 
 def test_phases_of_two_steps_and_accounts_of_every_rank():
@@ -51,3 +53,14 @@ def test_an_error_of_a_rank_is_its_cells_reason():
         pytest.skip("needs came-pytorch")
     (row,) = compare("builtin", ["CAME"], [("fsdp2", 2)], "float32")
     assert "DTensor" in row["why"]
+
+
+def test_the_reason_of_a_cell_is_the_error_and_not_the_advice_below_it(monkeypatch):
+    def fails(job, timeout):
+        raise RankError(
+            "rank 1 of 2:\nTraceback\nAssertionError: aten.x expects size 5. Please look\nSee the handbook\n"
+        )
+
+    monkeypatch.setattr(measuring, "measure", fails)
+    (row,) = compare("builtin", ["NovoGrad"], [("none", 1)], "float32")
+    assert row["why"] == "AssertionError: aten.x expects size 5."

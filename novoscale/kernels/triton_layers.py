@@ -1,0 +1,185 @@
+"""The pass over the layers in Triton: a few launches for any number of layers and param groups.
+
+``reference_layers`` is the definition. The state is known by its addresses. What the ranks tell each other is
+packed and unpacked here too, if it is one collective: see ``collectives.Plan``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from novoscale.collectives import Noted, Packing
+from novoscale.kernels import layers, reference_layers
+from novoscale.kernels.layers import LayerTable, OptionTable
+from novoscale.kernels.shards import Coefficients
+from novoscale.kernels.triton_second_moments import advance, mean_square
+from novoscale.kernels.triton_verdict import begin, count, pack, verdict
+
+TILE = 1024  # layers that a program does at once
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
+# The same where a program has all layers of a parameter, and one has more than TILE: what waits for memory
+# takes as long for many as for few. A thousand threads, the most that there may be.
+MANY = {"tile": 8 * TILE, "num_warps": 16 if torch.version.hip else 32, "enable_fp_fusion": False}
+
+
+class LayerKernels(reference_layers.LayerKernels):
+    """See ``reference_layers.LayerKernels``. Holds addresses of the states, and keeps no tensor alive.
+
+    Args:
+        known: the layers.
+        device: where everything is.
+    """
+
+    completes = True
+
+    def __init__(self, known: LayerTable, device: torch.device) -> None:
+        self._table, self._device = known, device
+        self._parameters, self._stretches = (t.to(device) for t in (known.records, known.stretches(TILE)))
+        self._share = None if known.share is None else known.share.to(device)
+        self._count, self._sizes = len(known.records), (known.layers, known.columns)
+        self._sums = torch.empty(self._count, dtype=torch.float64, device=device)
+        self._largest = torch.empty(self._count, dtype=torch.int64, device=device)
+        self._index = self._sums.get_device()
+        once = (known.records[:, layers.ONCE] > 0) & (known.records[:, layers.STEPS] != 0)
+        self._counts_once, self._clips = bool(once.any()), "max_grad_norm" in known.uses
+        many = (known.records[:, layers.COUNT] > TILE) | (known.records[:, layers.WIDTH] > TILE)
+        self._of_parameter: dict[str, Any] = MANY if bool(many.any()) else {"tile": TILE, **LAUNCH}
+        self._noted: Noted | None = None
+
+    def hold(self, states: Callable[[], reference_layers.States]) -> None:
+        """Nothing is held: the addresses are known."""
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+    def begin(self, options: OptionTable, statistic: Tensor, scale: Tensor | None) -> None:
+        """See ``reference_layers.LayerKernels.begin``."""
+        self._begin(options, statistic, scale)
+
+    def _begin(
+        self,
+        options: OptionTable,
+        statistic: Tensor,
+        scale: Tensor | None = None,
+        buffer: Tensor | None = None,
+        slots: Tensor | None = None,
+    ) -> None:
+        with torch.cuda.device(self._index):  # nothing where it is -1, the CPU's
+            begin[(self._count,)](
+                self._parameters, options.table, statistic, self._sums, self._largest, self._share, scale,
+                buffer, slots, *self._sizes, numbers=layers.SUMS if self._table.sums else 0,
+                scaled=scale is not None, cut=buffer is not None, **self._of_parameter,
+            )  # fmt: skip
+
+    def complete(
+        self,
+        options: OptionTable,
+        statistic: Tensor,
+        veto: Tensor | None,
+        packing: Packing | None,
+        noted: Noted,
+        skipped: Tensor,
+        step: int,
+    ) -> tuple[Tensor, Tensor]:
+        """What ``collectives.Plan.complete`` and ``record`` do, where there is one collective or none.
+
+        Args:
+            options: of the param groups.
+            statistic: the vector of the step: this rank's part; changed in place.
+            veto: see ``collectives.Plan.complete``.
+            packing: what the collective needs; None where there is none.
+            noted: where :meth:`advance` writes what the step shows of each layer.
+            skipped: int64, 0-dim: how many steps were skipped.
+            step: the number of the step.
+
+        Returns:
+            See ``collectives.Plan.complete``.
+        """
+        self._noted, buffer, sum_of = noted, None, None
+        sums, length = 0, 0
+        if packing is not None:
+            buffer = self._packed(packing, statistic, veto)
+            sum_of, sums, length, veto = packing.sum_of, packing.sums, packing.length, None
+            self._begin(options, statistic, None, buffer, packing.slots)
+        total = torch.empty((), dtype=torch.float64, device=self._device)
+        finite = torch.empty((), dtype=torch.bool, device=self._device)
+        with torch.cuda.device(self._index):
+            verdict[(1,)](
+                self._parameters, options.table, statistic, self._sums, self._largest, sum_of, buffer, veto,
+                total, finite, skipped, noted.bad_at, step, sum(self._sizes), length, self._count,
+                counted=self._counts_once, scattered=sums, vetoed=veto is not None, clips=self._clips,
+                cut=buffer is not None, tile=TILE, **LAUNCH,
+            )  # fmt: skip
+        return finite, total
+
+    def _packed(self, packing: Packing, statistic: Tensor, veto: Tensor | None) -> Tensor:
+        """The buffer of the collective, complete."""
+        length = packing.length
+        buffer = torch.empty(length + 1 + packing.sums, dtype=torch.float64, device=self._device)
+        with torch.cuda.device(self._index):
+            pack[(triton.cdiv(length, TILE) + 1,)](
+                packing.sources, statistic, buffer, self._sums, self._largest, packing.sum_of, veto, length,
+                self._count, scattered=packing.sums, vetoed=veto is not None, tile=TILE, **LAUNCH,
+            )  # fmt: skip
+        return packing.all_reduce(buffer)
+
+    def advance(
+        self,
+        options: OptionTable,
+        statistic: Tensor,
+        finite: Tensor,
+        total: Tensor,
+        scale: Tensor | None,
+        share: Callable[[Tensor], Tensor],
+    ) -> Coefficients:
+        """See ``reference_layers.LayerKernels.advance``."""
+        made = reference_layers.room(self._table, options)
+        verdicts, first = finite.ndim > 0, sum(self._sizes)
+        if self._counts_once and self._noted is None:  # else it is done already
+            with torch.cuda.device(self._index):
+                count[(1,)](
+                    self._parameters, options.table, statistic, total, finite, first, self._count,
+                    clips=self._clips, verdicts=verdicts, tile=TILE, **LAUNCH,
+                )  # fmt: skip
+        given = (options, statistic, finite, total, scale, made)
+        if "clip_threshold" in self._table.uses:
+            self._advance(*given, averages=True, concludes=False)
+            mean = torch.empty(self._count, dtype=torch.float64, device=self._device)
+            with torch.cuda.device(self._index):
+                mean_square[(self._count,)](
+                    self._parameters, options.table, statistic, self._share, made.active, total, mean,
+                    clips=self._clips, **self._of_parameter,
+                )  # fmt: skip
+            self._advance(*given, share(mean), averages=False, concludes=True)
+        else:
+            self._advance(*given, averages=True, concludes=True)
+        self._noted = None
+        return made
+
+    def _advance(
+        self,
+        options: OptionTable,
+        statistic: Tensor,
+        finite: Tensor,
+        total: Tensor,
+        scale: Tensor | None,
+        made: Coefficients,
+        mean: Tensor | None = None,
+        *,
+        averages: bool,
+        concludes: bool,
+    ) -> None:
+        norms, bad = (None, None) if self._noted is None else (self._noted.statistic, self._noted.bad)
+        with torch.cuda.device(self._index):
+            advance[(len(self._stretches),)](
+                self._stretches, self._parameters, options.table, statistic, finite, total, scale, mean,
+                norms, bad, made.each, made.row_root, made.column_root, made.active, made.key,
+                *self._sizes, self._count, averages=averages, concludes=concludes,
+                verdicts=finite.ndim > 0, clips=self._clips, scaled=scale is not None,
+                clipped=mean is not None, relative="scale_parameter" in self._table.uses, tile=TILE, **LAUNCH,
+            )  # fmt: skip
