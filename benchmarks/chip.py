@@ -14,7 +14,6 @@ rest.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 import time
 import traceback
@@ -33,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.on_chip import bits, graphs, kernel_tests, memory, passes, steps
 from benchmarks.on_chip.gpu import Gpu
 from benchmarks.on_chip.rows import Row
-from novoscale.provenance import provenance
+from novoscale.provenance import make_command, provenance
 
 Part = Callable[[Gpu], Iterator[Row]]
 
@@ -68,8 +67,7 @@ def measured(gpu: Gpu, chosen: list[str], seconds: float, out: Path) -> bool:
     """Run some parts, write and print what they find; whether all went well."""
     out.mkdir(parents=True, exist_ok=True)
     file, deadline = out / "chip.json", time.monotonic() + seconds
-    command = f'make chip ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make chip"
-    report: dict[str, Any] = {"provenance": provenance(command), "gpu": gpu.about(), "parts": {}}
+    report: dict[str, Any] = {"provenance": provenance(make_command("chip")), "gpu": gpu.about(), "parts": {}}
     write = lambda: file.write_text(json.dumps(report, indent=1) + "\n")  # noqa: E731
     console = Console(emoji=False) if sys.stdout.isatty() else Console(emoji=False, width=150)
     console.print(", ".join(f"{key} {value}" for key, value in report["gpu"].items()), highlight=False)

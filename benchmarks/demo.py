@@ -31,7 +31,7 @@ from benchmarks import plots, text  # noqa: E402
 from benchmarks.language_models import gpt2  # noqa: E402
 from novoscale import NovoGrad  # noqa: E402
 from novoscale.memory import optimizer_state_bytes  # noqa: E402
-from novoscale.provenance import provenance  # noqa: E402
+from novoscale.provenance import make_command, provenance  # noqa: E402
 from novoscale.ranks import RankError, remove_shared_memory  # noqa: E402
 
 PORT = 29577
@@ -75,8 +75,7 @@ def main(
     results = {name: launch(console, name, ranks, steps, seed, text_path) for name in OPTIMIZERS}
     for name, result in results.items():
         result["state_bytes_uncut"] = uncut_state_bytes(name, result["config"]["optimizer"]["params"])
-    command = f'make demo ARGS="{" ".join(sys.argv[1:])}"' if sys.argv[1:] else "make demo"
-    report = {"provenance": provenance(command), "ranks": ranks, "runs": results}
+    report = {"provenance": provenance(make_command("demo")), "ranks": ranks, "runs": results}
     out.mkdir(parents=True, exist_ok=True)
     (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
     plots.demo(report, out / "demo")

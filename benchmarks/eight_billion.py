@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,7 +40,7 @@ from novoscale.memory.optimizers import CANDIDATES
 from novoscale.memory.planning import BFLOAT16, plan
 from novoscale.memory.report import GIB
 from novoscale.memory.rules import FLOAT32
-from novoscale.provenance import provenance
+from novoscale.provenance import make_command, provenance
 from novoscale.release import tied
 
 OPTIONS: dict[str, Any] = {"preset": "adamw", "momentum_dtype": "int4"}
@@ -104,9 +103,8 @@ def without_weights(name: str) -> Any:
 def describe(model: nn.Module, name: str) -> dict[str, Any]:
     """What is known before anything runs: the plans, and the memory that there is."""
     free, limited_by = available()
-    arguments = f' ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else ""
     return {
-        "provenance": provenance(f"make eight-billion{arguments}"),
+        "provenance": provenance(make_command("eight-billion")),
         "model": name,
         "parameters": sum(p.numel() for p in model.parameters()),
         "memory": {"total": psutil.virtual_memory().total, "available": free, "limited_by": limited_by},

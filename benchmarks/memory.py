@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from datetime import datetime, timezone
@@ -30,7 +29,7 @@ from novoscale.memory import plots
 from novoscale.memory.comparison import Row, compare
 from novoscale.memory.cuts import TITLES
 from novoscale.memory.optimizers import COMPARED
-from novoscale.provenance import provenance
+from novoscale.provenance import make_command, provenance
 
 CUTS = [("none", 1), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("zero2", 4), ("zero3", 4), ("fsdp2", 4)]
 # What people ask first: how much less than AdamW, than 8-bit Adam, than Adafactor.
@@ -56,13 +55,12 @@ def main(
     timeout: Annotated[float, typer.Option(help="Seconds for each row.")] = 1200,
 ) -> None:
     """Measure what is missing, write data, tables and picture."""
-    command = f'make memory ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make memory"
     out.mkdir(parents=True, exist_ok=True)
     file = out / "memory.json"
     report = json.loads(file.read_text()) if file.exists() else {"model": model, "rows": []}
     if report["model"] != model:
         raise typer.BadParameter(f"{file} is of {report['model']}: take another --out, or delete it")
-    measure(report, file, command, timeout)
+    measure(report, file, make_command("memory"), timeout)
     plots.memory({**report, "rows": [row for row in report["rows"] if pictured(row)]}, out / "memory")
     table = markdown(report["rows"])
     (out / "memory.md").write_text(table)

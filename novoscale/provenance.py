@@ -20,6 +20,18 @@ PACKAGES = (
 )
 
 
+def make_command(target: str) -> str:
+    """How ``make`` was asked for this process, by a target that starts it with ``ARGS``."""
+    arguments = shlex.join(_arguments())
+    return f'make {target} ARGS="{arguments}"' if arguments else f"make {target}"
+
+
+def _arguments() -> list[str]:
+    """The arguments of this process; of paths of this machine only the names: others have other folders."""
+    parts = [argument.rpartition("=") for argument in sys.argv[1:]]
+    return ["".join((*name, Path(a).name if Path(a).is_absolute() else a)) for *name, a in parts]
+
+
 def provenance(command: str | None = None) -> dict[str, Any]:
     """Versions, machine, command and commit of this run.
 
@@ -28,7 +40,7 @@ def provenance(command: str | None = None) -> dict[str, Any]:
     """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command or shlex.join(["python", *sys.argv]),
+        "command": command or shlex.join(["python", sys.argv[0], *_arguments()]),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": {
