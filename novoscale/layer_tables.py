@@ -64,7 +64,6 @@ def table_of_layers(
         records=torch.tensor(records, dtype=torch.int64, device="cpu").view(-1, RECORD),
         layers=layer,
         columns=column,
-        sums=adds_up,
         share=_shares([layout for known in layouts for layout in known]) if adds_up else None,
         uses=frozenset(name for name in NEEDED for group, _ in groups if group[name]),
         dtype=torch.float64 if _any_float64(groups) else torch.float32,

@@ -33,8 +33,8 @@ class _Step(ctypes.Structure):
     )
 
 
-class LayerKernels(reference_layers.LayerKernels):
-    """See ``reference_layers.LayerKernels``. Holds addresses of the states, and keeps no tensor alive.
+class LayerKernels(reference_layers.LayersByAddress):
+    """See ``reference_layers.LayerKernels``.
 
     Args:
         known: the layers.
@@ -53,12 +53,6 @@ class LayerKernels(reference_layers.LayerKernels):
             layers=known.layers,
             columns=known.columns,
         )
-
-    def hold(self, states: Callable[[], reference_layers.States]) -> None:
-        """Nothing is held: the addresses are known."""
-
-    def release(self) -> None:
-        """Nothing is held."""
 
     def begin(self, options: OptionTable, statistic: Tensor, scale: Tensor | None) -> None:
         """See ``reference_layers.LayerKernels.begin``."""

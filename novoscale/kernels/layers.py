@@ -74,7 +74,6 @@ class LayerTable:
         records: int64 ``[parameters, 14]`` on the CPU: the columns above.
         layers: how many layers there are.
         columns: how many columns of factored parameters.
-        sums: whether numbers of each parameter are added up over the ranks.
         share: float64 ``[layers]``: 1 if this rank is the one that counts a layer when they are, else 0. None
             where nothing is added up.
         uses: the options in use in any param group, of ``NEEDED``.
@@ -84,10 +83,14 @@ class LayerTable:
     records: Tensor
     layers: int
     columns: int
-    sums: bool
     share: Tensor | None
     uses: frozenset[str] = frozenset()
     dtype: torch.dtype = torch.float32
+
+    @property
+    def sums(self) -> bool:
+        """Whether numbers of each parameter are added up over the ranks."""
+        return self.share is not None
 
     def stretches(self, size: int) -> Tensor:
         """The layers in stretches of at most ``size``, each of one parameter; then the columns.

@@ -273,6 +273,16 @@ class LayerKernels:
         return torch.segment_reduce(values, "sum", lengths=self._column(table.COUNT), unsafe=True)
 
 
+class LayersByAddress(LayerKernels):
+    """Holds no state, and keeps no tensor alive: it knows addresses."""
+
+    def hold(self, states: Callable[[], States]) -> None:
+        """Nothing is held."""
+
+    def release(self) -> None:
+        """Nothing is held."""
+
+
 def room(known: LayerTable, options: OptionTable) -> Coefficients:
     """Coefficients to be written into."""
 

@@ -27,8 +27,8 @@ LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
 MANY = {"tile": 8 * TILE, "num_warps": 16 if torch.version.hip else 32, "enable_fp_fusion": False}
 
 
-class LayerKernels(reference_layers.LayerKernels):
-    """See ``reference_layers.LayerKernels``. Holds addresses of the states, and keeps no tensor alive.
+class LayerKernels(reference_layers.LayersByAddress):
+    """See ``reference_layers.LayerKernels``.
 
     Args:
         known: the layers.
@@ -50,12 +50,6 @@ class LayerKernels(reference_layers.LayerKernels):
         many = (known.records[:, layers.COUNT] > TILE) | (known.records[:, layers.WIDTH] > TILE)
         self._of_parameter: dict[str, Any] = MANY if bool(many.any()) else {"tile": TILE, **LAUNCH}
         self._noted: Noted | None = None
-
-    def hold(self, states: Callable[[], reference_layers.States]) -> None:
-        """Nothing is held: the addresses are known."""
-
-    def release(self) -> None:
-        """Nothing is held."""
 
     def begin(self, options: OptionTable, statistic: Tensor, scale: Tensor | None) -> None:
         """See ``reference_layers.LayerKernels.begin``."""

@@ -66,6 +66,25 @@ def _settled(
 
 
 @jit
+def _begun(
+    statistic: tl.tensor,
+    index: tl.tensor,
+    mask: tl.tensor,
+    buffer: tl.tensor,
+    slots: tl.tensor,
+    factor: tl.tensor,
+    scaled: tl.constexpr,
+    cut: tl.constexpr,
+) -> tl.tensor:
+    """The same, multiplied by ``factor``, and put there, if they are ``scaled``."""
+    value = _settled(statistic, index, mask, buffer, slots, cut)
+    if scaled:
+        value = value * factor
+        tl.store(statistic + index, value, mask=mask)
+    return value
+
+
+@jit
 def begin(
     parameters: tl.tensor,
     param_groups: tl.tensor,
@@ -103,10 +122,7 @@ def begin(
     for offset in range(0, here, tile):
         nth = offset + tl.arange(0, tile)
         mask = nth < here
-        S = _settled(statistic, first + nth, mask, buffer, slots, cut)
-        if scaled:
-            S = S * factor
-            tl.store(statistic + first + nth, S, mask=mask)
+        S = _begun(statistic, first + nth, mask, buffer, slots, factor, scaled, cut)
         total += S
         most = tl.maximum(most, bits_of(S))
         if numbers > 0 and not cut:
@@ -118,10 +134,7 @@ def begin(
     for offset in range(0, width, tile):
         nth = offset + tl.arange(0, tile)
         mask = nth < width
-        S = _settled(statistic, first + nth, mask, buffer, slots, cut)
-        if scaled:
-            S = S * factor
-            tl.store(statistic + first + nth, S, mask=mask)
+        S = _begun(statistic, first + nth, mask, buffer, slots, factor, scaled, cut)
         most = tl.maximum(most, bits_of(S))
     highest = tl.max(most, 0)
     if numbers > 0:

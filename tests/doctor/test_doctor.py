@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from novoscale.doctor import RULES, DoctorError, diagnose
+from novoscale.doctor import RULES, Diagnosis, DoctorError, diagnose
 
 ROOT = Path(__file__).parent.parent.parent
 NOVOGRAD = {"type": "NovoGrad", "params": {"lr": 0.01, "preset": "adamw"}}
@@ -525,7 +525,10 @@ def test_a_folder_a_missing_file_and_a_file_that_is_no_text_are_named(tmp_path):
     "key", [*BATCH, "optimizer", "zero_optimization", "fp16", "bf16", "data_types", "scheduler"]
 )
 def test_any_value_in_any_place_is_a_finding_and_no_traceback(tmp_path, key, value):
-    look(tmp_path, {**zero(), key: value}, IMPORT + trainer())
-    look(tmp_path, zero(**{"offload_optimizer": value}), IMPORT + DUMMY)
-    look(tmp_path, zero(optimizer={"type": value, "params": value}))
-    look(tmp_path, params(**{"betas": value, "preset": value, "granularity": value}), IMPORT + trainer())
+    found = [
+        look(tmp_path, {**zero(), key: value}, IMPORT + trainer()),
+        look(tmp_path, zero(**{"offload_optimizer": value}), IMPORT + DUMMY),
+        look(tmp_path, zero(optimizer={"type": value, "params": value})),
+        look(tmp_path, params(**{"betas": value, "preset": value, "granularity": value}), IMPORT + trainer()),
+    ]
+    assert all(isinstance(diagnosis, Diagnosis) for diagnosis in found)

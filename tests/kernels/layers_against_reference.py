@@ -132,7 +132,7 @@ def table(case: Case, known: Tensors, generator: torch.Generator) -> LayerTable:
     share = (torch.rand(layer, generator=generator) < 0.5).double() if case.sums else None
     uses = frozenset(name for name in NEEDED for of in case.groups if of[name])
     made = torch.tensor(records, dtype=torch.int64).view(-1, RECORD)
-    return LayerTable(made, layer, column, case.sums, share, uses)
+    return LayerTable(made, layer, column, share, uses)
 
 
 def run(module: Any, case: Case, device: torch.device, steps: int = 2) -> dict[str, Tensor]:
