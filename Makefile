@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts speed chip instructions memory step-memory quality changeover faults eight-billion docs
+.PHONY: demo test lint cuts speed chip instructions memory step-memory quality tasks tasks-data changeover faults eight-billion docs
 .PHONY: format clean
 
 demo: $(VENV)/.installed
@@ -34,6 +34,13 @@ instructions: $(VENV)/.installed
 
 quality: $(VENV)/.rivals
 	$(RUN) python benchmarks/quality.py $(ARGS)
+
+tasks: $(VENV)/.tasks
+	$(RUN) python -m benchmarks.tasks $(ARGS)
+
+# With apt-get and npm, into ~/.cache/novoscale/tasks; nothing is installed.
+tasks-data: $(VENV)/.tasks
+	$(RUN) python -m benchmarks.tasks.data
 
 changeover: $(VENV)/.installed
 	$(RUN) python benchmarks/changeover.py $(ARGS)
@@ -65,6 +72,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.rivals: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[rivals]'
+	touch $@
+
+$(VENV)/.tasks: $(VENV)/.rivals
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tasks]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed

@@ -12,14 +12,14 @@ CONTEXT = 128
 VALIDATION_WINDOWS = 128
 
 
-def gpt2() -> nn.Module:
+def gpt2(vocabulary: int = 256, context: int = CONTEXT, width: int = 128, layers: int = 4) -> nn.Module:
     """GPT-2's architecture: Conv1D, learned positions, biases, LayerNorm, head tied to the embedding."""
     return GPT2LMHeadModel(
         GPT2Config(
-            vocab_size=256,
-            n_positions=CONTEXT,
-            n_embd=128,
-            n_layer=4,
+            vocab_size=vocabulary,
+            n_positions=context,
+            n_embd=width,
+            n_layer=layers,
             n_head=4,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
@@ -50,9 +50,9 @@ def llama() -> nn.Module:
 MODELS = {"llama": llama, "gpt2": gpt2}
 
 
-def schedule(steps: int) -> Any:
-    """Factor of the learning rate: linear warm-up over a twentieth of the steps, then a cosine to 0.1."""
-    warmup = max(steps // 20, 1)
+def schedule(steps: int, warmup: int | None = None) -> Any:
+    """Factor of the learning rate: linear warm-up, by default over a twentieth; then a cosine to 0.1."""
+    warmup = max(steps // 20 if warmup is None else warmup, 1)
 
     def factor(step: int) -> float:
         if step < warmup:

@@ -1,0 +1,124 @@
+"""Run what the protocol asks for and is not there yet, and show it.
+
+make tasks                                           # everything: some hours on two cores; may be stopped
+make tasks ARGS="--only images --jobs 2"
+make tasks ARGS="--quick"                            # one task, three optimizers: ten minutes
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+from benchmarks.tasks import protocol, report
+from benchmarks.tasks.data import MissingDataError
+from benchmarks.tasks.protocol import METHODS, Results, Run
+from benchmarks.tasks.training import TASKS, load, train
+from novoscale.provenance import make_command, provenance
+
+QUICK = ("language-bytes",), ("AdamW", "NovoGrad, paper", "NovoGrad, adamw")
+
+
+def main(
+    only: Annotated[list[str] | None, typer.Option(help=f"A task, or tasks: {', '.join(TASKS)}.")] = None,
+    optimizer: Annotated[list[str] | None, typer.Option(help=f"Of: {'; '.join(METHODS)}.")] = None,
+    quick: Annotated[bool, typer.Option(help="One task whose data is everywhere, three optimizers.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time, a thread each.")] = os.cpu_count()
+    or 1,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of a training, instead of the task's own.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for a JSON of each task, and the plots.")] = Path(
+        "runs/tasks"
+    ),
+) -> None:
+    """Train what is missing, and show the tables."""
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    tasks = QUICK[0] if quick else chosen(only, TASKS, "task")
+    methods = QUICK[1] if quick else chosen(optimizer, METHODS, "optimizer")
+    out.mkdir(parents=True, exist_ok=True)
+    store = Store(out)
+    for task in list(tasks):
+        try:
+            load(task)
+        except MissingDataError as error:
+            console.print(f"[yellow]{task} is skipped: {error}")
+            tasks = [t for t in tasks if t != task]
+    run_all(store, tasks, methods, jobs, steps, console)
+    report.show(store.rows, console)
+    report.draw(store.rows, store.source, out)
+
+
+def chosen(names: list[str] | None, known: Any, what: str) -> list[str]:
+    """The names that begin with one of those that were given; all if none was."""
+    for name in names or []:
+        if not any(k.startswith(name) for k in known):
+            raise typer.BadParameter(f"no {what} {name!r}; there are: {', '.join(known)}")
+    return [k for k in known if not names or any(k.startswith(name) for name in names)]
+
+
+class Store:
+    """The results: a file for each task, written when a run ends."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.source = provenance(make_command("tasks"))
+        files = sorted(folder.glob("*.json"))
+        self.by_task = {file.stem: json.loads(file.read_text()) for file in files}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Every run of every task."""
+        return [row for stored in self.by_task.values() for row in stored["runs"]]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep a result."""
+        task = TASKS[row["task"]]
+        stored = self.by_task.setdefault(task.name, {"runs": []})
+        about = {"data": task.data, "measures": task.measures, "batch": task.batch, "clip": task.clip}
+        stored.update(provenance=self.source, **about)
+        stored["runs"].append({**row, "commit": self.source["commit"]})
+        lines = ",\n".join(f"  {json.dumps(run)}" for run in stored["runs"])
+        head = json.dumps({k: v for k, v in stored.items() if k != "runs"}, indent=1)
+        file = self.folder / f"{task.name}.json"
+        file.with_suffix(".part").write_text(f'{head[:-2]},\n "runs": [\n{lines}\n ]\n}}\n')
+        file.with_suffix(".part").rename(file)
+
+
+def run_all(store: Store, tasks: Any, methods: Any, jobs: int, steps: int | None, console: Console) -> None:
+    """Keep ``jobs`` trainings going until nothing is missing."""
+    shown = sys.stdout.isatty()
+    running: dict[Future[dict[str, Any]], Run] = {}
+    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
+    with pool, Progress(console=console, disable=not shown) as progress:
+        bar = progress.add_task("trainings", total=None)
+        while True:
+            left = list(protocol.missing(Results(store.rows), tasks, methods))
+            progress.update(bar, completed=len(store.rows), total=len(store.rows) + len(left))
+            waiting = [run for run in left if run not in running.values()]
+            for run in waiting[: jobs - len(running)]:
+                running[pool.submit(train, run, steps)] = run
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                row = future.result()
+                store.add(row)
+                if not shown:
+                    told = {k: v for k, v in row.items() if k not in ("curve", "training")}
+                    print(f"{len(left)} known to be left; {told}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
