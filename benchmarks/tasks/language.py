@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from benchmarks import text
 from benchmarks.language_models import gpt2
@@ -73,10 +74,16 @@ class Words(_Language):
 
     def texts(self) -> tuple[Tensor, Tensor]:
         """Every twentieth verse is held out."""
+        return self.tokens(0, None)
+
+    def tokens(self, first: int, last: int | None) -> tuple[Tensor, Tensor]:
+        """Of the verses from ``first`` to before ``last``."""
         bpe = bible.tokenizer(self.vocabulary, english=True, spanish=False)
-        found = [e.ids for e in bpe.encode_batch([v.english + "\n" for v in bible.verses()])]
-        training = [ids for i, ids in enumerate(found) if i % 20 != 19]
-        return tuple(torch.tensor(list(chain.from_iterable(part))) for part in (training, found[19::20]))  # type: ignore[return-value]
+        found = [e.ids for e in bpe.encode_batch([v.english + "\n" for v in bible.verses()[first:last]])]
+        held_out = range(19, len(found), 20)
+        training = [ids for i, ids in enumerate(found) if i not in held_out]
+        joined = [list(chain.from_iterable(part)) for part in (training, [found[i] for i in held_out])]
+        return torch.tensor(joined[0]), torch.tensor(joined[1])
 
     def model(self) -> nn.Module:
         """0.73M parameters, 0.52M of them in the embedding, which is the head too."""
@@ -84,10 +91,36 @@ class Words(_Language):
 
 
 class Long(Words):
-    """A smaller one, for 20,000 steps."""
+    """A smaller one, for 20,000 steps; with what becomes of tokens that are rarely seen."""
 
     name = "long"
     steps = 20_000
     batch = 4
     context = 32
+    windows = 1024
     width, layers = 32, 2
+    rare = 10  # times in the text
+    measures: ClassVar = {
+        "loss": "nats per token",
+        "rare_loss": f"nats per token that is {rare} times or less in the text",
+        "rare_rms": "root mean square of the embedding of such tokens",
+        "frequent_rms": "the same of the others",
+    }
+
+    def evaluate(self, model: nn.Module, full: bool) -> dict[str, float]:
+        """Over fixed windows; if full, of rare tokens for themselves."""
+        if not full:
+            return super().evaluate(model, full)
+        counts = torch.bincount(self.training, minlength=self.vocabulary)
+        windows = text.windows(self.validation, self.windows, self.context, seed=1)
+        logits = torch.cat([model(input_ids=part).logits[:, :-1].flatten(0, 1) for part in windows.split(64)])
+        targets = windows[:, 1:].flatten()
+        losses = functional.cross_entropy(logits, targets, reduction="none")
+        rare = counts <= self.rare
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        return {
+            "loss": losses.mean().item(),
+            "rare_loss": losses[rare[targets]].mean().item(),
+            "rare_rms": embedding[rare].square().mean().sqrt().item(),
+            "frequent_rms": embedding[~rare].square().mean().sqrt().item(),
+        }

@@ -7,9 +7,13 @@
 3. **Seeds.** The best of all these trials has further ones: five in all for AdamW, three for the others.
 4. **Formats.** What differs from another optimizer in the format of its state only (and Adam-mini, which is
    said to take AdamW's options) has that one's rate and decay, and three seeds.
-5. **Robustness**, at the best rate and decay, seed 0: no warm-up; initial matrices 4 times larger, and smaller.
+5. **Robustness**, at the best rate and decay, seed 0: no warm-up; initial matrices times 4, and by 4.
 6. **Large batch**: eight times the batch, an eighth of the steps; a rate search of its own, from twice the
    best rate on, until one that is worse has been tried on either side.
+
+7. **Long run**: a smaller model for 20,000 steps, AdamW and the preset in three formats, at the best rate and
+   decay that they have on language-bpe; one seed.
+8. **Fine-tuning**, of all weights and of LoRA: points 1 to 4 for AdamW and every form of NovoGrad.
 
 A task's batch, steps, clipping and schedule (warm-up over a twentieth, cosine to a tenth) are the same for
 all. A trial is as good as its loss on held-out data at the end of its schedule; one that diverged is worst.
@@ -74,6 +78,31 @@ METHODS = {
 BASELINE = "AdamW"
 
 
+FORMS = ("NovoGrad, adamw", "NovoGrad, adamw, int8", "NovoGrad, adamw, int4")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What of the protocol is for a task that is not one of the four.
+
+    Attributes:
+        methods: those it is for.
+        like: the task whose best rates and decays it has, instead of a search.
+        seeds: of the best run, at most.
+    """
+
+    methods: tuple[str, ...]
+    like: str | None = None
+    seeds: int = 3
+
+
+SCOPES = {
+    "long": Scope((BASELINE, *FORMS), like="language-bpe", seeds=1),
+    "fine-tuning": Scope((BASELINE, "NovoGrad, paper", *FORMS)),
+    "lora": Scope((BASELINE, "NovoGrad, paper", *FORMS)),
+}
+
+
 @dataclass(frozen=True)
 class Variant:
     """How a training differs from the task's own."""
@@ -115,13 +144,17 @@ class Results:
         }
 
     def search(self, task: str, method: str) -> dict[Run, float]:
-        """The trials of points 1 and 2."""
+        """The trials of points 1 and 2: its own, or those of the task and the method that it is like."""
+        task = SCOPES[task].like or task if task in SCOPES else task
+        method = METHODS[method].like or method
         return {r: v for r, v in self.loss.items() if r == Run(task, method, r.lr, r.weight_decay)}
 
     def best(self, task: str, method: str) -> Run | None:
-        """The best trial; None before there is one. Of a method that is like another one, that one's."""
-        trials = self.search(task, METHODS[method].like or method)
-        return min(trials, key=lambda run: trials[run])._replace(method=method) if trials else None
+        """What to run at the best trial's rate and decay; None before there is a trial."""
+        trials = self.search(task, method)
+        if not trials:
+            return None
+        return min(trials, key=lambda run: trials[run])._replace(task=task, method=method)
 
     def large_batch(self, task: str, method: str) -> dict[Run, float]:
         """The trials of point 6."""
@@ -156,23 +189,30 @@ def rates(first: float, loss: Callable[[float], float | None], either_side: int)
 
 def wanted(results: Results, tasks: Sequence[str], methods: Sequence[str]) -> Iterator[Run]:
     """Every run that can be told from what is known, in the order of the protocol's points."""
-    pairs = [(task, method) for task in tasks for method in methods]
-    searched = [(t, m) for t, m in pairs if METHODS[m].like is None]
-    for task, method in searched:
+    pairs = [(t, m) for t in tasks for m in methods if t not in SCOPES or m in SCOPES[t].methods]
+    searches = [
+        (t, m) for t, m in pairs if METHODS[m].like is None and (t not in SCOPES or not SCOPES[t].like)
+    ]
+    for task, method in searches:
         yield from search(results, task, method)
     for task, method in pairs:
         best = results.best(task, method)
-        if best is not None and all(
-            run in results.loss for run in search(results, task, METHODS[method].like or method)
-        ):
-            yield from (best._replace(seed=seed) for seed in range(METHODS[method].seeds))
-    for task, method in searched:
+        if best is not None and finished(results, task, method):
+            most = SCOPES[task].seeds if task in SCOPES else METHODS[method].seeds
+            yield from (best._replace(seed=seed) for seed in range(most))
+    for task, method in searches:
         best = results.best(task, method)
-        if best is not None and METHODS[method].robust:
+        if best is not None and METHODS[method].robust and task not in SCOPES:
             yield from (best._replace(variant=variant) for variant in ROBUSTNESS)
             large = best._replace(variant=LARGE_BATCH)
             for lr in rates(2 * best.lr, lambda lr: results.loss.get(large._replace(lr=lr)), either_side=1):  # noqa: B023
                 yield large._replace(lr=lr)
+
+
+def finished(results: Results, task: str, method: str) -> bool:
+    """Whether no trial is missing of the search that a method's rate on a task is from."""
+    task = SCOPES[task].like or task if task in SCOPES else task
+    return all(run in results.loss for run in search(results, task, METHODS[method].like or method))
 
 
 def search(results: Results, task: str, method: str) -> Iterator[Run]:

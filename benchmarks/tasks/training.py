@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from benchmarks.language_models import schedule
+from benchmarks.tasks.finetuning import FineTuning, LoRA
 from benchmarks.tasks.images import Images
-from benchmarks.tasks.language import Bytes, Words
+from benchmarks.tasks.language import Bytes, Long, Words
 from benchmarks.tasks.protocol import METHODS, VARIANTS, Run
 from benchmarks.tasks.speech import Speech
 from benchmarks.tasks.task import Task
@@ -22,8 +23,12 @@ from benchmarks.tasks.translation import Translation
 from novoscale import NovoGrad
 from novoscale.memory import optimizer_state_bytes
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Images, Speech, Translation, Bytes, Words)}
-POINTS = 10  # of the curve: the loss on a part of the held-out data after each tenth of the steps
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (Images, Speech, Translation, Bytes, Words, Long, FineTuning, LoRA)
+}
+POINTS = (
+    10  # of the curve: the loss on a part of the held-out data, before the first step and after each tenth
+)
 PARTS = 50  # of the training loss
 
 
@@ -49,7 +54,8 @@ def train(run: Run, steps: int | None = None) -> dict[str, Any]:
     steps = max((steps or task.steps) // variant.batch, 1)
     factor = schedule(steps, None if variant.warmup else 0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    losses, times, curve = [], [], []
+    losses, times = [], []
+    curve = [[0, evaluate(task, model, full=False)["loss"]]]
     began = time.perf_counter()
     for step in range(steps):
         loss = task.loss(model, task.batch * variant.batch, step, run.seed)
