@@ -1,8 +1,9 @@
 """Run what the protocol asks for and is not there yet, and show it.
 
-make tasks                                           # everything: some hours on two cores; may be stopped
+make tasks-data                                     # once: the data, with apt-get and npm
+make tasks                                          # everything: some hours on two cores; may be stopped
 make tasks ARGS="--only images --jobs 2"
-make tasks ARGS="--quick"                            # one task, three optimizers: ten minutes
+make tasks ARGS="--quick"                           # one task, three optimizers: ten minutes
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
-
-from benchmarks.tasks import protocol, report
+from benchmarks.tasks import plots, protocol, report
 from benchmarks.tasks.data import MissingDataError
 from benchmarks.tasks.protocol import METHODS, Results, Run
 from benchmarks.tasks.training import TASKS, load, train
 from novoscale.provenance import make_command, provenance
 
+FOLDER = Path("runs/tasks")
+CORES = os.cpu_count() or 1
 QUICK = ("language-bytes",), ("AdamW", "NovoGrad, paper", "NovoGrad, adamw")
 
 
@@ -34,30 +35,32 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help=f"A task, or tasks: {', '.join(TASKS)}.")] = None,
     optimizer: Annotated[list[str] | None, typer.Option(help=f"Of: {'; '.join(METHODS)}.")] = None,
     quick: Annotated[bool, typer.Option(help="One task whose data is everywhere, three optimizers.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time, a thread each.")] = os.cpu_count()
-    or 1,
-    steps: Annotated[
-        int | None, typer.Option(min=1, help="Of a training, instead of the task's own.")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for a JSON of each task, and the plots.")] = Path(
-        "runs/tasks"
-    ),
+    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time, a thread each.")] = CORES,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of a training; the task's own if absent.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for a JSON of each task, and the plots.")] = FOLDER,
+    page: Annotated[Path | None, typer.Option(help="A page whose tables are made anew.")] = None,
 ) -> None:
     """Train what is missing, and show the tables."""
     console = Console() if sys.stdout.isatty() else Console(width=140)
     tasks = QUICK[0] if quick else chosen(only, TASKS, "task")
     methods = QUICK[1] if quick else chosen(optimizer, METHODS, "optimizer")
     out.mkdir(parents=True, exist_ok=True)
-    store = Store(out)
-    for task in list(tasks):
-        try:
-            load(task)
-        except MissingDataError as error:
-            console.print(f"[yellow]{task} is skipped: {error}")
-            tasks = [t for t in tasks if t != task]
-    run_all(store, tasks, methods, jobs, steps, console)
+    store = Store(out, steps)
+    run_all(store, [task for task in tasks if has_data(task, console)], methods, jobs, console)
     report.show(store.rows, console)
-    report.draw(store.rows, store.source, out)
+    plots.draw(store.rows, store.source, out)
+    if page is not None:
+        report.write(store.rows, page)
+
+
+def has_data(task: str, console: Console) -> bool:
+    """Whether a task can be run; says why not."""
+    try:
+        load(task)
+    except MissingDataError as error:
+        console.print(f"[yellow]{task} is skipped: {error}")
+        return False
+    return True
 
 
 def chosen(names: list[str] | None, known: Any, what: str) -> list[str]:
@@ -69,13 +72,26 @@ def chosen(names: list[str] | None, known: Any, what: str) -> list[str]:
 
 
 class Store:
-    """The results: a file for each task, written when a run ends."""
+    """The results: a file for each task, written when a run ends.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: of the files.
+        steps: of every training; None: as each task has it.
+
+    Raises:
+        typer.BadParameter: what is in the folder was trained for another number of steps.
+    """
+
+    def __init__(self, folder: Path, steps: int | None = None) -> None:
+        self.folder, self.steps = folder, steps
         self.source = provenance(make_command("tasks"))
         files = sorted(folder.glob("*.json"))
         self.by_task = {file.stem: json.loads(file.read_text()) for file in files}
+        for name, stored in self.by_task.items():
+            if stored["steps"] != (steps or TASKS[name].steps):
+                raise typer.BadParameter(
+                    f"{folder}: {name} was trained for {stored['steps']} steps; use another --out"
+                )
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -86,7 +102,13 @@ class Store:
         """Keep a result."""
         task = TASKS[row["task"]]
         stored = self.by_task.setdefault(task.name, {"runs": []})
-        about = {"data": task.data, "measures": task.measures, "batch": task.batch, "clip": task.clip}
+        about = {
+            "steps": self.steps or task.steps,
+            "data": task.data,
+            "measures": task.measures,
+            "batch": task.batch,
+            "clip": task.clip,
+        }
         stored.update(provenance=self.source, **about)
         stored["runs"].append({**row, "commit": self.source["commit"]})
         lines = ",\n".join(f"  {json.dumps(run)}" for run in stored["runs"])
@@ -96,7 +118,7 @@ class Store:
         file.with_suffix(".part").rename(file)
 
 
-def run_all(store: Store, tasks: Any, methods: Any, jobs: int, steps: int | None, console: Console) -> None:
+def run_all(store: Store, tasks: Any, methods: Any, jobs: int, console: Console) -> None:
     """Keep ``jobs`` trainings going until nothing is missing."""
     shown = sys.stdout.isatty()
     running: dict[Future[dict[str, Any]], Run] = {}
@@ -108,7 +130,7 @@ def run_all(store: Store, tasks: Any, methods: Any, jobs: int, steps: int | None
             progress.update(bar, completed=len(store.rows), total=len(store.rows) + len(left))
             waiting = [run for run in left if run not in running.values()]
             for run in waiting[: jobs - len(running)]:
-                running[pool.submit(train, run, steps)] = run
+                running[pool.submit(train, run, store.steps)] = run
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -1,0 +1,142 @@
+"""The pictures of docs/tasks.md, drawn from the result files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, METHODS, ROBUSTNESS, SCOPES
+from benchmarks.tasks.report import Summary
+from benchmarks.tasks.training import TASKS
+from novoscale.plotting import save
+
+STYLES = {
+    "SGD": ("#7fb069", "s"),
+    "AdamW": ("#4d4d4d", "o"),
+    "NAdamW": ("#9a9a9a", "^"),
+    "Adafactor": ("#d98032", "D"),
+    "NovoGrad, paper": ("#9ecae1", "v"),
+    "NovoGrad, adamw": ("#1f6fb4", "o"),
+    "NovoGrad, adamw, int8": ("#1f6fb4", "P"),
+    "NovoGrad, adamw, int4": ("#1f6fb4", "X"),
+    "AdamW8bit": ("#4d4d4d", "P"),
+    "Adam-mini": ("#b07aa1", "<"),
+    "Lion": ("#c0392b", ">"),
+}
+DIVERGED = "diverged"
+
+
+def draw(rows: Sequence[Mapping[str, Any]], source: Mapping[str, Any], out: Path) -> None:
+    """Every picture of which something is measured."""
+    summary = Summary(rows)
+    present = [task for task in TASKS if any(row["task"] == task for row in rows)]
+    four = [task for task in present if task not in SCOPES]
+    if four:
+        results(summary, four, source, out / "tasks_results")
+        rates(summary, four, source, out / "tasks_rates")
+        robustness(summary, four, source, out / "tasks_robustness")
+    if any(summary.seeds("long", method) for method in METHODS):
+        long(summary, source, out / "tasks_long")
+
+
+def results(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], path: Path) -> None:
+    """How far each optimizer's mean is from AdamW's, in spreads of AdamW's seeds."""
+    figure, axis = plt.subplots(figsize=(9, 4.2))
+    names = list(METHODS)
+    for k, task in enumerate(tasks):
+        base, spread = summary.mean(task, BASELINE), summary.spread(task)
+        if base is None or not spread:
+            continue
+        for n, name in enumerate(names):
+            mean = summary.mean(task, name)
+            if mean is not None and math.isfinite(mean):
+                axis.plot((mean - base) / spread, n, marker=f"${k + 1}$", color=_color(name), ms=8)
+    axis.axvspan(-0.5, 0.5, color="#eeeeee", zorder=0)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_xscale("symlog", linthresh=2, linscale=1.5)
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    key = ", ".join(f"{k + 1} {task}" for k, task in enumerate(tasks))
+    axis.set(
+        xlabel=f"loss less AdamW's, over the spread of AdamW's seeds (left is better)\n{key}",
+        title="Each at its own best learning rate and decay; mean of the seeds",
+    )
+    save(figure, path, source)
+
+
+def rates(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], path: Path) -> None:
+    """Loss over the learning rate, as a factor of each optimizer's best."""
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3 * len(tasks), 3.6), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for name in METHODS:
+            losses = {lr: v for lr, v in summary.curve(task, name).items() if math.isfinite(v)}
+            if METHODS[name].like is None and losses:
+                best = min(losses, key=lambda lr: losses[lr])
+                color, marker = STYLES[name]
+                axis.plot(
+                    [lr / best for lr in losses], list(losses.values()), marker=marker, ms=4, color=color,
+                    label=f"{name}",
+                )  # fmt: skip
+        axis.set_xscale("log", base=2)
+        axis.set(title=task, xlabel="learning rate / best")
+        _cut_top(axis)
+    axes[0][0].set_ylabel("held-out loss")
+    axes[0][-1].legend(frameon=False, fontsize=7)
+    save(figure, path, source)
+
+
+def robustness(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], path: Path) -> None:
+    """What each change adds to the loss."""
+    changes = (*ROBUSTNESS, LARGE_BATCH)
+    names = [name for name in METHODS if METHODS[name].like is None and METHODS[name].robust]
+    figure, axes = plt.subplots(1, len(changes), figsize=(3 * len(changes), 3.6), sharey=True)
+    for axis, change in zip(axes, changes, strict=True):
+        for n, name in enumerate(names):
+            for k, task in enumerate(tasks):
+                added, spread = _added(summary, task, name, change), summary.spread(task)
+                if added is not None and spread and math.isfinite(added):
+                    axis.plot(added / spread, n, marker=f"${k + 1}$", color=_color(name), ms=7)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_xscale("symlog", linthresh=2)
+        axis.set_title(change)
+        axis.set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    key = ", ".join(f"{k + 1} {task}" for k, task in enumerate(tasks))
+    figure.supxlabel(f"added to the loss, over the spread of AdamW's seeds. {key}", size=9)
+    save(figure, path, source)
+
+
+def long(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
+    """The loss of the long run, and how far each is from AdamW's."""
+    figure, axis = plt.subplots(figsize=(9, 3.6))
+    for name in SCOPES["long"].methods:
+        for row in summary.seeds("long", name):
+            points = [(step, loss) for step, loss in row["curve"] if step and loss is not None]
+            color, marker = STYLES[name]
+            axis.plot(*zip(*points, strict=True), color=color, marker=marker, label=name, alpha=0.8)
+    axis.set(xlabel="step", ylabel="held-out loss, nats per token", title="20,000 steps")
+    axis.legend(frameon=False)
+    save(figure, path, source)
+
+
+def _added(summary: Summary, task: str, name: str, change: str) -> float | None:
+    if change != LARGE_BATCH:
+        return summary.variant(task, name, change)
+    large, mean = summary.large_batch(task, name), summary.mean(task, name)
+    return None if large is None or mean is None else large - mean
+
+
+def _color(name: str) -> str:
+    return STYLES[name][0]
+
+
+def _cut_top(axis: Axes) -> None:
+    """Leave out of sight what is far from the best: it would press the rest together."""
+    values = [float(v) for line in axis.lines for v in line.get_ydata()]  # type: ignore[union-attr]
+    low, high = min(values), max(values)
+    axis.set_ylim(low - 0.03 * low, min(high, low * 1.6))
