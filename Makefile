@@ -7,7 +7,7 @@ BIN := $(abspath $(VENV))/bin
 RUN := PATH="$(BIN):$$PATH"
 
 .PHONY: demo test lint cuts speed chip instructions memory step-memory quality tasks tasks-data changeover faults eight-billion docs
-.PHONY: format clean
+.PHONY: packages format clean
 
 demo: $(VENV)/.installed
 	$(RUN) python benchmarks/demo.py $(ARGS)
@@ -60,6 +60,10 @@ faults: $(VENV)/.installed
 # Needs no network, nor does the site, in build/site. To search in it: python -m http.server --directory build/site
 docs: $(VENV)/.docs
 	$(RUN) NO_MKDOCS_2_WARNING=1 mkdocs build --strict $(ARGS)
+
+# A wheel and an sdist in empty environments, without and with each extra.
+packages: $(VENV)/.installed
+	$(RUN) python tests/packages.py $(ARGS)
 
 format: $(VENV)/.installed
 	$(RUN) ruff check --fix .

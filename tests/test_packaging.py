@@ -1,12 +1,17 @@
-"""``integrations/`` is ``novoscale.integrations``, from a wheel and from an editable install."""
+"""What is installed: from a wheel, an sdist and an editable install, and with it ``integrations/``."""
 
+import importlib.metadata
 import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from zipfile import ZipFile
 
+import packages
 import pytest
+
+import novoscale
 
 ROOT = Path(__file__).parent.parent
 FILES = (
@@ -45,3 +50,34 @@ def test_installs_with_its_integrations(kind, tmp_path):
     # The core needs torch alone.
     core = "import sys, novoscale; print({'deepspeed', 'accelerate', 'transformers'} & set(sys.modules))"
     assert run(python, "-c", core).strip() == "set()"
+
+
+def test_a_wheel_and_an_sdist_train_in_an_empty_environment_with_torch_alone(capsys):
+    packages.main([packages.CORE])
+    assert capsys.readouterr().out.splitlines() == [
+        f"novoscale-{novoscale.__version__}-py3-none-any.whl, core: works",
+        f"novoscale-{novoscale.__version__}.tar.gz, core: works",
+    ]
+
+
+def test_a_wheel_has_every_file_of_the_package(tmp_path):
+    wheel, _ = packages.build(tmp_path)
+    with ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if not name.endswith("/") and ".dist-info/" not in name}
+    listed = subprocess.run(
+        ["git", "ls-files", "novoscale", "integrations"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    moved = {name.replace("integrations/", "novoscale/integrations/", 1) for name in listed}
+    assert packed == {name for name in moved if not name.endswith(".md")}
+
+
+def test_every_extra_has_a_smoke_test_and_every_place_the_same_version():
+    extras = importlib.metadata.metadata("novoscale").get_all("Provides-Extra")
+    assert set(packages.SMOKE) == {packages.CORE, *extras}
+    assert f"\nversion: {novoscale.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## {novoscale.__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_an_extra_that_there_is_not_is_named():
+    with pytest.raises(SystemExit, match="no extra nothing; there are: core, cli"):
+        packages.main(["nothing"])
