@@ -254,10 +254,10 @@ struct Step {
   Group group;
   int32_t options;
 
-  // Whether any of n elements is active.
-  bool changes(int64_t n) const {
+  // Whether any of the elements from..to is active.
+  bool changes(int64_t from, int64_t to) const {
     const int64_t each = options & EACH ? 1 : 0;
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = from; i < to; i++) {
       if (active[each * i] && (!(options & FACTORED) || column_root[(1 - each) * i] > 0)) return true;
     }
     return false;
@@ -350,10 +350,9 @@ struct Layers {
             shard.options | (factored ? FACTORED : 0) | (chunk.each() ? EACH : 0)};
   }
 
-  // The positions of elements, of which the first is in this layer, become their random bits.
-  void mix(const Chunk &chunk, int64_t layer, uint32_t *positions, int64_t n) const {
-    if (chunk.each()) return mix_keys(positions, key + layer, n);
-    mix_key(positions, key[layer], n);
+  // Random bits of n elements from `start` on, of which the first is in this layer.
+  void random(const Chunk &chunk, int64_t layer, int64_t start, uint32_t *bits, int64_t n) const {
+    random_bits(chunk.position + start - chunk.start, key + layer, chunk.each(), bits, n);
   }
 };
 
@@ -370,10 +369,7 @@ void update_elements(const Shard &shard, const Chunk &chunk, int64_t layer, int6
     const int64_t n = stop - at < tile ? stop - at : tile;
     const int64_t moments = chunk.place + at - chunk.start;
     const int64_t first = chunk.each() ? layer + at - start : layer;
-    if (shard.rounds_weights || rounds_moment) {
-      hash_positions(chunk.position + at - chunk.start, bits, n);
-      layers.mix(chunk, first, bits, n);
-    }
+    if (shard.rounds_weights || rounds_moment) layers.random(chunk, first, at, bits, n);
     const float *g = load(shard.grad, shard.grad_format, at, n, buffers[0]);
     float *w = load(shard.param, shard.param_format, at, n, buffers[1]);
     float *m = shard.exp_avg ? load(shard.exp_avg, shard.exp_avg_format, moments, n, buffers[2]) : nullptr;
@@ -383,66 +379,62 @@ void update_elements(const Shard &shard, const Chunk &chunk, int64_t layer, int6
   }
 }
 
-// The moments of a block to and from a buffer.
-void load_block(const Shard &shard, int64_t block, float *values) {
-  alignas(64) int8_t codes[BLOCK];
-  const float scale = widen(static_cast<const BFloat16 *>(shard.scale)[block]);
-  if (shard.exp_avg_format == INT4) {
-    unpack(static_cast<const uint8_t *>(shard.exp_avg) + block * BLOCK / 2, codes);
-    decode(codes, scale, values);
-  } else {
-    decode(static_cast<const int8_t *>(shard.exp_avg) + block * BLOCK, scale, values);
-  }
-}
+// The moments of some blocks, which may be of several layers, while they are updated.
+struct Blocks {
+  alignas(64) float moments[TILE_BLOCKS * BLOCK];
+  alignas(64) uint32_t bits[TILE_BLOCKS * BLOCK];
+  uint32_t magnitudes[TILE_BLOCKS] = {};
+  bool changed[TILE_BLOCKS];  // whether any element is active
 
-void store_block(const Shard &shard, int64_t block, const float *values, const uint32_t *bits,
-                 uint32_t magnitude) {
-  alignas(64) int8_t codes[BLOCK];
-  const bool packed = shard.exp_avg_format == INT4;
-  int8_t *to = packed ? codes : static_cast<int8_t *>(shard.exp_avg) + block * BLOCK;
-  static_cast<BFloat16 *>(shard.scale)[block] = encode(values, bits, magnitude, packed ? 7.0f : 127.0f, to);
-  if (packed) pack(codes, static_cast<uint8_t *>(shard.exp_avg) + block * BLOCK / 2);
-}
-
-// The elements of one block of the first moment, which may be of several layers. Returns whether any of them
-// is active, and in `moments`, if anything is stored or anyone has to know, what becomes of the block: 0 in
-// the elements of others. With `stored` false, nothing is stored.
-bool update_block(const Shard &shard, const Chunk &part, const Layers &layers, bool stored, float *moments) {
-  alignas(64) float weights[BLOCK], gradients[BLOCK];
-  alignas(64) uint32_t bits[BLOCK];
-  const int64_t lane = part.position % BLOCK, n = part.stop - part.start;
-  bool active = false, loaded = part.cut >= 0;
-  if (loaded) load_block(shard, part.place, moments);
-  hash_positions(part.position, bits + lane, n);
-  part.each_run([&](int64_t layer, int64_t start, int64_t stop) {
-    const int64_t from = lane + start - part.start, count = stop - start;
-    layers.mix(part, layer, bits + from, count);
-    const Step s = layers.step(shard, part, layer, start);
-    if (!s.changes(count)) return;
-    if (!loaded) load_block(shard, part.place, moments);
-    active = loaded = true;
-    const float *g = load(shard.grad, shard.grad_format, start, count, gradients);
-    float *w = load(shard.param, shard.param_format, start, count, weights);
-    if (!stored && w != weights) w = static_cast<float *>(std::memcpy(weights, w, count * sizeof *w));
-    step(w, g, moments + from, count, s);
-    if (!stored) return;
-    store(w, shard.param, shard.param_format, start, count, shard.rounds_weights ? bits + from : nullptr, 0);
-  });
-  if (!loaded) return active;
-  // Of the rest of the block another rank has a part, or nobody.
-  const auto clear = [&](int64_t from, int64_t to) {
+  // Those of elements that `part` has not got are 0: another rank has them, or nobody.
+  void clear(int64_t from, int64_t to) {
     std::memset(moments + from, 0, (to - from) * sizeof *moments);
     std::memset(bits + from, 0, (to - from) * sizeof *bits);
-  };
-  clear(0, lane);
-  clear(lane + n, BLOCK);
-  if (!stored) return active;
-  if (part.cut < 0) {
-    store_block(shard, part.place, moments, bits, magnitude_of(moments));
-  } else if (layers.cut_active[part.cut]) {
-    store_block(shard, part.place, moments, bits, layers.cut_largest[part.cut]);
   }
-  return active;
+};
+
+uint8_t *codes_of(const Shard &shard, int64_t block) {
+  const int64_t bytes = shard.exp_avg_format == INT4 ? Int4::BYTES : Int8::BYTES;
+  return static_cast<uint8_t *>(shard.exp_avg) + block * bytes;
+}
+
+// The elements of a part of a chunk, at most of a tile's blocks. Unless `stored`, nothing is stored.
+void update_blocks(const Shard &shard, const Chunk &part, const Layers &layers, bool stored, Blocks &of) {
+  alignas(64) float weights[TILE_BLOCKS * BLOCK], gradients[TILE_BLOCKS * BLOCK];
+  const int64_t lane = part.position % BLOCK, end = lane + part.stop - part.start;
+  const int64_t blocks = (end - 1) / BLOCK + 1;
+  uint8_t *codes = codes_of(shard, part.place);
+  BFloat16 *scales = static_cast<BFloat16 *>(shard.scale) + part.place;
+  (shard.exp_avg_format == INT4 ? decode_Int4 : decode_Int8)(codes, scales, of.moments, blocks);
+  std::memset(of.changed, 0, sizeof of.changed);
+  part.each_run([&](int64_t layer, int64_t start, int64_t stop) {
+    const int64_t from = lane + start - part.start, to = from + stop - start, n = stop - start;
+    layers.random(part, layer, start, of.bits + from, n);
+    const Step s = layers.step(shard, part, layer, start);
+    bool any = false;
+    for (int64_t b = from / BLOCK; b * BLOCK < to; b++) {
+      const bool own = s.changes(std::max(b * BLOCK, from) - from, std::min((b + 1) * BLOCK, to) - from);
+      of.changed[b] |= own;
+      any |= own;
+    }
+    if (!any) return;
+    const float *g = load(shard.grad, shard.grad_format, start, n, gradients);
+    float *w = load(shard.param, shard.param_format, start, n, weights);
+    if (!stored && w != weights) w = static_cast<float *>(std::memcpy(weights, w, n * sizeof *w));
+    step(w, g, of.moments + from, n, s);
+    if (!stored) return;
+    store(w, shard.param, shard.param_format, start, n, shard.rounds_weights ? of.bits + from : nullptr, 0);
+  });
+  of.clear(0, lane);
+  of.clear(end, blocks * BLOCK);
+  magnitudes_of(of.moments, of.magnitudes, blocks);
+  if (!stored) return;
+  if (part.cut >= 0) {
+    of.magnitudes[0] = layers.cut_largest[part.cut];
+    of.changed[0] = layers.cut_active[part.cut];
+  }
+  (shard.exp_avg_format == INT4 ? encode_Int4 : encode_Int8)(of.moments, of.bits, of.magnitudes, of.changed,
+                                                             codes, scales, blocks);
 }
 
 void update(const Shard &shard, const Chunk &chunk, const Layers &layers) {
@@ -452,14 +444,14 @@ void update(const Shard &shard, const Chunk &chunk, const Layers &layers) {
     });
     return;
   }
-  alignas(64) float moments[BLOCK];
+  Blocks blocks;
   Chunk part = chunk;
-  for (; part.start < chunk.stop; part.start = part.stop, part.place++) {
+  for (; part.start < chunk.stop; part.start = part.stop) {
     part.position = chunk.position + part.start - chunk.start;
     part.layer = chunk.layer + part.position / part.size - chunk.position / part.size;
-    const int64_t stop = part.start + BLOCK - part.position % BLOCK;
-    part.stop = stop < chunk.stop ? stop : chunk.stop;
-    update_block(shard, part, layers, true, moments);
+    part.place = chunk.place + part.position / BLOCK - chunk.position / BLOCK;
+    part.stop = std::min(part.start + TILE_BLOCKS * BLOCK - part.position % BLOCK, chunk.stop);
+    update_blocks(shard, part, layers, true, blocks);
   }
 }
 
@@ -598,9 +590,10 @@ extern "C" void novoscale_largest(const Shard *shards, const Chunk *chunks, int6
                                   int64_t threads, int32_t *largest, int32_t *any) {
   const Layers layers{each, groups, row_root, column_root, active, key, nullptr, nullptr};
   each_chunk(chunks, count, threads, [&](int64_t index) {
-    alignas(64) float moments[BLOCK];
-    found[2 * index + 1] = update_block(shards[chunks[index].shard], chunks[index], layers, false, moments);
-    found[2 * index] = static_cast<int32_t>(magnitude_of(moments));
+    Blocks block;
+    update_blocks(shards[chunks[index].shard], chunks[index], layers, false, block);
+    found[2 * index] = static_cast<int32_t>(block.magnitudes[0]);
+    found[2 * index + 1] = block.changed[0];
   });
   for (int64_t index = 0; index < count; index++) {
     const int64_t cut = chunks[index].cut;
