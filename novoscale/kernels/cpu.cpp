@@ -22,7 +22,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 256;  // elements; with more, memory idles while a tile is widened
+constexpr int64_t AHEAD = 4 * TILE;  // how far what will be needed is fetched: see `fetch`
 constexpr int64_t SMALL = 1 << 15;  // elements that are done before other threads would have started
 
 // What is done to an element, beside the numbers that it is done with. As in cpu.py, but for
@@ -136,10 +136,10 @@ INLINE void statistics(const T *g, int64_t n, int32_t norm_type, double *result)
   }
 }
 
-// The squares of some rows, added to the sums of the columns; and the sums of the rows. Several rows at once,
-// so that the columns' sums are read and written once for all of them.
-template <int64_t ROWS, typename T>
-INLINE void sum_rows(const T *g, int64_t width, int64_t stride, double *rows, double *columns) {
+// The squares of some rows, added to the sums of the columns and of the rows. Several rows at once, so that
+// the columns' sums are read and written once for all of them.
+template <int64_t ROWS>
+INLINE void sum_rows(const float *g, int64_t width, int64_t stride, double *rows, double *columns) {
   constexpr int64_t LANES = 8;
   double sums[ROWS * LANES] = {};
   int64_t j = 0;
@@ -148,7 +148,7 @@ INLINE void sum_rows(const T *g, int64_t width, int64_t stride, double *rows, do
     for (int64_t lane = 0; lane < LANES; lane++) column[lane] = columns[j + lane];
     for (int64_t row = 0; row < ROWS; row++) {
       for (int64_t lane = 0; lane < LANES; lane++) {
-        const double value = widen(g[row * stride + j + lane]);
+        const double value = g[row * stride + j + lane];
         column[lane] += value * value;
         sums[row * LANES + lane] += value * value;
       }
@@ -159,11 +159,24 @@ INLINE void sum_rows(const T *g, int64_t width, int64_t stride, double *rows, do
     double sum = 0;
     for (int64_t lane = 0; lane < LANES; lane++) sum += sums[row * LANES + lane];
     for (int64_t k = j; k < width; k++) {
-      const double value = widen(g[row * stride + k]);
+      const double value = g[row * stride + k];
       columns[k] += value * value;
       sum += value * value;
     }
-    rows[row] = sum;
+    rows[row] += sum;
+  }
+}
+
+// Of 16 bits widened first: in one loop with the squares that would be done in short vectors.
+template <int64_t ROWS, typename T>
+INLINE void sum_rows(const T *g, int64_t width, int64_t stride, double *rows, double *columns) {
+  alignas(64) float wide[ROWS * TILE];
+  for (int64_t j = 0; j < width; j += TILE) {
+    const int64_t n = std::min(TILE, width - j);
+    for (int64_t row = 0; row < ROWS; row++) {
+      for (int64_t k = 0; k < n; k++) wide[row * TILE + k] = widen(g[row * stride + j + k]);
+    }
+    sum_rows<ROWS>(wide, n, TILE, rows, columns + j);
   }
 }
 
@@ -172,7 +185,7 @@ template <typename T>
 INLINE void sum_panel(const T *g, const Panel &panel, double *sums) {
   constexpr int64_t ROWS = 8;
   double *columns = sums + panel.rows;
-  for (int64_t j = 0; j < panel.width; j++) columns[j] = 0;
+  std::memset(sums, 0, (panel.rows + panel.width) * sizeof *sums);
   int64_t row = 0;
   for (; row + ROWS <= panel.rows; row += ROWS) {
     sum_rows<ROWS>(g + row * panel.stride, panel.width, panel.stride, sums + row, columns);
@@ -229,6 +242,12 @@ float *load(void *tensor, int32_t format, int64_t start, int64_t n, float *buffe
     default:
       return static_cast<float *>(tensor) + start;
   }
+}
+
+// Fetch elements start..stop, while others are computed: loads alone would leave memory idle meanwhile.
+INLINE void fetch(const void *tensor, int32_t format, int64_t start, int64_t stop) {
+  const char *bytes = static_cast<const char *>(tensor);
+  for (int64_t i = start * BITS[format] / 8; i < stop * BITS[format] / 8; i += 64) __builtin_prefetch(bytes + i, 1, 2);
 }
 
 // Write back what `load` returned; float32 was changed where it lies. With bits, bfloat16 is rounded by 16 of
@@ -393,19 +412,20 @@ struct Blocks {
   }
 };
 
-uint8_t *codes_of(const Shard &shard, int64_t block) {
-  const int64_t bytes = shard.exp_avg_format == INT4 ? Int4::BYTES : Int8::BYTES;
-  return static_cast<uint8_t *>(shard.exp_avg) + block * bytes;
-}
-
-// The elements of a part of a chunk, at most of a tile's blocks. Unless `stored`, nothing is stored.
-void update_blocks(const Shard &shard, const Chunk &part, const Layers &layers, bool stored, Blocks &of) {
+// The elements of a part of a chunk, at most of a tile's blocks; `more` elements of the chunk follow. Unless
+// `stored`, nothing is stored.
+void update_blocks(const Shard &shard, const Chunk &part, int64_t more, const Layers &layers, bool stored,
+                   Blocks &of) {
   alignas(64) float weights[TILE_BLOCKS * BLOCK], gradients[TILE_BLOCKS * BLOCK];
   const int64_t lane = part.position % BLOCK, end = lane + part.stop - part.start;
   const int64_t blocks = (end - 1) / BLOCK + 1;
-  uint8_t *codes = codes_of(shard, part.place);
+  uint8_t *codes = static_cast<uint8_t *>(shard.exp_avg) + part.place * BLOCK * BITS[shard.exp_avg_format] / 8;
   BFloat16 *scales = static_cast<BFloat16 *>(shard.scale) + part.place;
+  // Between the parts of the work, for only so many lines can be fetched at a time.
+  const int64_t next = std::min(AHEAD, more), fetched = std::min(TILE, more - next);
+  fetch(shard.grad, shard.grad_format, part.stop + next, part.stop + next + fetched);
   (shard.exp_avg_format == INT4 ? decode_Int4 : decode_Int8)(codes, scales, of.moments, blocks);
+  fetch(codes, shard.exp_avg_format, blocks * BLOCK + next, blocks * BLOCK + next + fetched);
   std::memset(of.changed, 0, sizeof of.changed);
   part.each_run([&](int64_t layer, int64_t start, int64_t stop) {
     const int64_t from = lane + start - part.start, to = from + stop - start, n = stop - start;
@@ -425,6 +445,7 @@ void update_blocks(const Shard &shard, const Chunk &part, const Layers &layers, 
     if (!stored) return;
     store(w, shard.param, shard.param_format, start, n, shard.rounds_weights ? of.bits + from : nullptr, 0);
   });
+  fetch(shard.param, shard.param_format, part.stop + next, part.stop + next + fetched);
   of.clear(0, lane);
   of.clear(end, blocks * BLOCK);
   magnitudes_of(of.moments, of.magnitudes, blocks);
@@ -451,7 +472,7 @@ void update(const Shard &shard, const Chunk &chunk, const Layers &layers) {
     part.layer = chunk.layer + part.position / part.size - chunk.position / part.size;
     part.place = chunk.place + part.position / BLOCK - chunk.position / BLOCK;
     part.stop = std::min(part.start + TILE_BLOCKS * BLOCK - part.position % BLOCK, chunk.stop);
-    update_blocks(shard, part, layers, true, blocks);
+    update_blocks(shard, part, chunk.stop - part.stop, layers, true, blocks);
   }
 }
 
@@ -591,7 +612,7 @@ extern "C" void novoscale_largest(const Shard *shards, const Chunk *chunks, int6
   const Layers layers{each, groups, row_root, column_root, active, key, nullptr, nullptr};
   each_chunk(chunks, count, threads, [&](int64_t index) {
     Blocks block;
-    update_blocks(shards[chunks[index].shard], chunks[index], layers, false, block);
+    update_blocks(shards[chunks[index].shard], chunks[index], 0, layers, false, block);
     found[2 * index] = static_cast<int32_t>(block.magnitudes[0]);
     found[2 * index + 1] = block.changed[0];
   });

@@ -19,7 +19,10 @@
 
 namespace {
 
+constexpr int64_t TILE = 256;  // elements that are done at once; with more, memory idles while they are computed
+
 enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // as in cpu.py
+constexpr int64_t BITS[] = {32, 16, 16, 8, 4};  // of an element
 
 struct BFloat16 {
   uint16_t bits;

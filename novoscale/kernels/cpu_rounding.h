@@ -3,6 +3,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "cpu_formats.h"
@@ -10,7 +11,7 @@
 namespace {
 
 constexpr int64_t BLOCK = 128;  // elements of the first moment that have one scale
-constexpr int64_t TILE_BLOCKS = 8;  // blocks that are done at once
+constexpr int64_t TILE_BLOCKS = TILE / BLOCK;
 
 INLINE uint32_t scramble_rest(uint32_t x) {
   x *= 0x7feb352d;
@@ -62,23 +63,28 @@ VARIANTS void round_to(const float *from, BFloat16 *to, const uint32_t *bits, in
 // How the codes of a block are stored, and the largest of them.
 struct Int8 {
   static constexpr int64_t BYTES = BLOCK;
-  static constexpr float LARGEST = 127;
-  static INLINE void unpack(const uint8_t *from, int8_t *codes) { std::memcpy(codes, from, BLOCK); }
-  static INLINE void pack(const int8_t *codes, uint8_t *to) { std::memcpy(to, codes, BLOCK); }
+  static constexpr int32_t LARGEST = 127;
+  static INLINE const int8_t *unpack(const uint8_t *from, int8_t *) { return reinterpret_cast<const int8_t *>(from); }
+  static INLINE void pack(const int32_t *codes, uint8_t *to) {
+    for (int64_t i = 0; i < BYTES; i++) to[i] = static_cast<uint8_t>(codes[i]);
+  }
 };
 
 struct Int4 {
   static constexpr int64_t BYTES = BLOCK / 2;
-  static constexpr float LARGEST = 7;
-  static INLINE void unpack(const uint8_t *from, int8_t *codes) {
+  static constexpr int32_t LARGEST = 7;
+  static INLINE const int8_t *unpack(const uint8_t *from, int8_t *codes) {
     for (int64_t i = 0; i < BYTES; i++) {
       codes[2 * i] = static_cast<int8_t>(from[i] << 4) >> 4;
       codes[2 * i + 1] = static_cast<int8_t>(from[i]) >> 4;
     }
+    return codes;
   }
-  static INLINE void pack(const int8_t *codes, uint8_t *to) {
+  static INLINE void pack(const int32_t *codes, uint8_t *to) {
+    alignas(64) int8_t bytes[BLOCK];
+    for (int64_t i = 0; i < BLOCK; i++) bytes[i] = static_cast<int8_t>(codes[i]);
     for (int64_t i = 0; i < BYTES; i++) {
-      to[i] = static_cast<uint8_t>((codes[2 * i] & 15) | codes[2 * i + 1] << 4);
+      to[i] = static_cast<uint8_t>((bytes[2 * i] & 15) | bytes[2 * i + 1] << 4);
     }
   }
 };
@@ -86,8 +92,8 @@ struct Int4 {
 template <typename Form>
 INLINE void decode(const uint8_t *from, const BFloat16 *scales, float *values, int64_t blocks) {
   for (int64_t b = 0; b < blocks; b++, from += Form::BYTES, values += BLOCK) {
-    alignas(64) int8_t codes[BLOCK];
-    Form::unpack(from, codes);
+    alignas(64) int8_t buffer[BLOCK];
+    const int8_t *codes = Form::unpack(from, buffer);
     const float scale = widen(scales[b]);
     for (int64_t i = 0; i < BLOCK; i++) values[i] = static_cast<float>(codes[i]) * scale;
   }
@@ -106,23 +112,22 @@ VARIANTS void magnitudes_of(const float *values, uint32_t *magnitudes, int64_t b
 }
 
 // The scale of a block, from the bits of its largest magnitude.
-INLINE float scale_of(uint32_t magnitude, float largest) {
+INLINE float scale_of(uint32_t magnitude, int32_t largest) {
   // Up to the next bfloat16, and not below the smallest normal number.
-  const float quotient = float_of(magnitude) * static_cast<float>(1 / static_cast<double>(largest));
+  const float quotient = float_of(magnitude) * static_cast<float>(1.0 / largest);
   const uint32_t up = (bits_of(quotient) + 0xffff) & 0xffff0000;
   const uint32_t scale = up < 0x00800000 ? 0x00800000 : up;
   return float_of(magnitude == 0 ? 0 : magnitude < 0x7f800000 ? scale : 0x7fc00000);
 }
 
-INLINE void encode_block(const float *values, const uint32_t *bits, float inverse, float largest, int8_t *codes) {
-  alignas(64) int32_t wide[BLOCK];
+// Codes of a block whose values are finite.
+INLINE void encode_block(const float *values, const uint32_t *bits, float inverse, int32_t largest, int32_t *codes) {
   for (int64_t i = 0; i < BLOCK; i++) {
-    const float chance = static_cast<float>(static_cast<int32_t>(bits[i] >> 15 | 1)) * 0x1p-17f;
-    const float code = std::floor(values[i] * inverse + chance);
-    const float least = code < -largest ? -largest : code;
-    wide[i] = static_cast<int32_t>(least > largest ? largest : least);
+    // 1 + chance, from 16 bits and the middle between them and the next.
+    const float above = float_of((bits[i] >> 9 & 0x7fff80) | 0x3f800040);
+    const int32_t code = static_cast<int32_t>(std::floor(values[i] * inverse + (above - 1)));
+    codes[i] = std::min(std::max(code, -largest), largest);
   }
-  for (int64_t i = 0; i < BLOCK; i++) codes[i] = static_cast<int8_t>(wide[i]);
 }
 
 // Codes and scales of the changed ones of some blocks, whose largest magnitudes have these bits. There are
@@ -138,9 +143,11 @@ INLINE void encode(const float *values, const uint32_t *bits, const uint32_t *ma
   }
   for (int64_t b = 0; b < blocks; b++) {
     if (!changed[b]) continue;
-    alignas(64) int8_t codes[BLOCK] = {};
+    alignas(64) int32_t codes[BLOCK];
     if (scale[b] > 0) {
       encode_block(values + b * BLOCK, bits + b * BLOCK, inverse[b], Form::LARGEST, codes);
+    } else {
+      std::memset(codes, 0, sizeof codes);
     }
     Form::pack(codes, to + b * Form::BYTES);
     scales[b].bits = static_cast<uint16_t>(bits_of(scale[b]) >> 16);
