@@ -8,9 +8,15 @@
 #include <cstdint>
 #include <cstring>
 
-// One library for every x86-64; the variant is chosen when it is loaded. Needs glibc's loader.
+// One library for every x86-64; the variant is chosen when it is loaded. Needs glibc's loader. Bytes and 16 bits
+// are in vectors of 512 from x86-64-v4 on; a GCC before 12 does not know that name.
 #if defined(__x86_64__) && defined(__GLIBC__)
-#define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
+#if !defined(__clang__) && __GNUC__ >= 12
+#define WIDEST "arch=x86-64-v4"
+#else
+#define WIDEST "avx512f"
+#endif
+#define VARIANTS __attribute__((target_clones(WIDEST, "avx2", "default")))
 #else
 #define VARIANTS
 #endif
