@@ -136,17 +136,19 @@ INLINE void statistics(const T *g, int64_t n, int32_t norm_type, double *result)
   }
 }
 
+constexpr int64_t ROWS = 8;
+
 // The squares of some rows, added to the sums of the columns and of the rows. Several rows at once, so that
 // the columns' sums are read and written once for all of them.
-template <int64_t ROWS>
+template <int64_t COUNT>
 INLINE void sum_rows(const float *g, int64_t width, int64_t stride, double *rows, double *columns) {
   constexpr int64_t LANES = 8;
-  double sums[ROWS * LANES] = {};
+  double sums[COUNT * LANES] = {};
   int64_t j = 0;
   for (; j + LANES <= width; j += LANES) {
     double column[LANES];
     for (int64_t lane = 0; lane < LANES; lane++) column[lane] = columns[j + lane];
-    for (int64_t row = 0; row < ROWS; row++) {
+    for (int64_t row = 0; row < COUNT; row++) {
       for (int64_t lane = 0; lane < LANES; lane++) {
         const double value = g[row * stride + j + lane];
         column[lane] += value * value;
@@ -155,7 +157,7 @@ INLINE void sum_rows(const float *g, int64_t width, int64_t stride, double *rows
     }
     for (int64_t lane = 0; lane < LANES; lane++) columns[j + lane] = column[lane];
   }
-  for (int64_t row = 0; row < ROWS; row++) {
+  for (int64_t row = 0; row < COUNT; row++) {
     double sum = 0;
     for (int64_t lane = 0; lane < LANES; lane++) sum += sums[row * LANES + lane];
     for (int64_t k = j; k < width; k++) {
@@ -167,31 +169,31 @@ INLINE void sum_rows(const float *g, int64_t width, int64_t stride, double *rows
   }
 }
 
-// Of 16 bits widened first: in one loop with the squares that would be done in short vectors.
-template <int64_t ROWS, typename T>
-INLINE void sum_rows(const T *g, int64_t width, int64_t stride, double *rows, double *columns) {
-  alignas(64) float wide[ROWS * TILE];
-  for (int64_t j = 0; j < width; j += TILE) {
-    const int64_t n = std::min(TILE, width - j);
-    for (int64_t row = 0; row < ROWS; row++) {
-      for (int64_t k = 0; k < n; k++) wide[row * TILE + k] = widen(g[row * stride + j + k]);
-    }
-    sum_rows<ROWS>(wide, n, TILE, rows, columns + j);
-  }
+VARIANTS void sum_squares(const float *g, int64_t count, int64_t width, int64_t stride, double *rows,
+                          double *columns) {
+  int64_t row = 0;
+  for (; row + ROWS <= count; row += ROWS) sum_rows<ROWS>(g + row * stride, width, stride, rows + row, columns);
+  for (; row < count; row++) sum_rows<1>(g + row * stride, width, stride, rows + row, columns);
 }
 
 // The sums of a panel's rows, and behind them those of its columns.
-template <typename T>
-INLINE void sum_panel(const T *g, const Panel &panel, double *sums) {
-  constexpr int64_t ROWS = 8;
-  double *columns = sums + panel.rows;
+void sum_panel(const float *g, const Panel &panel, double *sums) {
   std::memset(sums, 0, (panel.rows + panel.width) * sizeof *sums);
-  int64_t row = 0;
-  for (; row + ROWS <= panel.rows; row += ROWS) {
-    sum_rows<ROWS>(g + row * panel.stride, panel.width, panel.stride, sums + row, columns);
-  }
-  for (; row < panel.rows; row++) {
-    sum_rows<1>(g + row * panel.stride, panel.width, panel.stride, sums + row, columns);
+  sum_squares(g, panel.rows, panel.width, panel.stride, sums, sums + panel.rows);
+}
+
+// What has 16 bits is widened before: in one loop with the squares that would be done in short vectors.
+template <typename T>
+void sum_panel(const T *g, const Panel &panel, double *sums) {
+  alignas(64) float wide[ROWS * TILE];
+  std::memset(sums, 0, (panel.rows + panel.width) * sizeof *sums);
+  for (int64_t row = 0; row < panel.rows; row += ROWS) {
+    const int64_t rows = std::min(ROWS, panel.rows - row);
+    for (int64_t j = 0; j < panel.width; j += TILE) {
+      const int64_t width = std::min(TILE, panel.width - j);
+      for (int64_t k = 0; k < rows; k++) widen(g + (row + k) * panel.stride + j, wide + k * TILE, width);
+      sum_squares(wide, rows, width, TILE, sums + row, sums + panel.rows + j);
+    }
   }
 }
 
@@ -202,8 +204,7 @@ INLINE void sum_panel(const T *g, const Panel &panel, double *sums) {
   } \
   VARIANTS void statistics_of_each(const T *g, int64_t n, int32_t norm_type, double *result) { \
     statistics(g, n, norm_type, result); \
-  } \
-  VARIANTS void sums_of_panel(const T *g, const Panel &panel, double *sums) { sum_panel(g, panel, sums); }
+  }
 
 FIRST_PASS(float)
 FIRST_PASS(BFloat16)
@@ -578,7 +579,7 @@ void sum_panels(const Shard *shards, const Panel *panels, int64_t count, double 
     for (int64_t index = own.first; index < own.last; index++) {
       const Panel &panel = panels[index];
       with_gradient(shards[panel.shard], panel.start,
-                    [&](auto *g) { sums_of_panel(g, panel, partial + panel.offset); });
+                    [&](auto *g) { sum_panel(g, panel, partial + panel.offset); });
     }
 #pragma omp barrier
     add_own(panels, wave, rows, thread, team, [&](const Panel &p) {
