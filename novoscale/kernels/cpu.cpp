@@ -77,6 +77,14 @@ struct Panel {
   int64_t start, rows, width, stride, layer, column, shard, end, offset;
 };
 
+// Fetch n elements, while others are computed: loads alone would leave memory idle meanwhile. Not many at once,
+// for then the loads wait. They may be beyond an end, for nothing is read.
+template <typename T>
+INLINE void fetch(const T *from, int64_t n) {
+  const char *bytes = reinterpret_cast<const char *>(from);
+  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
 // ---- The first pass over a chunk or a panel ----
 
 constexpr int64_t SHORT = 1 << 13;  // elements below which streams are not worth their beginnings
@@ -89,11 +97,17 @@ INLINE double sum_of_squares(const T *g, int64_t n) {
   constexpr int64_t LANES = 16;
   const int64_t length = n / (STREAMS * LANES) * LANES;  // of a stream
   double sums[STREAMS * LANES] = {};
-  for (int64_t i = 0; i < length; i += LANES) {
-    for (int64_t stream = 0; stream < STREAMS; stream++) {
-      for (int64_t lane = 0; lane < LANES; lane++) {
-        const double value = widen(g[stream * length + i + lane]);
-        sums[stream * LANES + lane] += value * value;
+  for (int64_t from = 0; from < length; from += TILE) {
+    if (STREAMS > 1) {  // of a short layer most would be beyond its end
+      for (int64_t stream = 0; stream < STREAMS; stream++) fetch(g + stream * length + from + TILE, TILE);
+    }
+    const int64_t to = std::min(from + TILE, length);
+    for (int64_t i = from; i < to; i += LANES) {
+      for (int64_t stream = 0; stream < STREAMS; stream++) {
+        for (int64_t lane = 0; lane < LANES; lane++) {
+          const double value = widen(g[stream * length + i + lane]);
+          sums[stream * LANES + lane] += value * value;
+        }
       }
     }
   }
@@ -191,7 +205,11 @@ void sum_panel(const T *g, const Panel &panel, double *sums) {
     const int64_t rows = std::min(ROWS, panel.rows - row);
     for (int64_t j = 0; j < panel.width; j += TILE) {
       const int64_t width = std::min(TILE, panel.width - j);
-      for (int64_t k = 0; k < rows; k++) widen(g + (row + k) * panel.stride + j, wide + k * TILE, width);
+      for (int64_t k = 0; k < rows; k++) {
+        const T *from = g + (row + k) * panel.stride + j;
+        fetch(from + TILE, TILE);
+        widen(from, wide + k * TILE, width);
+      }
       sum_squares(wide, rows, width, TILE, sums + row, sums + panel.rows + j);
     }
   }
@@ -245,10 +263,10 @@ float *load(void *tensor, int32_t format, int64_t start, int64_t n, float *buffe
   }
 }
 
-// Fetch elements start..stop, while others are computed: loads alone would leave memory idle meanwhile.
-INLINE void fetch(const void *tensor, int32_t format, int64_t start, int64_t stop) {
-  const char *bytes = static_cast<const char *>(tensor);
-  for (int64_t i = start * BITS[format] / 8; i < stop * BITS[format] / 8; i += 64) __builtin_prefetch(bytes + i, 1, 2);
+// Fetch what comes AHEAD of the elements of a tile that ends at `stop`, if so many `more` follow.
+void fetch_next(const void *tensor, int32_t format, int64_t stop, int64_t more) {
+  const int64_t n = std::min(TILE, more - AHEAD);
+  fetch(static_cast<const uint8_t *>(tensor) + (stop + AHEAD) * BITS[format] / 8, n * BITS[format] / 8);
 }
 
 // Write back what `load` returned; float32 was changed where it lies. With bits, bfloat16 is rounded by 16 of
@@ -342,7 +360,8 @@ INLINE void step_with(float *w, const float *g, float *m, int64_t n, const Step 
   }
 }
 
-VARIANTS void step(float *w, const float *g, float *m, int64_t n, const Step s) {
+VARIANTS void step(float *w, const float *g, float *m, int64_t n, const Step &given) {
+  const Step s = given;
   // Vectors hold few of a model's elements: nothing else is known, so that all compiles in seconds.
   if (s.options & EACH && m) return step_piece(w, g, m, 0, n, s, s.options | EACH | MOMENT);
   if (s.options & EACH) return step_piece(w, g, m, 0, n, s, (s.options | EACH) & ~MOMENT);
@@ -390,8 +409,12 @@ void update_elements(const Shard &shard, const Chunk &chunk, int64_t layer, int6
     const int64_t moments = chunk.place + at - chunk.start;
     const int64_t first = chunk.each() ? layer + at - start : layer;
     if (shard.rounds_weights || rounds_moment) layers.random(chunk, first, at, bits, n);
+    const int64_t more = in_place ? 0 : chunk.stop - at - n;  // in place two streams do as well: see `step_layer`
+    fetch_next(shard.grad, shard.grad_format, at + n, more);
     const float *g = load(shard.grad, shard.grad_format, at, n, buffers[0]);
+    fetch_next(shard.param, shard.param_format, at + n, more);
     float *w = load(shard.param, shard.param_format, at, n, buffers[1]);
+    if (shard.exp_avg) fetch_next(shard.exp_avg, shard.exp_avg_format, moments + n, more);
     float *m = shard.exp_avg ? load(shard.exp_avg, shard.exp_avg_format, moments, n, buffers[2]) : nullptr;
     step(w, g, m, n, layers.step(shard, chunk, first, at));
     store(w, shard.param, shard.param_format, at, n, shard.rounds_weights ? bits : nullptr, 0);
@@ -422,11 +445,9 @@ void update_blocks(const Shard &shard, const Chunk &part, int64_t more, const La
   const int64_t blocks = (end - 1) / BLOCK + 1;
   uint8_t *codes = static_cast<uint8_t *>(shard.exp_avg) + part.place * BLOCK * BITS[shard.exp_avg_format] / 8;
   BFloat16 *scales = static_cast<BFloat16 *>(shard.scale) + part.place;
-  // Between the parts of the work, for only so many lines can be fetched at a time.
-  const int64_t next = std::min(AHEAD, more), fetched = std::min(TILE, more - next);
-  fetch(shard.grad, shard.grad_format, part.stop + next, part.stop + next + fetched);
+  fetch_next(shard.grad, shard.grad_format, part.stop, more);
   (shard.exp_avg_format == INT4 ? decode_Int4 : decode_Int8)(codes, scales, of.moments, blocks);
-  fetch(codes, shard.exp_avg_format, blocks * BLOCK + next, blocks * BLOCK + next + fetched);
+  fetch_next(codes, shard.exp_avg_format, blocks * BLOCK, more);
   std::memset(of.changed, 0, sizeof of.changed);
   part.each_run([&](int64_t layer, int64_t start, int64_t stop) {
     const int64_t from = lane + start - part.start, to = from + stop - start, n = stop - start;
@@ -446,7 +467,7 @@ void update_blocks(const Shard &shard, const Chunk &part, int64_t more, const La
     if (!stored) return;
     store(w, shard.param, shard.param_format, start, n, shard.rounds_weights ? of.bits + from : nullptr, 0);
   });
-  fetch(shard.param, shard.param_format, part.stop + next, part.stop + next + fetched);
+  fetch_next(shard.param, shard.param_format, part.stop, more);
   of.clear(0, lane);
   of.clear(end, blocks * BLOCK);
   magnitudes_of(of.moments, of.magnitudes, blocks);

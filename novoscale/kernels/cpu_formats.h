@@ -8,16 +8,15 @@
 #include <cstdint>
 #include <cstring>
 
-// One library for every x86-64; the variant is chosen when it is loaded. Needs glibc's loader. Bytes and 16 bits
-// are in vectors of 512 from x86-64-v4 on; a GCC before 12 does not know that name.
-#if defined(__x86_64__) && defined(__GLIBC__)
-#if !defined(__clang__) && __GNUC__ >= 12
-#define WIDEST "arch=x86-64-v4"
+// One library for every x86-64; the variant is chosen when it is loaded. Needs glibc's loader. From x86-64-v4 on
+// vectors of 512 bits hold bytes and 16 bits too; a GCC before 12 does not know that name.
+#if !defined(VARIANTS) && defined(__x86_64__) && defined(__GLIBC__)
+#if __GNUC__ >= 12
+#define VARIANTS __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
-#define WIDEST "avx512f"
+#define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
 #endif
-#define VARIANTS __attribute__((target_clones(WIDEST, "avx2", "default")))
-#else
+#elif !defined(VARIANTS)
 #define VARIANTS
 #endif
 
@@ -25,7 +24,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 256;  // elements that are done at once; with more, memory idles while they are computed
+constexpr int64_t TILE = 256;  // elements that are done at once: with more, memory idles meanwhile
 
 enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // as in cpu.py
 constexpr int64_t BITS[] = {32, 16, 16, 8, 4};  // of an element
