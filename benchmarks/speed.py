@@ -6,7 +6,11 @@
 Every optimizer gets tensors of its own; they take turns, round after round, so that what disturbs the machine
 disturbs all. Each is also timed with clipping: ``max_grad_norm`` in NovoGrad's step,
 ``torch.nn.utils.clip_grad_norm_`` before the others'. The copy bandwidth is measured in the same rounds. A
-run is appended to speed.json, and drawn.
+run, of one dtype, is appended to speed.json, and drawn.
+
+Without options, all shapes of the device in both dtypes: on two cores of a CPU about 20 minutes. There, what is
+made of many operations of torch's (``unfused``) has one turn only; and none at a large shape, which has one
+round, without clipping.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import torch
 import typer
 from rich.console import Console
@@ -33,22 +38,24 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import plots
 from benchmarks.shapes import CATALOGUE, DEFAULT, Shapes
 from novoscale.memory.optimizers import CANDIDATES, Candidate
+from novoscale.memory.rules import Piece, Stepped
 from novoscale.provenance import provenance
 
 # Larger than any norm here: the gradients stay what they are, and the work is the same.
 CLIP = 1e6
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COPY = 1 << 28  # bytes copied to measure the bandwidth: larger than caches
+LARGE = 1 << 28  # elements, on a CPU: beyond, a step takes seconds
 
 Row = dict[str, Any]
 
 
 def main(
     shape: Annotated[list[str] | None, typer.Option(help=f"Of: {', '.join(CATALOGUE)}.")] = None,
-    dtype: Annotated[str, typer.Option(help="Of weights and gradients: float32 or bfloat16.")] = "float32",
+    dtype: Annotated[list[str] | None, typer.Option(help="Of weights and gradients; default: both.")] = None,
     optimizer: Annotated[list[str] | None, typer.Option(help="Those whose name contains this.")] = None,
     device: Annotated[str | None, typer.Option(help="cuda or cpu; default: cuda if there is one.")] = None,
-    rounds: Annotated[int, typer.Option(help="Turns of each optimizer.")] = 5,
+    rounds: Annotated[int, typer.Option(help="Turns of each optimizer.")] = 2,
     steps: Annotated[int, typer.Option(help="Timed steps of a turn, after two that are not.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for speed.json and the plot.")] = Path("runs"),
 ) -> None:
@@ -60,12 +67,22 @@ def main(
     unknown = [name for name in shapes if name not in CATALOGUE]
     if unknown:
         raise typer.BadParameter(f"no shape {unknown}; there are {', '.join(CATALOGUE)}")
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    dtypes = dtype or list(DTYPES)
+    unknown = [name for name in dtypes if name not in DTYPES]
+    if unknown:
+        raise typer.BadParameter(f"no dtype {unknown}; there are {', '.join(DTYPES)}")
     out.mkdir(parents=True, exist_ok=True)
+    for name in dtypes:
+        run_of(shapes, names, where, name, rounds, steps, out)
+
+
+def run_of(
+    shapes: Sequence[str], names: list[str], where: str, dtype: str, rounds: int, steps: int, out: Path
+) -> None:
+    """Measure all shapes in one dtype; kept after each: an interrupted run has what it has measured."""
     file, plot = out / "speed.json", out / f"speed_{where}_{dtype}"
     before = json.loads(file.read_text()) if file.exists() else []
-    run = {
+    run: dict[str, Any] = {
         "provenance": provenance(),
         "device": torch.cuda.get_device_name() if where == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
@@ -76,14 +93,22 @@ def main(
     }
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         for name in shapes:
-            task = progress.add_task(name, total=rounds * len(names) * 2)
+            task = progress.add_task(name, total=None)
+            tensors = CATALOGUE[name]()
+            large = where == "cpu" and sum(map(math.prod, tensors)) > LARGE
             measured = measure(
-                CATALOGUE[name](), names, where, DTYPES[dtype], rounds, steps,
+                tensors,
+                [n for n in names if not (large and CANDIDATES[n].unfused)],
+                where,
+                DTYPES[dtype],
+                1 if large else rounds,
+                steps,
                 lambda task=task: progress.advance(task),
-            )  # fmt: skip
+                (False,) if large else (False, True),
+            )
+            progress.remove_task(task)
             run["shapes"][name] = measured
             show(name, measured)
-            # After each shape: an interrupted run keeps what it has measured.
             file.write_text(json.dumps([*before, run], indent=1) + "\n")
             plots.speed(run, plot)
     print(f"Appended to {file}; drawn: {plot}.png, .svg")
@@ -107,10 +132,11 @@ def measure(
         for clip in clips
     }
     copies: list[float] = []
-    for _ in range(rounds):
+    for nth in range(rounds):
         copies.append(copy_bandwidth(device))
         for (name, clip), row in rows.items():
-            if "why" not in row:
+            done = device == "cpu" and nth > 0 and CANDIDATES[name].unfused
+            if "why" not in row and not done:
                 try:
                     turn(row, CANDIDATES[name], shapes, device, dtype, CLIP if clip else None, steps)
                 except ImportError:
@@ -128,6 +154,7 @@ def measure(
     return {
         "tensors": len(shapes),
         "elements": elements,
+        "rounds": rounds,
         "copy_GBps": round(copy / 1e9, 1),
         "rows": [
             summary(row, CANDIDATES[name].bytes_moved(elements, size, clip), copy)
@@ -146,9 +173,12 @@ def turn(
     steps: int,
 ) -> None:
     """One turn of one optimizer; times are added to its row."""
-    params = [nn.Parameter(torch.empty(s, device=device, dtype=dtype).uniform_(-1, 1)) for s in shapes]
+    if (why := short_of_memory(candidate, shapes, device, dtype)) is not None:
+        row["why"] = why
+        return
+    params = [nn.Parameter(random(shape, device, dtype)) for shape in shapes]
     for p in params:
-        p.grad = torch.empty_like(p).uniform_(-1, 1)
+        p.grad = random(p.shape, device, dtype)
     optimizer = candidate.make(params, clip)
     outside = clip is not None and candidate.clips is None
 
@@ -166,6 +196,25 @@ def turn(
         start = time.perf_counter()
         step()
         row["ms"].append(1e3 * (time.perf_counter() - start))
+
+
+def random(shape: Sequence[int], device: str, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of -1 to 1; the same ones again from the millionth on, for they take longer than a step."""
+    made = torch.empty(math.prod(shape), device=device, dtype=dtype)
+    first = made[:1_000_000].uniform_(-1, 1)
+    for rest in made[len(first) :].split(len(first)):
+        rest.copy_(first[: len(rest)])
+    return made.view(*shape)
+
+
+def short_of_memory(candidate: Candidate, shapes: Shapes, device: str, dtype: torch.dtype) -> str | None:
+    """Why weights, gradients and state do not fit in a CPU's memory, where the process would be killed."""
+    if device != "cpu" or candidate.state is None:
+        return None
+    tensors = [Stepped(shape, (Piece(shape, math.prod(shape)),)) for shape in shapes]
+    needed = 2 * dtype.itemsize * sum(t.numel for t in tensors) + candidate.state(tensors, dtype.itemsize)
+    available = psutil.virtual_memory().available
+    return None if needed < available else f"needs {needed / 2**30:.1f} GiB of {available / 2**30:.1f}"
 
 
 def on_gpu(row: Row, step: Callable[[], None], steps: int) -> None:
