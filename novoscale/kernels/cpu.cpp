@@ -4,8 +4,9 @@
 // The sums of a factored parameter's rows and columns are made of panels, in one pass over them. What a panel
 // adds to the columns is put into memory of its own, and added up when all panels of a wave are done.
 //
-// The update of a chunk goes by tiles, or by blocks of the first moment: what is not float32 is widened into
-// a buffer in the first-level cache and narrowed from there, so the arithmetic is written once, for float32.
+// The update of a chunk goes by tiles, of whole blocks where the first moment is in blocks: what is not float32
+// is widened into a buffer in the first-level cache and narrowed from there, so the arithmetic is written once, for
+// float32. Meanwhile the elements of a later tile are fetched.
 //
 // Flags that matter: -ffp-contract=off (each product and each sum is rounded), -fno-trapping-math
 // (conditional values become vector code); never -ffast-math.

@@ -60,11 +60,15 @@ VARIANTS void round_to(const float *from, BFloat16 *to, const uint32_t *bits, in
 
 // ---- blocks of codes ----
 
-// How the codes of a block are stored, and the largest of them.
+// How the codes of a block are stored, and the largest of them. `unpack` returns where they lie: in place, or in
+// the buffer. Codes are made in 32 bits and packed in a loop of its own: one that makes and packs them goes in
+// vectors of half the width.
 struct Int8 {
   static constexpr int64_t BYTES = BLOCK;
   static constexpr int32_t LARGEST = 127;
-  static INLINE const int8_t *unpack(const uint8_t *from, int8_t *) { return reinterpret_cast<const int8_t *>(from); }
+  static INLINE const int8_t *unpack(const uint8_t *from, int8_t *) {
+    return reinterpret_cast<const int8_t *>(from);
+  }
   static INLINE void pack(const int32_t *codes, uint8_t *to) {
     for (int64_t i = 0; i < BYTES; i++) to[i] = static_cast<uint8_t>(codes[i]);
   }
@@ -121,7 +125,8 @@ INLINE float scale_of(uint32_t magnitude, int32_t largest) {
 }
 
 // Codes of a block whose values are finite.
-INLINE void encode_block(const float *values, const uint32_t *bits, float inverse, int32_t largest, int32_t *codes) {
+INLINE void encode_block(const float *values, const uint32_t *bits, float inverse, int32_t largest,
+                         int32_t *codes) {
   for (int64_t i = 0; i < BLOCK; i++) {
     // 1 + chance, from 16 bits and the middle between them and the next.
     const float above = float_of((bits[i] >> 9 & 0x7fff80) | 0x3f800040);
