@@ -35,7 +35,7 @@ class Candidate:
             clipping; None where that depends on the shape.
         state_bytes: of an element of state that is moved; None: as the weight.
         clips: the option that clips by the global norm in the step, if it has one.
-        unfused: a step is many operations of torch's, several times slower on a CPU.
+        unfused: a step is many operations of torch's, on a CPU several times slower.
     """
 
     path: str
