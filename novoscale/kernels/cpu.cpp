@@ -4,8 +4,9 @@
 // The sums of a factored parameter's rows and columns are made of panels, in one pass over them. What a panel
 // adds to the columns is put into memory of its own, and added up when all panels of a wave are done.
 //
-// The update of a chunk goes by tiles, or by blocks of the first moment: what is not float32 is widened into
-// a buffer in the first-level cache and narrowed from there, so the arithmetic is written once, for float32.
+// The update of a chunk goes by tiles, of whole blocks where the first moment is in blocks: what is not float32
+// is widened into a buffer in the first-level cache and narrowed from there, so the arithmetic is written once, for
+// float32. Meanwhile the elements of a later tile are fetched.
 //
 // Flags that matter: -ffp-contract=off (each product and each sum is rounded), -fno-trapping-math
 // (conditional values become vector code); never -ffast-math.
@@ -22,7 +23,7 @@
 
 namespace {
 
-constexpr int64_t TILE = 256;  // elements; with more, memory idles while a tile is widened
+constexpr int64_t AHEAD = 4 * TILE;  // how far what will be needed is fetched: see `fetch`
 constexpr int64_t SMALL = 1 << 15;  // elements that are done before other threads would have started
 
 // What is done to an element, beside the numbers that it is done with. As in cpu.py, but for
@@ -77,6 +78,14 @@ struct Panel {
   int64_t start, rows, width, stride, layer, column, shard, end, offset;
 };
 
+// Fetch n elements, while others are computed: loads alone would leave memory idle meanwhile. Not many at once,
+// for then the loads wait. They may be beyond an end, for nothing is read.
+template <typename T>
+INLINE void fetch(const T *from, int64_t n) {
+  const char *bytes = reinterpret_cast<const char *>(from);
+  for (int64_t i = 0; i < n * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i, 0, 2);
+}
+
 // ---- The first pass over a chunk or a panel ----
 
 constexpr int64_t SHORT = 1 << 13;  // elements below which streams are not worth their beginnings
@@ -89,11 +98,17 @@ INLINE double sum_of_squares(const T *g, int64_t n) {
   constexpr int64_t LANES = 16;
   const int64_t length = n / (STREAMS * LANES) * LANES;  // of a stream
   double sums[STREAMS * LANES] = {};
-  for (int64_t i = 0; i < length; i += LANES) {
-    for (int64_t stream = 0; stream < STREAMS; stream++) {
-      for (int64_t lane = 0; lane < LANES; lane++) {
-        const double value = widen(g[stream * length + i + lane]);
-        sums[stream * LANES + lane] += value * value;
+  for (int64_t from = 0; from < length; from += TILE) {
+    if (STREAMS > 1) {  // of a short layer most would be beyond its end
+      for (int64_t stream = 0; stream < STREAMS; stream++) fetch(g + stream * length + from + TILE, TILE);
+    }
+    const int64_t to = std::min(from + TILE, length);
+    for (int64_t i = from; i < to; i += LANES) {
+      for (int64_t stream = 0; stream < STREAMS; stream++) {
+        for (int64_t lane = 0; lane < LANES; lane++) {
+          const double value = widen(g[stream * length + i + lane]);
+          sums[stream * LANES + lane] += value * value;
+        }
       }
     }
   }
@@ -136,49 +151,68 @@ INLINE void statistics(const T *g, int64_t n, int32_t norm_type, double *result)
   }
 }
 
-// The squares of some rows, added to the sums of the columns; and the sums of the rows. Several rows at once,
-// so that the columns' sums are read and written once for all of them.
-template <int64_t ROWS, typename T>
-INLINE void sum_rows(const T *g, int64_t width, int64_t stride, double *rows, double *columns) {
+constexpr int64_t ROWS = 8;
+
+// The squares of some rows, added to the sums of the columns and of the rows. Several rows at once, so that
+// the columns' sums are read and written once for all of them.
+template <int64_t COUNT>
+INLINE void sum_rows(const float *g, int64_t width, int64_t stride, double *rows, double *columns) {
   constexpr int64_t LANES = 8;
-  double sums[ROWS * LANES] = {};
+  double sums[COUNT * LANES] = {};
   int64_t j = 0;
   for (; j + LANES <= width; j += LANES) {
     double column[LANES];
     for (int64_t lane = 0; lane < LANES; lane++) column[lane] = columns[j + lane];
-    for (int64_t row = 0; row < ROWS; row++) {
+    for (int64_t row = 0; row < COUNT; row++) {
       for (int64_t lane = 0; lane < LANES; lane++) {
-        const double value = widen(g[row * stride + j + lane]);
+        const double value = g[row * stride + j + lane];
         column[lane] += value * value;
         sums[row * LANES + lane] += value * value;
       }
     }
     for (int64_t lane = 0; lane < LANES; lane++) columns[j + lane] = column[lane];
   }
-  for (int64_t row = 0; row < ROWS; row++) {
+  for (int64_t row = 0; row < COUNT; row++) {
     double sum = 0;
     for (int64_t lane = 0; lane < LANES; lane++) sum += sums[row * LANES + lane];
     for (int64_t k = j; k < width; k++) {
-      const double value = widen(g[row * stride + k]);
+      const double value = g[row * stride + k];
       columns[k] += value * value;
       sum += value * value;
     }
-    rows[row] = sum;
+    rows[row] += sum;
   }
 }
 
-// The sums of a panel's rows, and behind them those of its columns.
-template <typename T>
-INLINE void sum_panel(const T *g, const Panel &panel, double *sums) {
-  constexpr int64_t ROWS = 8;
-  double *columns = sums + panel.rows;
-  for (int64_t j = 0; j < panel.width; j++) columns[j] = 0;
+VARIANTS void sum_squares(const float *g, int64_t count, int64_t width, int64_t stride, double *rows,
+                          double *columns) {
   int64_t row = 0;
-  for (; row + ROWS <= panel.rows; row += ROWS) {
-    sum_rows<ROWS>(g + row * panel.stride, panel.width, panel.stride, sums + row, columns);
-  }
-  for (; row < panel.rows; row++) {
-    sum_rows<1>(g + row * panel.stride, panel.width, panel.stride, sums + row, columns);
+  for (; row + ROWS <= count; row += ROWS) sum_rows<ROWS>(g + row * stride, width, stride, rows + row, columns);
+  for (; row < count; row++) sum_rows<1>(g + row * stride, width, stride, rows + row, columns);
+}
+
+// The sums of a panel's rows, and behind them those of its columns.
+void sum_panel(const float *g, const Panel &panel, double *sums) {
+  std::memset(sums, 0, (panel.rows + panel.width) * sizeof *sums);
+  sum_squares(g, panel.rows, panel.width, panel.stride, sums, sums + panel.rows);
+}
+
+// What has 16 bits is widened before: in one loop with the squares that would be done in short vectors.
+template <typename T>
+void sum_panel(const T *g, const Panel &panel, double *sums) {
+  alignas(64) float wide[ROWS * TILE];
+  std::memset(sums, 0, (panel.rows + panel.width) * sizeof *sums);
+  for (int64_t row = 0; row < panel.rows; row += ROWS) {
+    const int64_t rows = std::min(ROWS, panel.rows - row);
+    for (int64_t j = 0; j < panel.width; j += TILE) {
+      const int64_t width = std::min(TILE, panel.width - j);
+      for (int64_t k = 0; k < rows; k++) {
+        const T *from = g + (row + k) * panel.stride + j;
+        fetch(from + TILE, TILE);
+        widen(from, wide + k * TILE, width);
+      }
+      sum_squares(wide, rows, width, TILE, sums + row, sums + panel.rows + j);
+    }
   }
 }
 
@@ -189,8 +223,7 @@ INLINE void sum_panel(const T *g, const Panel &panel, double *sums) {
   } \
   VARIANTS void statistics_of_each(const T *g, int64_t n, int32_t norm_type, double *result) { \
     statistics(g, n, norm_type, result); \
-  } \
-  VARIANTS void sums_of_panel(const T *g, const Panel &panel, double *sums) { sum_panel(g, panel, sums); }
+  }
 
 FIRST_PASS(float)
 FIRST_PASS(BFloat16)
@@ -231,6 +264,12 @@ float *load(void *tensor, int32_t format, int64_t start, int64_t n, float *buffe
   }
 }
 
+// Fetch what comes AHEAD of the elements of a tile that ends at `stop`, if so many `more` follow.
+void fetch_next(const void *tensor, int32_t format, int64_t stop, int64_t more) {
+  const int64_t n = std::min(TILE, more - AHEAD);
+  fetch(static_cast<const uint8_t *>(tensor) + (stop + AHEAD) * BITS[format] / 8, n * BITS[format] / 8);
+}
+
 // Write back what `load` returned; float32 was changed where it lies. With bits, bfloat16 is rounded by 16 of
 // them.
 void store(const float *values, void *tensor, int32_t format, int64_t start, int64_t n,
@@ -254,10 +293,10 @@ struct Step {
   Group group;
   int32_t options;
 
-  // Whether any of n elements is active.
-  bool changes(int64_t n) const {
+  // Whether any of the elements from..to is active.
+  bool changes(int64_t from, int64_t to) const {
     const int64_t each = options & EACH ? 1 : 0;
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = from; i < to; i++) {
       if (active[each * i] && (!(options & FACTORED) || column_root[(1 - each) * i] > 0)) return true;
     }
     return false;
@@ -322,7 +361,8 @@ INLINE void step_with(float *w, const float *g, float *m, int64_t n, const Step 
   }
 }
 
-VARIANTS void step(float *w, const float *g, float *m, int64_t n, const Step s) {
+VARIANTS void step(float *w, const float *g, float *m, int64_t n, const Step &given) {
+  const Step s = given;
   // Vectors hold few of a model's elements: nothing else is known, so that all compiles in seconds.
   if (s.options & EACH && m) return step_piece(w, g, m, 0, n, s, s.options | EACH | MOMENT);
   if (s.options & EACH) return step_piece(w, g, m, 0, n, s, (s.options | EACH) & ~MOMENT);
@@ -350,10 +390,9 @@ struct Layers {
             shard.options | (factored ? FACTORED : 0) | (chunk.each() ? EACH : 0)};
   }
 
-  // The positions of elements, of which the first is in this layer, become their random bits.
-  void mix(const Chunk &chunk, int64_t layer, uint32_t *positions, int64_t n) const {
-    if (chunk.each()) return mix_keys(positions, key + layer, n);
-    mix_key(positions, key[layer], n);
+  // Random bits of n elements from `start` on, of which the first is in this layer.
+  void random(const Chunk &chunk, int64_t layer, int64_t start, uint32_t *bits, int64_t n) const {
+    random_bits(chunk.position + start - chunk.start, key + layer, chunk.each(), bits, n);
   }
 };
 
@@ -370,12 +409,13 @@ void update_elements(const Shard &shard, const Chunk &chunk, int64_t layer, int6
     const int64_t n = stop - at < tile ? stop - at : tile;
     const int64_t moments = chunk.place + at - chunk.start;
     const int64_t first = chunk.each() ? layer + at - start : layer;
-    if (shard.rounds_weights || rounds_moment) {
-      hash_positions(chunk.position + at - chunk.start, bits, n);
-      layers.mix(chunk, first, bits, n);
-    }
+    if (shard.rounds_weights || rounds_moment) layers.random(chunk, first, at, bits, n);
+    const int64_t more = in_place ? 0 : chunk.stop - at - n;  // in place two streams do as well: see `step_layer`
+    fetch_next(shard.grad, shard.grad_format, at + n, more);
     const float *g = load(shard.grad, shard.grad_format, at, n, buffers[0]);
+    fetch_next(shard.param, shard.param_format, at + n, more);
     float *w = load(shard.param, shard.param_format, at, n, buffers[1]);
+    if (shard.exp_avg) fetch_next(shard.exp_avg, shard.exp_avg_format, moments + n, more);
     float *m = shard.exp_avg ? load(shard.exp_avg, shard.exp_avg_format, moments, n, buffers[2]) : nullptr;
     step(w, g, m, n, layers.step(shard, chunk, first, at));
     store(w, shard.param, shard.param_format, at, n, shard.rounds_weights ? bits : nullptr, 0);
@@ -383,66 +423,62 @@ void update_elements(const Shard &shard, const Chunk &chunk, int64_t layer, int6
   }
 }
 
-// The moments of a block to and from a buffer.
-void load_block(const Shard &shard, int64_t block, float *values) {
-  alignas(64) int8_t codes[BLOCK];
-  const float scale = widen(static_cast<const BFloat16 *>(shard.scale)[block]);
-  if (shard.exp_avg_format == INT4) {
-    unpack(static_cast<const uint8_t *>(shard.exp_avg) + block * BLOCK / 2, codes);
-    decode(codes, scale, values);
-  } else {
-    decode(static_cast<const int8_t *>(shard.exp_avg) + block * BLOCK, scale, values);
-  }
-}
+// The moments of some blocks, which may be of several layers, while they are updated.
+struct Blocks {
+  alignas(64) float moments[TILE_BLOCKS * BLOCK];
+  alignas(64) uint32_t bits[TILE_BLOCKS * BLOCK];
+  uint32_t magnitudes[TILE_BLOCKS] = {};
+  bool changed[TILE_BLOCKS];  // whether any element is active
 
-void store_block(const Shard &shard, int64_t block, const float *values, const uint32_t *bits,
-                 uint32_t magnitude) {
-  alignas(64) int8_t codes[BLOCK];
-  const bool packed = shard.exp_avg_format == INT4;
-  int8_t *to = packed ? codes : static_cast<int8_t *>(shard.exp_avg) + block * BLOCK;
-  static_cast<BFloat16 *>(shard.scale)[block] = encode(values, bits, magnitude, packed ? 7.0f : 127.0f, to);
-  if (packed) pack(codes, static_cast<uint8_t *>(shard.exp_avg) + block * BLOCK / 2);
-}
-
-// The elements of one block of the first moment, which may be of several layers. Returns whether any of them
-// is active, and in `moments`, if anything is stored or anyone has to know, what becomes of the block: 0 in
-// the elements of others. With `stored` false, nothing is stored.
-bool update_block(const Shard &shard, const Chunk &part, const Layers &layers, bool stored, float *moments) {
-  alignas(64) float weights[BLOCK], gradients[BLOCK];
-  alignas(64) uint32_t bits[BLOCK];
-  const int64_t lane = part.position % BLOCK, n = part.stop - part.start;
-  bool active = false, loaded = part.cut >= 0;
-  if (loaded) load_block(shard, part.place, moments);
-  hash_positions(part.position, bits + lane, n);
-  part.each_run([&](int64_t layer, int64_t start, int64_t stop) {
-    const int64_t from = lane + start - part.start, count = stop - start;
-    layers.mix(part, layer, bits + from, count);
-    const Step s = layers.step(shard, part, layer, start);
-    if (!s.changes(count)) return;
-    if (!loaded) load_block(shard, part.place, moments);
-    active = loaded = true;
-    const float *g = load(shard.grad, shard.grad_format, start, count, gradients);
-    float *w = load(shard.param, shard.param_format, start, count, weights);
-    if (!stored && w != weights) w = static_cast<float *>(std::memcpy(weights, w, count * sizeof *w));
-    step(w, g, moments + from, count, s);
-    if (!stored) return;
-    store(w, shard.param, shard.param_format, start, count, shard.rounds_weights ? bits + from : nullptr, 0);
-  });
-  if (!loaded) return active;
-  // Of the rest of the block another rank has a part, or nobody.
-  const auto clear = [&](int64_t from, int64_t to) {
+  // Those of elements that `part` has not got are 0: another rank has them, or nobody.
+  void clear(int64_t from, int64_t to) {
     std::memset(moments + from, 0, (to - from) * sizeof *moments);
     std::memset(bits + from, 0, (to - from) * sizeof *bits);
-  };
-  clear(0, lane);
-  clear(lane + n, BLOCK);
-  if (!stored) return active;
-  if (part.cut < 0) {
-    store_block(shard, part.place, moments, bits, magnitude_of(moments));
-  } else if (layers.cut_active[part.cut]) {
-    store_block(shard, part.place, moments, bits, layers.cut_largest[part.cut]);
   }
-  return active;
+};
+
+// The elements of a part of a chunk, at most of a tile's blocks; `more` elements of the chunk follow. Unless
+// `stored`, nothing is stored.
+void update_blocks(const Shard &shard, const Chunk &part, int64_t more, const Layers &layers, bool stored,
+                   Blocks &of) {
+  alignas(64) float weights[TILE_BLOCKS * BLOCK], gradients[TILE_BLOCKS * BLOCK];
+  const int64_t lane = part.position % BLOCK, end = lane + part.stop - part.start;
+  const int64_t blocks = (end - 1) / BLOCK + 1;
+  uint8_t *codes = static_cast<uint8_t *>(shard.exp_avg) + part.place * BLOCK * BITS[shard.exp_avg_format] / 8;
+  BFloat16 *scales = static_cast<BFloat16 *>(shard.scale) + part.place;
+  fetch_next(shard.grad, shard.grad_format, part.stop, more);
+  (shard.exp_avg_format == INT4 ? decode_Int4 : decode_Int8)(codes, scales, of.moments, blocks);
+  fetch_next(codes, shard.exp_avg_format, blocks * BLOCK, more);
+  std::memset(of.changed, 0, sizeof of.changed);
+  part.each_run([&](int64_t layer, int64_t start, int64_t stop) {
+    const int64_t from = lane + start - part.start, to = from + stop - start, n = stop - start;
+    layers.random(part, layer, start, of.bits + from, n);
+    const Step s = layers.step(shard, part, layer, start);
+    bool any = false;
+    for (int64_t b = from / BLOCK; b * BLOCK < to; b++) {
+      const bool own = s.changes(std::max(b * BLOCK, from) - from, std::min((b + 1) * BLOCK, to) - from);
+      of.changed[b] |= own;
+      any |= own;
+    }
+    if (!any) return;
+    const float *g = load(shard.grad, shard.grad_format, start, n, gradients);
+    float *w = load(shard.param, shard.param_format, start, n, weights);
+    if (!stored && w != weights) w = static_cast<float *>(std::memcpy(weights, w, n * sizeof *w));
+    step(w, g, of.moments + from, n, s);
+    if (!stored) return;
+    store(w, shard.param, shard.param_format, start, n, shard.rounds_weights ? of.bits + from : nullptr, 0);
+  });
+  fetch_next(shard.param, shard.param_format, part.stop, more);
+  of.clear(0, lane);
+  of.clear(end, blocks * BLOCK);
+  magnitudes_of(of.moments, of.magnitudes, blocks);
+  if (!stored) return;
+  if (part.cut >= 0) {
+    of.magnitudes[0] = layers.cut_largest[part.cut];
+    of.changed[0] = layers.cut_active[part.cut];
+  }
+  (shard.exp_avg_format == INT4 ? encode_Int4 : encode_Int8)(of.moments, of.bits, of.magnitudes, of.changed,
+                                                             codes, scales, blocks);
 }
 
 void update(const Shard &shard, const Chunk &chunk, const Layers &layers) {
@@ -452,14 +488,14 @@ void update(const Shard &shard, const Chunk &chunk, const Layers &layers) {
     });
     return;
   }
-  alignas(64) float moments[BLOCK];
+  Blocks blocks;
   Chunk part = chunk;
-  for (; part.start < chunk.stop; part.start = part.stop, part.place++) {
+  for (; part.start < chunk.stop; part.start = part.stop) {
     part.position = chunk.position + part.start - chunk.start;
     part.layer = chunk.layer + part.position / part.size - chunk.position / part.size;
-    const int64_t stop = part.start + BLOCK - part.position % BLOCK;
-    part.stop = stop < chunk.stop ? stop : chunk.stop;
-    update_block(shard, part, layers, true, moments);
+    part.place = chunk.place + part.position / BLOCK - chunk.position / BLOCK;
+    part.stop = std::min(part.start + TILE_BLOCKS * BLOCK - part.position % BLOCK, chunk.stop);
+    update_blocks(shard, part, chunk.stop - part.stop, layers, true, blocks);
   }
 }
 
@@ -565,7 +601,7 @@ void sum_panels(const Shard *shards, const Panel *panels, int64_t count, double 
     for (int64_t index = own.first; index < own.last; index++) {
       const Panel &panel = panels[index];
       with_gradient(shards[panel.shard], panel.start,
-                    [&](auto *g) { sums_of_panel(g, panel, partial + panel.offset); });
+                    [&](auto *g) { sum_panel(g, panel, partial + panel.offset); });
     }
 #pragma omp barrier
     add_own(panels, wave, rows, thread, team, [&](const Panel &p) {
@@ -598,9 +634,10 @@ extern "C" void novoscale_largest(const Shard *shards, const Chunk *chunks, int6
                                   int64_t threads, int32_t *largest, int32_t *any) {
   const Layers layers{each, groups, row_root, column_root, active, key, nullptr, nullptr};
   each_chunk(chunks, count, threads, [&](int64_t index) {
-    alignas(64) float moments[BLOCK];
-    found[2 * index + 1] = update_block(shards[chunks[index].shard], chunks[index], layers, false, moments);
-    found[2 * index] = static_cast<int32_t>(magnitude_of(moments));
+    Blocks block;
+    update_blocks(shards[chunks[index].shard], chunks[index], 0, layers, false, block);
+    found[2 * index] = static_cast<int32_t>(block.magnitudes[0]);
+    found[2 * index + 1] = block.changed[0];
   });
   for (int64_t index = 0; index < count; index++) {
     const int64_t cut = chunks[index].cut;

@@ -8,10 +8,15 @@
 #include <cstdint>
 #include <cstring>
 
-// One library for every x86-64; the variant is chosen when it is loaded. Needs glibc's loader.
-#if defined(__x86_64__) && defined(__GLIBC__)
-#define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
+// One library for every x86-64; the variant is chosen when it is loaded. Needs glibc's loader. From x86-64-v4 on
+// vectors of 512 bits hold bytes and 16 bits too; a GCC before 12 does not know that name.
+#if !defined(VARIANTS) && defined(__x86_64__) && defined(__GLIBC__)
+#if __GNUC__ >= 12
+#define VARIANTS __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
+#define VARIANTS __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
+#elif !defined(VARIANTS)
 #define VARIANTS
 #endif
 
@@ -19,7 +24,10 @@
 
 namespace {
 
+constexpr int64_t TILE = 256;  // elements that are done at once: with more, memory idles meanwhile
+
 enum Format : int32_t { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  // as in cpu.py
+constexpr int64_t BITS[] = {32, 16, 16, 8, 4};  // of an element
 
 struct BFloat16 {
   uint16_t bits;

@@ -35,6 +35,7 @@ class Candidate:
             clipping; None where that depends on the shape.
         state_bytes: of an element of state that is moved; None: as the weight.
         clips: the option that clips by the global norm in the step, if it has one.
+        unfused: a step is many operations of torch's, on a CPU several times slower.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Candidate:
     moved: tuple[int, int, int] | None = None
     state_bytes: float | None = None
     clips: str | None = None
+    unfused: bool = False
 
     def make(self, params: Iterable[Tensor] | nn.Module, clip: float | None = None) -> torch.optim.Optimizer:
         """The optimizer of some parameters, or of the trained parameters of a model.
@@ -95,6 +97,7 @@ def _novograd(**options: Any) -> Candidate:
         moved=(3 if options.get("scale_parameter") else 2, 2, 2),
         state_bytes={"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}[momentum],
         clips="max_grad_norm",
+        unfused=options.get("fused") is False,
     )
 
 
@@ -102,7 +105,14 @@ def _adamw(
     timed_on: tuple[str, ...] = (), moved: tuple[int, int, int] | None = None, **options: Any
 ) -> Candidate:
     state = rules.elementwise(2, per_tensor=4)
-    return Candidate("torch.optim:AdamW", {"lr": LR, **options}, state=state, timed_on=timed_on, moved=moved)
+    return Candidate(
+        "torch.optim:AdamW",
+        {"lr": LR, **options},
+        state=state,
+        timed_on=timed_on,
+        moved=moved,
+        unfused="fused" not in options,
+    )
 
 
 def _sgd(
@@ -144,6 +154,7 @@ CANDIDATES: dict[str, Candidate] = {
         {"lr": LR},
         state=rules.factored(momentum=False, as_weights=True),
         timed_on=BOTH,
+        unfused=True,
     ),
     "transformers Adafactor": _transformers_adafactor(),
     "transformers Adafactor, beta1": _transformers_adafactor(beta1=0.9),

@@ -52,7 +52,7 @@ def test_a_run_is_appended_and_drawn(monkeypatch, tmp_path):
     monkeypatch.setattr(speed, "COPY", 1 << 16)
     monkeypatch.setitem(CATALOGUE, "1000-small", lambda: [(4, 4)] * 3)
     for expected in (1, 2):
-        speed.main(["1000-small"], "float32", ["NovoGrad", "AdamW"], "cpu", 1, 2, tmp_path)
+        speed.main(["1000-small"], ["float32"], ["NovoGrad", "AdamW"], "cpu", 1, 2, tmp_path)
         runs = json.loads((tmp_path / "speed.json").read_text())
         assert len(runs) == expected
     assert runs[0]["provenance"]["versions"]["torch"] == torch.__version__

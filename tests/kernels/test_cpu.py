@@ -1,5 +1,10 @@
 """The fused CPU kernel against the reference: the update bit for bit, the sums to float64's rounding."""
 
+import platform
+import re
+import shlex
+from pathlib import Path
+
 import pytest
 import torch
 from against_reference import (
@@ -210,6 +215,63 @@ def test_the_statistics_of_layers_of_one_element(norm_type):
     expected = held.square() if norm_type == 2 else held.abs()
     assert torch.equal(bits(found[:-2].float()), bits(expected.float()))
     assert found[-2:].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+@pytest.mark.parametrize("begin", [0, 1, 100, 127, 129])
+def test_blocks_in_tiles_that_begin_and_end_anywhere(form, begin):
+    """Of a layer, and of layers that end within blocks; a part of them inactive."""
+    generator = torch.Generator().manual_seed(begin)
+    for numel in (1, 126, 127, 128, 129, 255, 256, 257, 383, 384, 385, 511, 513, 1400, 1537):
+        for size in (2**40, 1, 3, 100, 300):
+            for special in (0.0, 0.002):
+                parts = [Part(0, numel, 0, begin, size)]
+                exp_avg, scale = moment(form, parts, numel, generator, 0, special)
+                param, grad = (values((numel,), torch.bfloat16, generator, 1, special) for _ in range(2))
+                s = shard(param, grad, exp_avg, parts, scale=scale, stochastic_rounding=True)
+                layers = (begin + numel - 1) // size + 1
+                assert_as_reference(cpu, [s], layers, random(layers, seed=numel))
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_blocks_of_which_no_column_has_a_second_moment_are_left_as_they_are(form):
+    s = matrix(40, 1000, torch.bfloat16, form=form, stochastic_rounding=True)
+    coefficients = random(40, columns=1000)
+    coefficients.column_root.fill_(1.0)
+    coefficients.column_root[200:700] = 0.0
+    assert_as_reference(cpu, [s], (40, 1000), coefficients)
+
+
+# The instruction sets that the library chooses between when it is loaded, and what a processor must have.
+VARIANTS = {
+    "default": (),
+    "avx2": ("avx2",),
+    "arch=x86-64-v4": ("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+}
+
+
+def has(flags):
+    found = re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found is not None and set(flags) <= set(found[1].split())
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one variant")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_gives_what_the_reference_gives(variant, tmp_path, monkeypatch):
+    if not has(VARIANTS[variant]):
+        pytest.skip("not on this processor")
+    attribute = "" if variant == "default" else f'__attribute__((target("{variant}")))'
+    monkeypatch.setenv("CXX", shlex.join(["c++", f"-DVARIANTS={attribute}"]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library = cpu.load.__wrapped__()
+    monkeypatch.setattr(cpu, "load", lambda: library)
+    random_layouts()
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(SIZES, tensors=5))
+def random_layouts(case):
+    assert_as_reference(cpu, *case)
 
 
 @pytest.mark.parametrize("form", ["float32", "bfloat16", "int8", "int4"])
