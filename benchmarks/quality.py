@@ -53,7 +53,7 @@ class Case:
     Attributes:
         model: one of language_models.MODELS.
         name: for tables.
-        kind: its class: one of torch.optim, of pytorch_optimizer, or NovoGrad.
+        kind: its class: one of torch.optim, of pytorch_optimizer, of bitsandbytes.optim, or NovoGrad.
         options: keyword arguments, beside lr and weight_decay.
         rates: the first learning rates.
         by_row: param groups of novoscale.param_groups.
@@ -99,6 +99,7 @@ WINNER = "NovoGrad: factored, Nesterov"
 FORMATS = ("bfloat16", "int8", "int4")
 CASES = [
     Case("llama", "AdamW", "AdamW", seeds=5, long=True),
+    Case("llama", "AdamW8bit", "AdamW8bit", rate_of="AdamW"),
     Case("llama", "NAdamW", "NAdam", NADAMW, long=True),
     Case("llama", "Adafactor", "Adafactor", {}, RELATIVE_RATES),
     Case("llama", "Lion", "Lion", {"betas": (0.9, 0.99)}, LION_RATES),
@@ -259,6 +260,10 @@ def make_optimizer(case: Case, model: nn.Module, run: Run) -> torch.optim.Optimi
     ]
     if case.kind == "NovoGrad":
         return NovoGrad(groups, seed=run.seed, **options)
+    if case.kind == "AdamW8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(groups, **options)
     if case.kind == "Lion":
         import pytorch_optimizer
 

@@ -58,19 +58,20 @@ def _preset(momentum_dtype: str) -> Method:
     return Method("NovoGrad", options=options, like="NovoGrad, adamw", robust=False)
 
 
+# What is asked for first comes first.
 METHODS = {
-    "SGD": Method("SGD", 0.1, 0.001, {"momentum": 0.9}),
     "AdamW": Method("AdamW", options={"betas": BETAS}, seeds=5),
+    "NovoGrad, adamw": Method("NovoGrad", options={"preset": "adamw"}),
+    "NovoGrad, paper": Method("NovoGrad", 0.02, 0.001),
+    "SGD": Method("SGD", 0.1, 0.001, {"momentum": 0.9}),
+    "NovoGrad, adamw, int8": _preset("int8"),
+    "NovoGrad, adamw, int4": _preset("int4"),
     # With all of its momentum_decay over at once, torch's NAdam has a constant beta1 (Dozat 2016).
     "NAdamW": Method(
         "NAdam", options={"betas": BETAS, "momentum_decay": 1e9, "decoupled_weight_decay": True}
     ),
     # Its rate is relative to the root mean square of the weights.
     "Adafactor": Method("Adafactor", 0.02),
-    "NovoGrad, paper": Method("NovoGrad", 0.02, 0.001),
-    "NovoGrad, adamw": Method("NovoGrad", options={"preset": "adamw"}),
-    "NovoGrad, adamw, int8": _preset("int8"),
-    "NovoGrad, adamw, int4": _preset("int4"),
     "AdamW8bit": Method("AdamW8bit", options={"betas": BETAS}, like="AdamW", robust=False),
     "Adam-mini": Method("AdamMini", options={"betas": BETAS}, like="AdamW", robust=False),
     "Lion": Method("Lion", 0.00025, options={"betas": (0.9, 0.99)}, robust=False),
@@ -188,21 +189,23 @@ def rates(first: float, loss: Callable[[float], float | None], either_side: int)
 
 
 def wanted(results: Results, tasks: Sequence[str], methods: Sequence[str]) -> Iterator[Run]:
-    """Every run that can be told from what is known, in the order of the protocol's points."""
-    pairs = [(t, m) for t in tasks for m in methods if t not in SCOPES or m in SCOPES[t].methods]
-    searches = [
-        (t, m) for t, m in pairs if METHODS[m].like is None and (t not in SCOPES or not SCOPES[t].like)
-    ]
-    for task, method in searches:
-        yield from search(results, task, method)
+    """Every run that can be told from what is known: optimizer by optimizer, robustness of all at the end."""
+    pairs = [(t, m) for m in methods for t in tasks if t not in SCOPES or m in SCOPES[t].methods]
     for task, method in pairs:
+        if METHODS[method].like is None and (task not in SCOPES or SCOPES[task].like is None):
+            yield from search(results, task, method)
         best = results.best(task, method)
         if best is not None and finished(results, task, method):
             most = SCOPES[task].seeds if task in SCOPES else METHODS[method].seeds
             yield from (best._replace(seed=seed) for seed in range(most))
-    for task, method in searches:
+    for task, method in pairs:
         best = results.best(task, method)
-        if best is not None and METHODS[method].robust and task not in SCOPES:
+        if (
+            best is not None
+            and METHODS[method].robust
+            and task not in SCOPES
+            and finished(results, task, method)
+        ):
             yield from (best._replace(variant=variant) for variant in ROBUSTNESS)
             large = best._replace(variant=LARGE_BATCH)
             for lr in rates(2 * best.lr, lambda lr: results.loss.get(large._replace(lr=lr)), either_side=1):  # noqa: B023

@@ -252,14 +252,14 @@ class LayerKernels:
     def _keys(self, o: Tensor) -> Tensor:
         """What random bits each layer has in this step: see ``rounding.keys``; int32."""
         rounds = (self._column(table.ROUNDS) > 0)[self._of_layer]
-        if not len(self._t):
-            return torch.zeros_like(self._of_layer, dtype=torch.int32)
         number, seed = self._column(table.NUMBER), o[:, table.SEED].long()
         keys = rounding.keys(seed[self._of_layer], number[self._of_layer], self._steps().long())
         return torch.where(rounds, keys, 0).to(torch.int32)
 
     def _steps(self) -> Tensor:
-        """The steps of each layer; float64."""
+        """The steps of each layer; float64. 0 if none is counted here."""
+        if not len(self._t):
+            return torch.zeros(self._table.layers, dtype=torch.float64, device=self._device)
         return self._t.double()[self._count_of]
 
     def _parts(self, statistic: Tensor) -> tuple[Tensor, Tensor, Tensor]:

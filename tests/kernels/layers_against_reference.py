@@ -63,6 +63,24 @@ def group(draw: Any, factored: bool, limit: float | None) -> dict[str, Any]:
     }
 
 
+def plain_group(**options: Any) -> dict[str, Any]:
+    """The first choice of every option, but for some."""
+    first = {
+        "lr": 0.01,
+        "betas": (0.9, 0.98),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "clip_threshold": None,
+        "norm_type": 2,
+        "normalize": "rms",
+        "seed": 0,
+        "max_grad_norm": None,
+    }
+    first |= dict.fromkeys(("grad_averaging", "maximize", "bias_correction", "init_zero", "nesterov"), False)
+    first |= dict.fromkeys(("reg_inside_moment", "scale_parameter", "factored", "counted", "rounds"), False)
+    return first | options
+
+
 @st.composite
 def cases(draw: Any) -> Case:
     limit = draw(st.sampled_from([None, 0.5, 1e6]))

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
-from layers_against_reference import assert_as_reference, cases
+from hypothesis import example, given, settings
+from layers_against_reference import Case, Held, assert_as_reference, cases, plain_group
 
 from novoscale import kernels
 from novoscale.kernels import cpu
@@ -11,6 +11,18 @@ from novoscale.kernels import cpu
 pytestmark = pytest.mark.skipif(kernels.fused("cpu") is None, reason="no C++ compiler")
 
 
+# Only a group of which nothing is here counts its steps.
+NOTHING_COUNTED = Case(
+    [plain_group(bias_correction=False), plain_group(bias_correction=True)],
+    [Held(0, 1, 0, 1, False), Held(1, 0, 0, 1, False)],
+    sums=True,
+    scale=None,
+    one_verdict=False,
+    seed=0,
+)
+
+
+@example(case=NOTHING_COUNTED)
 @settings(max_examples=150, deadline=None)
 @given(case=cases())
 def test_any_layers_give_the_bits_of_the_reference(case):
