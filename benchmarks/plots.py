@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
 
 from novoscale.plotting import COLORS, save
 
@@ -121,22 +123,33 @@ def others(report: dict[str, Any], path: Path) -> None:
 def speed(run: dict[str, Any], path: Path) -> None:
     """Time of a step over that of torch's fused AdamW, for each shape, without and with clipping."""
     shapes = list(run["shapes"])
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.8 + 1.1 * len(shapes)), sharey=True)
+    names = list(dict.fromkeys(r["optimizer"] for shape in shapes for r in run["shapes"][shape]["rows"]))
+    size = (3.5 + 1.6 * len(shapes), 2 + 0.3 * len(names))
+    figure, axes = plt.subplots(1, 2, figsize=size, sharey=True)
     for axis, clip in zip(axes, (False, True), strict=True):
-        times = [
-            {r["optimizer"]: r["ms"] for r in run["shapes"][shape]["rows"] if r["clip"] == clip and "ms" in r}
-            for shape in shapes
-        ]
-        _bars(axis, [{n: t[n] / t[BASELINE] for n in t} if BASELINE in t else {} for t in times])
-        axis.set_yticks(range(len(shapes)), shapes, size=8)
+        _times_over_baseline(axis, [run["shapes"][shape]["rows"] for shape in shapes], names, clip)
+        axis.set_xticks(range(len(shapes)), shapes, size=8, rotation=40, ha="right")
+        axis.set_yticks(range(len(names)), names, size=8)
         axis.set_title("with clipping" if clip else "without clipping", size=10)
-        axis.set(xlabel=f"time of a step over {BASELINE}")
-    axes[0].invert_yaxis()
-    figure.suptitle(f"{run['device']}, {run['dtype']} weights and gradients", size=11)
-    handles, labels = axes[0].get_legend_handles_labels()
-    place = {"loc": "lower left", "bbox_to_anchor": (0, 0.02)}
-    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=min(len(labels), 6), **place)
-    save(figure, path, run["provenance"], bottom=0.5 / figure.get_figheight())
+    title = f"time of a step over {BASELINE}: {run['device']}, {run['dtype']} weights and gradients"
+    figure.suptitle(title, size=11)
+    save(figure, path, run["provenance"])
+
+
+def _times_over_baseline(axis: Axes, shapes: list[list[Any]], names: list[str], clip: bool) -> None:
+    """A field of numbers: blue for less than the baseline, red for more; empty where none was measured."""
+    field = np.full((len(names), len(shapes)), np.nan)
+    for column, rows in enumerate(shapes):
+        times = {r["optimizer"]: r["ms"] for r in rows if r["clip"] == clip and "ms" in r}
+        for name in times if BASELINE in times else ():
+            field[names.index(name), column] = times[name] / times[BASELINE]
+    shade = np.log2(field)
+    axis.imshow(shade, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+    for (row, column), value in np.ndenumerate(field):
+        if not np.isnan(value):
+            color = "white" if abs(shade[row, column]) > 1.2 else "black"
+            text = f"{value:.2f}" if value < 10 else f"{value:.0f}"
+            axis.text(column, row, text, ha="center", va="center", size=7, color=color)
 
 
 def chip(report: dict[str, Any], path: Path) -> None:

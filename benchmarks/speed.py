@@ -8,7 +8,7 @@ machine disturbs all. Each is also timed with clipping: ``max_grad_norm`` in Nov
 ``torch.nn.utils.clip_grad_norm_`` before the others'. The copy bandwidth is measured in the same rounds. A
 run, of one dtype, is appended to speed.json, and drawn.
 
-Without options, all shapes of the device in both dtypes: on two quiet cores of a CPU about 20 minutes. There,
+Without options, all shapes of the device in both dtypes: on two quiet cores of a CPU 16 minutes. There,
 what takes longer than SLOW a step has one turn, of FEW steps; and a shape that is LARGE one round without
 clipping, of fused optimizers.
 """
@@ -38,7 +38,7 @@ from benchmarks import plots
 from benchmarks.shapes import CATALOGUE, DEFAULT, Shapes
 from novoscale.memory.optimizers import CANDIDATES, Candidate
 from novoscale.memory.rules import Piece, Stepped
-from novoscale.provenance import provenance
+from novoscale.provenance import make_command, provenance
 
 # Larger than any norm here: the gradients stay what they are, and the work is the same.
 CLIP = 1e6
@@ -83,7 +83,7 @@ def run_of(
     file, plot = out / "speed.json", out / f"speed_{where}_{dtype}"
     before = json.loads(file.read_text()) if file.exists() else []
     run: dict[str, Any] = {
-        "provenance": provenance(),
+        "provenance": provenance(make_command("speed")),
         "device": torch.cuda.get_device_name() if where == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "dtype": dtype,
