@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, METHODS, ROBUSTNESS, SCOPES
-from benchmarks.tasks.report import Summary
+from benchmarks.tasks.summary import Summary
 from benchmarks.tasks.training import TASKS
 from novoscale.plotting import save
 
@@ -28,7 +28,6 @@ STYLES = {
     "Adam-mini": ("#b07aa1", "<"),
     "Lion": ("#c0392b", ">"),
 }
-DIVERGED = "diverged"
 
 
 def draw(rows: Sequence[Mapping[str, Any]], source: Mapping[str, Any], out: Path) -> None:
