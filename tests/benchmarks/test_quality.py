@@ -66,6 +66,8 @@ def test_a_run_is_the_same_each_time_and_another_with_another_seed(cases):
 def test_each_optimizer_trains_and_is_what_its_case_says(case):
     if case.kind in ("Lion", "AdamMini"):
         pytest.importorskip("pytorch_optimizer")
+    if case.kind == "AdamW8bit":
+        pytest.importorskip("bitsandbytes")
     model = quality.MODELS[case.model]()
     optimizer = quality.make_optimizer(case, model, Run(case.model, case.name, 0.001, weight_decay=DECAY))
     assert type(optimizer).__name__ == case.kind

@@ -131,6 +131,7 @@ def small_data(monkeypatch, tmp_path):
         getattr(__import__(f"benchmarks.tasks.{module}", fromlist=[name]), name).cache_clear()
     load.cache_clear()
     monkeypatch.setattr(TASKS["fine-tuning"], "pretraining_steps", 2)
+    monkeypatch.setattr(TASKS["long"], "windows", 64)
     yield
     load.cache_clear()
 
