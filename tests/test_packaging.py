@@ -78,6 +78,16 @@ def test_every_extra_has_a_smoke_test_and_every_place_the_same_version():
     assert f"\n## {novoscale.__version__} " in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_command_line_needs_its_own_extra_only():
+    others = "psutil,matplotlib,numpy,transformers,accelerate,deepspeed,pydantic,yaml"
+    # What is None there cannot be imported.
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({others!r}.split(',')))"
+    code = f"{hidden}; from novoscale.cli import app; app(['--help'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert all(command in done.stdout for command in ("verify", "doctor", "plan", "memory", "to-universal"))
+
+
 def test_an_extra_that_there_is_not_is_named():
     with pytest.raises(SystemExit, match="no extra nothing; there are: core, cli"):
         packages.main(["nothing"])

@@ -20,7 +20,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -87,6 +86,8 @@ class Recorder:
 
         Garbage is collected before: DeepSpeed leaves gradients in reference cycles, whose end is chance.
         """
+        import psutil  # which the commands that record nothing do without
+
         gc.collect()
         resettable = reset_peak_rss()
         with record_function(_mark(len(self._resident))):
