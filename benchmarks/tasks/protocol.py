@@ -62,10 +62,10 @@ def _preset(momentum_dtype: str) -> Method:
 METHODS = {
     "AdamW": Method("AdamW", options={"betas": BETAS}, seeds=5),
     "NovoGrad, adamw": Method("NovoGrad", options={"preset": "adamw"}),
-    "NovoGrad, paper": Method("NovoGrad", 0.02, 0.001),
-    "SGD": Method("SGD", 0.1, 0.001, {"momentum": 0.9}),
     "NovoGrad, adamw, int8": _preset("int8"),
     "NovoGrad, adamw, int4": _preset("int4"),
+    "NovoGrad, paper": Method("NovoGrad", 0.02, 0.001),
+    "SGD": Method("SGD", 0.1, 0.001, {"momentum": 0.9}),
     # With all of its momentum_decay over at once, torch's NAdam has a constant beta1 (Dozat 2016).
     "NAdamW": Method(
         "NAdam", options={"betas": BETAS, "momentum_decay": 1e9, "decoupled_weight_decay": True}
