@@ -46,7 +46,7 @@ def draw(rows: Sequence[Mapping[str, Any]], source: Mapping[str, Any], out: Path
 def results(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], path: Path) -> None:
     """How far each optimizer's mean is from AdamW's, in spreads of AdamW's seeds."""
     figure, axis = plt.subplots(figsize=(9, 4.2))
-    names = list(METHODS)
+    names = [name for name in METHODS if name != BASELINE]
     for k, task in enumerate(tasks):
         base, spread = summary.mean(task, BASELINE), summary.spread(task)
         if base is None or not spread:
@@ -57,7 +57,7 @@ def results(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], p
                 axis.plot((mean - base) / spread, n, marker=f"${k + 1}$", color=_color(name), ms=8)
     axis.axvspan(-0.5, 0.5, color="#eeeeee", zorder=0)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_xscale("symlog", linthresh=2, linscale=1.5)
+    _in_spreads(axis, (-4, -2, -1, 0, 1, 2, 4, 8, 16))
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     key = ", ".join(f"{k + 1} {task}" for k, task in enumerate(tasks))
@@ -79,14 +79,15 @@ def rates(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], pat
                 color, marker = STYLES[name]
                 axis.plot(
                     [lr / best for lr in losses], list(losses.values()), marker=marker, ms=4, color=color,
-                    label=f"{name}",
+                    label=name,
                 )  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set(title=task, xlabel="learning rate / best")
         _cut_top(axis)
     axes[0][0].set_ylabel("held-out loss")
-    axes[0][-1].legend(frameon=False, fontsize=7)
-    save(figure, path, source)
+    known = {line.get_label(): line for axis in axes[0] for line in axis.lines}
+    figure.legend(known.values(), known.keys(), frameon=False, fontsize=8, ncols=len(known), loc="lower left")
+    save(figure, path, source, bottom=0.07)
 
 
 def robustness(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], path: Path) -> None:
@@ -101,7 +102,7 @@ def robustness(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any]
                 if added is not None and spread and math.isfinite(added):
                     axis.plot(added / spread, n, marker=f"${k + 1}$", color=_color(name), ms=7)
         axis.axvline(0, color="black", lw=0.8)
-        axis.set_xscale("symlog", linthresh=2)
+        _in_spreads(axis, (-8, -1, 0, 1, 8, 64))
         axis.set_title(change)
         axis.set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
@@ -128,6 +129,13 @@ def _added(summary: Summary, task: str, name: str, change: str) -> float | None:
         return summary.variant(task, name, change)
     large, mean = summary.large_batch(task, name), summary.mean(task, name)
     return None if large is None or mean is None else large - mean
+
+
+def _in_spreads(axis: Axes, ticks: Sequence[float]) -> None:
+    """A scale of spreads of AdamW's seeds: even around 0, logarithmic beyond 2."""
+    axis.set_xscale("symlog", linthresh=2, linscale=1)
+    axis.set_xticks(ticks, [f"{tick:+g}" if tick else "0" for tick in ticks])
+    axis.minorticks_off()
 
 
 def _color(name: str) -> str:
