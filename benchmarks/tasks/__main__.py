@@ -35,7 +35,7 @@ def main(
     only: Annotated[list[str] | None, typer.Option(help=f"A task, or tasks: {', '.join(TASKS)}.")] = None,
     optimizer: Annotated[list[str] | None, typer.Option(help=f"Of: {'; '.join(METHODS)}.")] = None,
     quick: Annotated[bool, typer.Option(help="One task whose data is everywhere, three optimizers.")] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Trainings at a time, a thread each.")] = CORES,
+    jobs: Annotated[int, typer.Option(min=0, help="Trainings at a time, of a thread; 0: show only.")] = CORES,
     steps: Annotated[int | None, typer.Option(min=1, help="Of a training; the task's own if absent.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for a JSON of each task, and the plots.")] = FOLDER,
     page: Annotated[Path | None, typer.Option(help="A page whose tables are made anew.")] = None,
@@ -46,7 +46,8 @@ def main(
     methods = QUICK[1] if quick else chosen(optimizer, METHODS, "optimizer")
     out.mkdir(parents=True, exist_ok=True)
     store = Store(out, steps)
-    run_all(store, [task for task in tasks if has_data(task, console)], methods, jobs, console)
+    if jobs:
+        run_all(store, [task for task in tasks if has_data(task, console)], methods, jobs, console)
     report.show(store.rows, console)
     plots.draw(store.rows, store.source, out)
     if page is not None:

@@ -38,6 +38,7 @@ def draw(rows: Sequence[Mapping[str, Any]], source: Mapping[str, Any], out: Path
     if four:
         results(summary, four, source, out / "tasks_results")
         rates(summary, four, source, out / "tasks_rates")
+    if any(row["variant"] for row in rows):
         robustness(summary, four, source, out / "tasks_robustness")
     if any(summary.seeds("long", method) for method in METHODS):
         long(summary, source, out / "tasks_long")

@@ -132,7 +132,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
             shown.add_column(column, justify="right" if k else "left")
         for row in table.rows:
             shown.add_row(*row)
-        console.print(shown, table.note, sep="\n")
+        console.print(shown if table.rows else table.title, table.note, sep="\n")
 
 
 def write(rows: Sequence[Row], page: Path) -> None:
