@@ -33,14 +33,14 @@ from torch import nn
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import plots, text  # noqa: E402
+from benchmarks import plots, text, trials  # noqa: E402
 from benchmarks.language_models import CONTEXT, MODELS, VALIDATION_WINDOWS, schedule  # noqa: E402
+from benchmarks.trials import BETAS, NADAMW  # noqa: E402
 from novoscale import NovoGrad, param_groups  # noqa: E402
 from novoscale.provenance import provenance  # noqa: E402
 
 BATCH, STEPS, LONG = 16, 400, 1600
 CLIP, DECAY = 1.0, 0.1
-BETAS = (0.9, 0.98)
 RATES = (0.0005, 0.001, 0.002, 0.004)
 MOST_RATES = 10
 OF_CURVE = 10  # steps in a point of the stored curve
@@ -53,7 +53,7 @@ class Case:
     Attributes:
         model: one of language_models.MODELS.
         name: for tables.
-        kind: its class: one of torch.optim, of pytorch_optimizer, of bitsandbytes.optim, or NovoGrad.
+        kind: its class: see trials.make_optimizer.
         options: keyword arguments, beside lr and weight_decay.
         rates: the first learning rates.
         by_row: param groups of novoscale.param_groups.
@@ -89,8 +89,6 @@ AVERAGES = {"normalize": "rms", "grad_averaging": True, "init_zero": True, "bias
 ROW = {"betas": BETAS, **AVERAGES}
 FACTORED = {**ROW, "granularity": "factored"}
 NESTEROV = {**FACTORED, "nesterov": True}
-# With all of its momentum_decay over at once, torch's NAdam has a constant beta1 (Dozat 2016).
-NADAMW = {"betas": BETAS, "momentum_decay": 1e9, "decoupled_weight_decay": True}
 LION_RATES = tuple(lr / 8 for lr in RATES)
 # Relative to the root mean square of the weights.
 RELATIVE_RATES = (0.01, 0.02, 0.04, 0.08)
@@ -190,19 +188,7 @@ def by_run(results: Sequence[dict[str, Any]]) -> dict[Run, float]:
 
 def rates(case: Case, losses: dict[Run, float]) -> list[float]:
     """The learning rates to try: the first ones, and further ones while the best is at an end."""
-    found = sorted(case.rates)
-    while len(found) < MOST_RATES:
-        known = [losses.get(Run(case.model, case.name, lr)) for lr in found]
-        if None in known:
-            break
-        best = known.index(min(known))  # type: ignore[type-var]
-        if best == 0:
-            found.insert(0, found[0] / 2)
-        elif best == len(found) - 1:
-            found.append(found[-1] * 2)
-        else:
-            break
-    return found
+    return trials.rates(case.rates, lambda lr: losses.get(Run(case.model, case.name, lr)), 1, MOST_RATES)
 
 
 def best_rate(case: Case, losses: dict[Run, float]) -> float | None:
@@ -247,28 +233,10 @@ def train(run: Run) -> dict[str, Any]:
 
 def make_optimizer(case: Case, model: nn.Module, run: Run) -> torch.optim.Optimizer:
     """The optimizer of a run, with weight decay on matrices only."""
-    options = {"lr": run.lr, **case.options}
-    if case.kind == "AdamMini":
-        import pytorch_optimizer
-
-        return pytorch_optimizer.AdamMini(model, weight_decay=run.weight_decay, **options)
+    options = {"lr": run.lr, **case.options, **({"seed": run.seed} if case.kind == "NovoGrad" else {})}
     if case.by_row:
-        return NovoGrad(param_groups(model, weight_decay=run.weight_decay), seed=run.seed, **options)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": run.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    if case.kind == "NovoGrad":
-        return NovoGrad(groups, seed=run.seed, **options)
-    if case.kind == "AdamW8bit":
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(groups, **options)
-    if case.kind == "Lion":
-        import pytorch_optimizer
-
-        return pytorch_optimizer.Lion(groups, **options)
-    return getattr(torch.optim, case.kind)(groups, **options)
+        return NovoGrad(param_groups(model, weight_decay=run.weight_decay), **options)
+    return trials.make_optimizer(case.kind, model, run.weight_decay, **options)
 
 
 def summary(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:

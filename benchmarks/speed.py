@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import plots
 from benchmarks.shapes import CATALOGUE, DEFAULT, Shapes
 from novoscale.memory.optimizers import CANDIDATES, Candidate
-from novoscale.memory.rules import Piece, Stepped
+from novoscale.memory.planning import whole
 from novoscale.provenance import make_command, provenance
 
 # Larger than any norm here: the gradients stay what they are, and the work is the same.
@@ -211,10 +211,10 @@ def short_of_memory(candidate: Candidate, params: Sequence[nn.Parameter]) -> str
     """Why the state does not fit in a CPU's memory, where the process would be killed."""
     if params[0].device.type != "cpu" or candidate.state is None:
         return None
-    import psutil  # not asked for on a chip, where it may not be installed
+    from benchmarks.resident import available  # needs psutil, which a machine with a chip may not have
 
-    tensors = [Stepped(tuple(p.shape), (Piece(tuple(p.shape), p.numel()),)) for p in params]
-    needed, free = candidate.state(tensors, params[0].itemsize), psutil.virtual_memory().available
+    needed = candidate.state([whole(tuple(p.shape)) for p in params], params[0].itemsize)
+    free, _ = available()
     return None if needed < free else f"its state takes {needed / 2**30:.1f} GiB of {free / 2**30:.1f}"
 
 

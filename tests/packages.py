@@ -18,7 +18,9 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 CORE = "core"
 STEP = """
-import importlib.metadata, sys, torch, novoscale
+import sys, torch
+OF_TORCH = set(sys.modules)  # such as numpy, where it is installed
+import importlib.metadata, novoscale
 assert novoscale.__version__ == importlib.metadata.version("novoscale")
 extras = {"deepspeed", "accelerate", "transformers", "typer", "rich", "matplotlib", "numpy"}
 assert not extras & set(sys.modules) - OF_TORCH
@@ -33,8 +35,6 @@ for fused in (False, True):  # True builds the kernel, from the sources in the p
     trained.append(weight.detach())
 assert torch.equal(*trained)
 """
-# In a process of its own, for torch takes numpy where there is one.
-STEP = "import sys, torch; OF_TORCH = set(sys.modules)\n" + STEP
 PLAN = "from novoscale.cli import app; app(['plan', 'llama-8b', '--world', '8'])"
 SMOKE = {
     CORE: STEP,

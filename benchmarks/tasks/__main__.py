@@ -1,9 +1,9 @@
 """Run what the protocol asks for and is not there yet, and show it.
 
-make tasks-data                                     # once: the data, with apt-get and npm
-make tasks                                          # everything: some hours on two cores; may be stopped
+make tasks-data                            # once: the data, with apt-get and npm
+make tasks                                 # everything: some hours on two cores; may be stopped
 make tasks ARGS="--only images --jobs 2"
-make tasks ARGS="--quick"                           # one task, three optimizers: ten minutes
+make tasks ARGS="--quick"                  # one task, three optimizers: ten minutes
 """
 
 from __future__ import annotations

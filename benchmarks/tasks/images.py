@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from typing import ClassVar
 
 import torch
@@ -68,7 +67,6 @@ def _convolution(inputs: int, outputs: int, stride: int, after: nn.Module | None
     return nn.Sequential(convolution, nn.BatchNorm2d(outputs), after or nn.ReLU())
 
 
-@cache
 def digits() -> tuple[Tensor, Tensor]:
     """Images ``[10000, 1, 28, 28]`` in float32, from 0 to 1 and then made to have mean 0; labels."""
     return data.prepared("digits", _read)  # type: ignore[no-any-return]

@@ -10,9 +10,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, METHODS, ROBUSTNESS, SCOPES
+from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, METHODS, ROBUSTNESS, scope
 from benchmarks.tasks.summary import Summary
-from benchmarks.tasks.training import TASKS
 from novoscale.plotting import save
 
 STYLES = {
@@ -33,22 +32,20 @@ STYLES = {
 def draw(rows: Sequence[Mapping[str, Any]], source: Mapping[str, Any], out: Path) -> None:
     """Every picture of which something is measured."""
     summary = Summary(rows)
-    present = [task for task in TASKS if any(row["task"] == task for row in rows)]
-    four = [task for task in present if task not in SCOPES]
-    if four:
-        results(summary, four, source, out / "tasks_results")
-        rates(summary, four, source, out / "tasks_rates")
-    if any(row["variant"] for row in rows):
-        robustness(summary, four, source, out / "tasks_robustness")
-    if any(summary.seeds("long", method) for method in METHODS):
+    if summary.whole:
+        results(summary, source, out / "tasks_results")
+        rates(summary, source, out / "tasks_rates")
+    if any(run.variant for run in summary.rows):
+        robustness(summary, source, out / "tasks_robustness")
+    if "long" in summary.tasks:
         long(summary, source, out / "tasks_long")
 
 
-def results(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], path: Path) -> None:
+def results(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
     """How far each optimizer's mean is from AdamW's, in spreads of AdamW's seeds."""
     figure, axis = plt.subplots(figsize=(9, 4.2))
     names = [name for name in METHODS if name != BASELINE]
-    for k, task in enumerate(tasks):
+    for k, task in enumerate(summary.whole):
         base, spread = summary.mean(task, BASELINE), summary.spread(task)
         if base is None or not spread:
             continue
@@ -61,18 +58,17 @@ def results(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], p
     _in_spreads(axis, (-4, -2, -1, 0, 1, 2, 4, 8, 16))
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
-    key = ", ".join(f"{k + 1} {task}" for k, task in enumerate(tasks))
     axis.set(
-        xlabel=f"loss less AdamW's, over the spread of AdamW's seeds (left is better)\n{key}",
+        xlabel=f"loss less AdamW's, over the spread of AdamW's seeds (left is better)\n{_key(summary)}",
         title="Each at its own best learning rate and decay; mean of the seeds",
     )
     save(figure, path, source)
 
 
-def rates(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], path: Path) -> None:
+def rates(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
     """Loss over the learning rate, as a factor of each optimizer's best."""
-    figure, axes = plt.subplots(1, len(tasks), figsize=(3 * len(tasks), 3.6), squeeze=False)
-    for axis, task in zip(axes[0], tasks, strict=True):
+    figure, axes = plt.subplots(1, len(summary.whole), figsize=(3 * len(summary.whole), 3.6), squeeze=False)
+    for axis, task in zip(axes[0], summary.whole, strict=True):
         for name in METHODS:
             losses = {lr: v for lr, v in summary.curve(task, name).items() if math.isfinite(v)}
             if METHODS[name].like is None and losses:
@@ -91,15 +87,15 @@ def rates(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], pat
     save(figure, path, source, bottom=0.07)
 
 
-def robustness(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any], path: Path) -> None:
+def robustness(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
     """What each change adds to the loss."""
     changes = (*ROBUSTNESS, LARGE_BATCH)
     names = [name for name in METHODS if METHODS[name].like is None and METHODS[name].robust]
     figure, axes = plt.subplots(1, len(changes), figsize=(3 * len(changes), 3.6), sharey=True)
     for axis, change in zip(axes, changes, strict=True):
         for n, name in enumerate(names):
-            for k, task in enumerate(tasks):
-                added, spread = _added(summary, task, name, change), summary.spread(task)
+            for k, task in enumerate(summary.whole):
+                added, spread = summary.added(task, name, change), summary.spread(task)
                 if added is not None and spread and math.isfinite(added):
                     axis.plot(added / spread, n, marker=f"${k + 1}$", color=_color(name), ms=7)
         axis.axvline(0, color="black", lw=0.8)
@@ -107,15 +103,14 @@ def robustness(summary: Summary, tasks: Sequence[str], source: Mapping[str, Any]
         axis.set_title(change)
         axis.set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
-    key = ", ".join(f"{k + 1} {task}" for k, task in enumerate(tasks))
-    figure.supxlabel(f"added to the loss, over the spread of AdamW's seeds. {key}", size=9)
+    figure.supxlabel(f"added to the loss, over the spread of AdamW's seeds. {_key(summary)}", size=9)
     save(figure, path, source)
 
 
 def long(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
     """The loss of the long run, and how far each is from AdamW's."""
     figure, axis = plt.subplots(figsize=(9, 3.6))
-    for name in SCOPES["long"].methods:
+    for name in scope("long").methods:
         for row in summary.seeds("long", name):
             points = [(step, loss) for step, loss in row["curve"] if step and loss is not None]
             color, marker = STYLES[name]
@@ -125,11 +120,8 @@ def long(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
     save(figure, path, source)
 
 
-def _added(summary: Summary, task: str, name: str, change: str) -> float | None:
-    if change != LARGE_BATCH:
-        return summary.variant(task, name, change)
-    large, mean = summary.large_batch(task, name), summary.mean(task, name)
-    return None if large is None or mean is None else large - mean
+def _key(summary: Summary) -> str:
+    return ", ".join(f"{k + 1} {task}" for k, task in enumerate(summary.whole))
 
 
 def _in_spreads(axis: Axes, ticks: Sequence[float]) -> None:

@@ -22,11 +22,12 @@ all. A trial is as good as its loss on held-out data at the end of its schedule;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-BETAS = (0.9, 0.98)
+from benchmarks.trials import BETAS, NADAMW, rates
+
 MOST_RATES = 14
 
 
@@ -35,7 +36,7 @@ class Method:
     """An optimizer with its options.
 
     Attributes:
-        kind: its class: of torch.optim, of pytorch_optimizer, of bitsandbytes.optim, or NovoGrad.
+        kind: its class: see trials.make_optimizer.
         rate: the learning rate that its search begins at.
         decay: the weight decay that is tried beside none.
         options: keyword arguments, beside lr and weight_decay.
@@ -66,10 +67,7 @@ METHODS = {
     "NovoGrad, adamw, int4": _preset("int4"),
     "NovoGrad, paper": Method("NovoGrad", 0.02, 0.001),
     "SGD": Method("SGD", 0.1, 0.001, {"momentum": 0.9}),
-    # With all of its momentum_decay over at once, torch's NAdam has a constant beta1 (Dozat 2016).
-    "NAdamW": Method(
-        "NAdam", options={"betas": BETAS, "momentum_decay": 1e9, "decoupled_weight_decay": True}
-    ),
+    "NAdamW": Method("NAdam", options=NADAMW),
     # Its rate is relative to the root mean square of the weights.
     "Adafactor": Method("Adafactor", 0.02),
     "AdamW8bit": Method("AdamW8bit", options={"betas": BETAS}, like="AdamW", robust=False),
@@ -77,31 +75,36 @@ METHODS = {
     "Lion": Method("Lion", 0.00025, options={"betas": (0.9, 0.99)}, robust=False),
 }
 BASELINE = "AdamW"
-
-
 FORMS = ("NovoGrad, adamw", "NovoGrad, adamw, int8", "NovoGrad, adamw, int4")
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What of the protocol is for a task that is not one of the four.
+    """What of the protocol is for a task.
 
     Attributes:
         methods: those it is for.
         like: the task whose best rates and decays it has, instead of a search.
         seeds: of the best run, at most.
+        whole: whether it is one of the paper's tasks, for which points 5 and 6 are.
     """
 
-    methods: tuple[str, ...]
+    methods: tuple[str, ...] = tuple(METHODS)
     like: str | None = None
-    seeds: int = 3
+    seeds: int = 5
+    whole: bool = True
 
 
 SCOPES = {
-    "long": Scope((BASELINE, *FORMS), like="language-bpe", seeds=1),
-    "fine-tuning": Scope((BASELINE, "NovoGrad, paper", *FORMS)),
-    "lora": Scope((BASELINE, "NovoGrad, paper", *FORMS)),
+    "long": Scope((BASELINE, *FORMS), like="language-bpe", seeds=1, whole=False),
+    "fine-tuning": Scope((BASELINE, "NovoGrad, paper", *FORMS), seeds=3, whole=False),
+    "lora": Scope((BASELINE, "NovoGrad, paper", *FORMS), seeds=3, whole=False),
 }
+
+
+def scope(task: str) -> Scope:
+    """That of a task: all of the protocol, unless SCOPES says less."""
+    return SCOPES.get(task, Scope())
 
 
 @dataclass(frozen=True)
@@ -136,99 +139,76 @@ class Run(NamedTuple):
 
 
 class Results:
-    """The losses of the runs that have ended."""
+    """The runs that have ended.
+
+    Attributes:
+        rows: what was measured, by run.
+        loss: of each run; infinite if it diverged.
+    """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.loss = {
-            Run(*(row[name] for name in Run._fields)): math.inf if row["loss"] is None else row["loss"]
-            for row in rows
-        }
+        self.rows = {Run(*(row[name] for name in Run._fields)): row for row in rows}
+        self.loss = {run: math.inf if row["loss"] is None else row["loss"] for run, row in self.rows.items()}
 
     def search(self, task: str, method: str) -> dict[Run, float]:
         """The trials of points 1 and 2: its own, or those of the task and the method that it is like."""
-        task = SCOPES[task].like or task if task in SCOPES else task
-        method = METHODS[method].like or method
+        task, method = searched(task, method)
         return {r: v for r, v in self.loss.items() if r == Run(task, method, r.lr, r.weight_decay)}
 
     def best(self, task: str, method: str) -> Run | None:
-        """What to run at the best trial's rate and decay; None before there is a trial."""
-        trials = self.search(task, method)
-        if not trials:
+        """What to run at the best trial's rate and decay; None before no trial is missing."""
+        if not all(run in self.loss for run in search(self, *searched(task, method))):
             return None
+        trials = self.search(task, method)
         return min(trials, key=lambda run: trials[run])._replace(task=task, method=method)
 
     def large_batch(self, task: str, method: str) -> dict[Run, float]:
         """The trials of point 6."""
+        plain = Run(task, method, 0.0, variant=LARGE_BATCH)
         return {
-            r: v
-            for r, v in self.loss.items()
-            if r == Run(task, method, r.lr, r.weight_decay, variant=LARGE_BATCH)
+            r: v for r, v in self.loss.items() if r == plain._replace(lr=r.lr, weight_decay=r.weight_decay)
         }
 
-    def seeds(self, task: str, method: str) -> list[float]:
-        """The losses of the best trial with every seed."""
-        best = self.best(task, method)
-        return [v for r, v in self.loss.items() if best and r == best._replace(seed=r.seed)]
 
-
-def rates(first: float, loss: Callable[[float], float | None], either_side: int) -> list[float]:
-    """The learning rates to try, as far as what is known tells."""
-    low, high = -1, 1
-    while True:
-        known = {k: loss(first * 2.0**k) for k in range(low, high + 1)}
-        tried = {k: v for k, v in known.items() if v is not None}
-        if len(tried) == len(known) < MOST_RATES:
-            best = min(tried, key=lambda k: tried[k])
-            if best - low < either_side:
-                low -= 1
-                continue
-            if high - best < either_side:
-                high += 1
-                continue
-        return [first * 2.0**k for k in known]
-
-
-def wanted(results: Results, tasks: Sequence[str], methods: Sequence[str]) -> Iterator[Run]:
-    """Every run that can be told from what is known: optimizer by optimizer, robustness of all at the end."""
-    pairs = [(t, m) for m in methods for t in tasks if t not in SCOPES or m in SCOPES[t].methods]
-    for task, method in pairs:
-        if METHODS[method].like is None and (task not in SCOPES or SCOPES[task].like is None):
-            yield from search(results, task, method)
-        best = results.best(task, method)
-        if best is not None and finished(results, task, method):
-            most = SCOPES[task].seeds if task in SCOPES else METHODS[method].seeds
-            yield from (best._replace(seed=seed) for seed in range(most))
-    for task, method in pairs:
-        best = results.best(task, method)
-        if (
-            best is not None
-            and METHODS[method].robust
-            and task not in SCOPES
-            and finished(results, task, method)
-        ):
-            yield from (best._replace(variant=variant) for variant in ROBUSTNESS)
-            large = best._replace(variant=LARGE_BATCH)
-            for lr in rates(2 * best.lr, lambda lr: results.loss.get(large._replace(lr=lr)), either_side=1):  # noqa: B023
-                yield large._replace(lr=lr)
-
-
-def finished(results: Results, task: str, method: str) -> bool:
-    """Whether no trial is missing of the search that a method's rate on a task is from."""
-    task = SCOPES[task].like or task if task in SCOPES else task
-    return all(run in results.loss for run in search(results, task, METHODS[method].like or method))
+def searched(task: str, method: str) -> tuple[str, str]:
+    """The task and the method whose search gives the rate of a method on a task."""
+    return scope(task).like or task, METHODS[method].like or method
 
 
 def search(results: Results, task: str, method: str) -> Iterator[Run]:
     """Points 1 and 2 of a method that has a search of its own."""
-    how = METHODS[method]
-    plain = Run(task, method, 0.0)
-    tried = rates(how.rate, lambda lr: results.loss.get(plain._replace(lr=lr)), either_side=2)
+    how, plain = METHODS[method], Run(task, method, 0.0)
+    known = lambda lr: results.loss.get(plain._replace(lr=lr))  # noqa: E731
+    tried = rates((how.rate / 2, how.rate, how.rate * 2), known, either_side=2, most=MOST_RATES)
     yield from (plain._replace(lr=lr) for lr in tried)
-    known = {lr: results.loss.get(plain._replace(lr=lr)) for lr in tried}
-    losses = {lr: loss for lr, loss in known.items() if loss is not None}
-    if len(losses) == len(known):
+    losses = {lr: loss for lr in tried if (loss := known(lr)) is not None}
+    if len(losses) == len(tried):
         best = min(losses, key=lambda lr: losses[lr])
         yield from (plain._replace(lr=lr, weight_decay=how.decay) for lr in (best / 2, best, best * 2))
+
+
+def large_batch(results: Results, best: Run) -> Iterator[Run]:
+    """Point 6."""
+    plain = best._replace(variant=LARGE_BATCH)
+    known = lambda lr: results.loss.get(plain._replace(lr=lr))  # noqa: E731
+    tried = rates((best.lr, 2 * best.lr, 4 * best.lr), known, either_side=1, most=MOST_RATES)
+    yield from (plain._replace(lr=lr) for lr in tried)
+
+
+def wanted(results: Results, tasks: Sequence[str], methods: Sequence[str]) -> Iterator[Run]:
+    """Every run that can be told from what is known: optimizer by optimizer, robustness of all at the end."""
+    pairs = [(task, method) for method in methods for task in tasks if method in scope(task).methods]
+    for task, method in pairs:
+        if searched(task, method) == (task, method):
+            yield from search(results, task, method)
+        if (best := results.best(task, method)) is not None:
+            seeds = min(METHODS[method].seeds, scope(task).seeds)
+            yield from (best._replace(seed=seed) for seed in range(seeds))
+    for task, method in pairs:
+        robust = METHODS[method].robust and scope(task).whole
+        if robust and (best := results.best(task, method)) is not None:
+            yield from (best._replace(variant=variant) for variant in ROBUSTNESS)
+            yield from large_batch(results, best)
 
 
 def missing(results: Results, tasks: Sequence[str], methods: Sequence[str]) -> Iterator[Run]:

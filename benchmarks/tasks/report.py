@@ -11,12 +11,7 @@ from typing import NamedTuple
 from rich import table as rich_table
 from rich.console import Console
 
-from benchmarks.tasks.protocol import (
-    BASELINE,
-    METHODS,
-    ROBUSTNESS,
-    SCOPES,
-)  # fmt: skip
+from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, METHODS, ROBUSTNESS, scope
 from benchmarks.tasks.summary import Row, Summary, loss_of
 from benchmarks.tasks.training import TASKS
 
@@ -42,17 +37,15 @@ class Table(NamedTuple):
 def tables(rows: Sequence[Row]) -> Iterator[Table]:
     """Every table of which something is measured."""
     summary = Summary(rows)
-    present = [task for task in TASKS if any(row["task"] == task for row in rows)]
-    for task in present:
+    for task in summary.tasks:
         yield results(summary, task)
-    four = [task for task in present if task not in SCOPES]
     searched = [m for m in METHODS if METHODS[m].like is None]
-    if not four:
+    if not summary.whole:
         return
 
     def across(title: str, cell: Callable[[str, str], str]) -> Table:
-        lines = [[method, *(cell(task, method) for task in four)] for method in searched]
-        return measured(title, ["", *four], lines)
+        lines = [[method, *(cell(task, method) for task in summary.whole)] for method in searched]
+        return measured(title, ["", *summary.whole], lines)
 
     def plateau(task: str, method: str) -> str:
         found = summary.plateau(task, method)
@@ -62,12 +55,12 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
     for variant in ROBUSTNESS:
         yield across(
             f"{variant}: what it adds to the loss",
-            lambda task, method: _signed(summary.variant(task, method, variant)),  # noqa: B023
+            lambda task, method: _signed(summary.added(task, method, variant)),  # noqa: B023
         )
 
     def large(task: str, method: str) -> str:
-        found, mean = summary.large_batch(task, method), summary.mean(task, method)
-        return NONE if found is None or mean is None else f"{_number(found)} ({_signed(found - mean)})"
+        found, added = (of(task, method, LARGE_BATCH) for of in (summary.variant, summary.added))
+        return NONE if added is None else f"{_number(found)} ({_signed(added)})"
 
     yield across("Eight times the batch: loss, and what it adds", large)
 
@@ -75,12 +68,13 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
 def results(summary: Summary, task: str) -> Table:
     """A task: every optimizer at its best rate."""
     about = TASKS[task]
-    methods = SCOPES[task].methods if task in SCOPES else tuple(METHODS)
     others = [measure for measure in about.measures if measure != "loss"]
     columns = ["", "lr", "decay", "trials", f"loss, {about.measures['loss']}", "lowest to highest (seeds)"]
     columns += ["from AdamW's", *(f"{name}, {about.measures[name]}" for name in others)]
     columns += ["steps to AdamW's loss", "state, bytes per parameter", "step, ms"]
-    lines = [[method, *_result(summary, task, method, others, len(columns))] for method in methods]
+    lines = [
+        [method, *_result(summary, task, method, others, len(columns))] for method in scope(task).methods
+    ]
     spread = summary.spread(task)
     apart = "" if spread is None else f"; AdamW's seeds are {spread:.2g} apart"
     return measured(f"{task}: {about.steps:,} steps of {about.batch}{apart}", columns, lines)
@@ -93,7 +87,7 @@ def _result(summary: Summary, task: str, method: str, others: Sequence[str], col
     losses = [loss_of(row) for row in seeds]
     mean, base = statistics.fmean(losses), summary.mean(task, BASELINE)
     share, step = summary.share_of_steps(task, method), summary.fastest(task, method)
-    trials = str(len(summary.results.search(task, method))) if METHODS[method].like is None else "-"
+    trials = str(len(summary.search(task, method))) if METHODS[method].like is None else "-"
     row = summary.rows[best]
     return [
         f"{best.lr:g}", f"{best.weight_decay:g}", trials, _number(mean),

@@ -6,7 +6,6 @@ import gzip
 import re
 import unicodedata
 import wave
-from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -126,7 +125,6 @@ def distance(first: list[int], second: list[int]) -> int:
     return row[-1]
 
 
-@cache
 def spoken() -> list[Prompt]:
     """All prompts of at most ``LONGEST`` seconds whose text says what is heard."""
     return data.prepared("speech", _read)  # type: ignore[no-any-return]

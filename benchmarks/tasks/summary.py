@@ -8,23 +8,24 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.tasks.protocol import BASELINE, Results, Run, finished
+from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, Results, Run, scope
+from benchmarks.tasks.training import TASKS
 
 Row = Mapping[str, Any]
 
 
-class Summary:
-    """Losses, means of seeds, and what is made of them; None is what was not measured."""
+class Summary(Results):
+    """Losses, means of seeds, and what is made of them; None is what was not measured.
+
+    Attributes:
+        tasks: those of which something was measured.
+        whole: of these, the paper's.
+    """
 
     def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = {Run(*(row[name] for name in Run._fields)): row for row in rows}
-        self.results = Results(rows)
-
-    def best(self, task: str, method: str) -> Run | None:
-        """The best trial of a search that is finished, if it was run."""
-        best = self.results.best(task, method)
-        done = best is not None and finished(self.results, task, method)
-        return best if done and best in self.rows else None
+        super().__init__(rows)
+        self.tasks = [task for task in TASKS if any(run.task == task for run in self.rows)]
+        self.whole = [task for task in self.tasks if scope(task).whole]
 
     def seeds(self, task: str, method: str) -> list[Row]:
         """The runs of the best trial, with every seed."""
@@ -44,8 +45,7 @@ class Summary:
     def curve(self, task: str, method: str) -> dict[float, float]:
         """The loss of each learning rate, without weight decay."""
         plain = Run(task, method, 0.0)
-        found = {run.lr: loss_of(row) for run, row in self.rows.items() if run == plain._replace(lr=run.lr)}
-        return dict(sorted(found.items()))
+        return {run.lr: loss for run, loss in sorted(self.loss.items()) if run == plain._replace(lr=run.lr)}
 
     def plateau(self, task: str, method: str) -> float | None:
         """By which factor the rates differ that are within AdamW's spread of the method's best rate."""
@@ -56,15 +56,17 @@ class Summary:
         return max(good) / min(good)
 
     def variant(self, task: str, method: str, variant: str) -> float | None:
-        """What a variant adds to the loss of the same run, both with seed 0."""
+        """The loss of a variant of the best run; of the large batch at its own best rate."""
+        if variant == LARGE_BATCH:
+            return min(self.large_batch(task, method).values(), default=None)
         best = self.best(task, method)
-        if best is None or best._replace(variant=variant) not in self.rows:
-            return None
-        return loss_of(self.rows[best._replace(variant=variant)]) - loss_of(self.rows[best])
+        return self.loss.get(best._replace(variant=variant)) if best else None
 
-    def large_batch(self, task: str, method: str) -> float | None:
-        """The loss of the large batch at its own best rate."""
-        return min(self.results.large_batch(task, method).values(), default=None)
+    def added(self, task: str, method: str, variant: str) -> float | None:
+        """What a variant adds to the loss: of the same run; the large batch, to the mean of the seeds."""
+        best, loss = self.best(task, method), self.variant(task, method, variant)
+        plain = self.mean(task, method) if variant == LARGE_BATCH else self.loss.get(best) if best else None
+        return None if loss is None or plain is None else loss - plain
 
     def share_of_steps(self, task: str, method: str) -> float | None:
         """After which part of the steps the held-out loss was AdamW's at its end; None: not reached.

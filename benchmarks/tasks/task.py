@@ -1,12 +1,17 @@
-"""What a task is: data, a model, a loss, a measure, and a budget."""
+"""What a task is: data, a model, a loss, a measure, and a budget; and how it is learned."""
 
 from __future__ import annotations
 
+import math
+import time
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.language_models import schedule
 
 
 class Task(ABC):
@@ -41,6 +46,51 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module, full: bool) -> dict[str, float]:
         """The loss on held-out data, and the other measures; on a part of the data if not ``full``."""
+
+
+class Step(NamedTuple):
+    """One step of a training: the loss before it, and the seconds of the optimizer's step."""
+
+    loss: float
+    seconds: float
+
+
+def learn(
+    task: Task,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    *,
+    seed: int,
+    count: int | None = None,
+    warmup: int | None = None,
+) -> Iterator[Step]:
+    """Train; ends at a loss that is not finite, without a step.
+
+    Args:
+        task: what is learned.
+        model: is trained.
+        optimizer: of the model.
+        steps: how many.
+        seed: of the samples.
+        count: samples of a step; None: the task's batch.
+        warmup: steps of it; None: a twentieth of all.
+    """
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps, warmup))
+    for step in range(steps):
+        loss = task.loss(model, count or task.batch, step, seed)
+        if not loss.isfinite():
+            yield Step(loss.item(), math.nan)
+            return
+        loss.backward()
+        if task.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), task.clip)
+        start = time.perf_counter()
+        optimizer.step()
+        seconds = time.perf_counter() - start
+        scheduler.step()
+        optimizer.zero_grad()
+        yield Step(loss.item(), seconds)
 
 
 def samples(total: int, count: int, step: int, seed: int) -> Tensor:

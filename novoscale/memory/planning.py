@@ -101,7 +101,7 @@ Shapes = Sequence[tuple[int, ...]]
 def _uncut(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
     size = _torch_size(precision)
     weights = size * _elements(shapes)
-    return Plan(weights, weights, rule([_whole(shape) for shape in shapes], size))
+    return Plan(weights, weights, rule([whole(shape) for shape in shapes], size))
 
 
 def _fsdp2(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
@@ -176,7 +176,8 @@ def _elements(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _whole(shape: tuple[int, ...]) -> Stepped:
+def whole(shape: tuple[int, ...]) -> Stepped:
+    """A tensor that is not cut."""
     return Stepped(shape, (Piece(shape, math.prod(shape)),))
 
 

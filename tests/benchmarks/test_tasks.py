@@ -11,11 +11,12 @@ import pytest
 import torch
 import typer
 
-from benchmarks.tasks import data, report, speech
+from benchmarks.tasks import bible, data, report, speech
 from benchmarks.tasks.__main__ import Store
-from benchmarks.tasks.protocol import LARGE_BATCH, METHODS, ROBUSTNESS, Results, Run, missing, rates
+from benchmarks.tasks.protocol import LARGE_BATCH, METHODS, MOST_RATES, ROBUSTNESS, Results, Run, missing
 from benchmarks.tasks.task import samples
-from benchmarks.tasks.training import TASKS, load, make_optimizer, train
+from benchmarks.tasks.training import TASKS, load, train
+from benchmarks.trials import make_optimizer, rates
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -35,16 +36,16 @@ def distance_from(best):
 @pytest.mark.parametrize(("best", "tried"), [(1.0, 5), (4.0, 6), (0.5, 5), (1e-2, 11)])
 def test_rates_are_added_until_two_that_are_worse_are_on_either_side(best, tried):
     known = {}
-    while missing_rates := [lr for lr in rates(1.0, known.get, 2) if lr not in known]:
+    while missing_rates := [lr for lr in rates((0.5, 1.0, 2.0), known.get, 2, MOST_RATES) if lr not in known]:
         known.update({lr: abs(math.log2(lr / best)) for lr in missing_rates})
-    found = rates(1.0, known.get, 2)
+    found = rates((0.5, 1.0, 2.0), known.get, 2, MOST_RATES)
     chosen = min(known, key=lambda lr: known[lr])
     assert len(found) == tried
     assert found.index(chosen) in range(2, len(found) - 2)
 
 
 def test_a_search_ends_when_everything_diverges():
-    assert len(rates(1.0, lambda lr: math.inf, 2)) < 20
+    assert len(rates((0.5, 1.0, 2.0), lambda lr: math.inf, 2, MOST_RATES)) < 20
 
 
 def test_every_optimizer_has_the_same_search_and_formats_have_the_rate_of_another():
@@ -73,7 +74,7 @@ def test_the_long_run_has_the_rate_of_the_language_task_and_no_search():
 
 
 def test_a_run_that_diverged_is_the_worst():
-    rows = [Run("images", "SGD", lr)._asdict() | {"loss": loss} for lr, loss in ((0.1, None), (0.2, 3.0))]
+    rows = finished_protocol(["images"], lambda run: None if run.lr == 0.1 else distance_from(0.2)(run))
     assert Results(rows).best("images", "SGD").lr == 0.2
 
 
@@ -125,15 +126,17 @@ def small_data(monkeypatch, tmp_path):
     torch.save(sounds, tmp_path / "prepared" / "speech.pt")
     digits = (torch.randn(200, 1, 28, 28, generator=generator), torch.arange(200) % 10)
     torch.save(digits, tmp_path / "prepared" / "digits.pt")
-    for name in ("verses", "tokenizer"):
-        getattr(__import__("benchmarks.tasks.bible", fromlist=[name]), name).cache_clear()
-    for module, name in (("images", "digits"), ("speech", "spoken")):
-        getattr(__import__(f"benchmarks.tasks.{module}", fromlist=[name]), name).cache_clear()
-    load.cache_clear()
+    forget()
     monkeypatch.setattr(TASKS["fine-tuning"], "pretraining_steps", 2)
     monkeypatch.setattr(TASKS["long"], "windows", 64)
     yield
-    load.cache_clear()
+    forget()
+
+
+def forget():
+    """What was read before."""
+    for cached in (bible.verses, bible.tokenizer, load):
+        cached.cache_clear()
 
 
 @pytest.mark.usefixtures("small_data")
@@ -177,10 +180,10 @@ def test_a_training_that_diverges_ends_there_and_says_so():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_optimizer_can_be_made_and_decays_matrices_only(method):
-    kind = METHODS[method].kind
+    kind, options = METHODS[method].kind, METHODS[method].options
     if kind in ("AdamMini", "AdamW8bit", "Lion"):
         pytest.importorskip("bitsandbytes" if kind == "AdamW8bit" else "pytorch_optimizer")
-    groups = make_optimizer(Run("images", method, 0.01, 0.1), torch.nn.Linear(4, 4)).param_groups
+    groups = make_optimizer(kind, torch.nn.Linear(4, 4), 0.1, lr=0.01, **options).param_groups
     if kind != "AdamMini":  # which takes the model, and decides for itself
         decays = {p.ndim: group["weight_decay"] for group in groups for p in group["params"]}
         assert decays == {2: 0.1, 1: 0.0}

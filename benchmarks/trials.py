@@ -1,0 +1,70 @@
+"""What the comparisons of optimizers have alike: how an optimizer is made, and which rates are tried."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+BETAS = (0.9, 0.98)
+# With all of its momentum_decay over at once, torch's NAdam has a constant beta1 (Dozat 2016).
+NADAMW = {"betas": BETAS, "momentum_decay": 1e9, "decoupled_weight_decay": True}
+# The classes that are not in torch.optim.
+ELSEWHERE = {
+    "NovoGrad": "novoscale",
+    "Lion": "pytorch_optimizer",
+    "AdamMini": "pytorch_optimizer",
+    "AdamW8bit": "bitsandbytes.optim",
+}
+
+
+def make_optimizer(kind: str, model: nn.Module, weight_decay: float, **options: Any) -> torch.optim.Optimizer:
+    """An optimizer of what is trained of a model, with weight decay on matrices only.
+
+    Args:
+        kind: its class, of torch.optim or of ELSEWHERE.
+        model: whose parameters it has; AdamMini takes it whole, and decides for itself what decays.
+        weight_decay: of parameters that have rows and columns.
+        options: its other keyword arguments.
+
+    Raises:
+        ImportError: the package of its class is not installed.
+    """
+    made = getattr(importlib.import_module(ELSEWHERE.get(kind, "torch.optim")), kind)
+    if kind == "AdamMini":
+        return made(model, weight_decay=weight_decay, **options)  # type: ignore[no-any-return]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return made([group for group in groups if group["params"]], **options)  # type: ignore[no-any-return]
+
+
+def rates(
+    first: Sequence[float], loss: Callable[[float], float | None], either_side: int, most: int
+) -> list[float]:
+    """The learning rates to try, as far as what is known tells.
+
+    Args:
+        first: those to begin with; others are halves of the lowest and doubles of the highest.
+        loss: of a rate; None before it has been tried.
+        either_side: how many that are worse have to be on either side of the best.
+        most: how many there are at most.
+    """
+    found = sorted(first)
+    while len(found) < most:
+        known = [loss(lr) for lr in found]
+        if None in known:
+            break
+        best = known.index(min(known))  # type: ignore[type-var]
+        if best < either_side:
+            found.insert(0, found[0] / 2)
+        elif len(found) - 1 - best < either_side:
+            found.append(found[-1] * 2)
+        else:
+            break
+    return found
