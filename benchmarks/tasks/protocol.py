@@ -196,17 +196,15 @@ def large_batch(results: Results, best: Run) -> Iterator[Run]:
 
 
 def wanted(results: Results, tasks: Sequence[str], methods: Sequence[str]) -> Iterator[Run]:
-    """Every run that can be told from what is known: optimizer by optimizer, robustness of all at the end."""
-    pairs = [(task, method) for method in methods for task in tasks if method in scope(task).methods]
-    for task, method in pairs:
+    """Every run that can be told from what is known, optimizer by optimizer."""
+    for task, method in ((t, m) for m in methods for t in tasks if m in scope(t).methods):
         if searched(task, method) == (task, method):
             yield from search(results, task, method)
-        if (best := results.best(task, method)) is not None:
-            seeds = min(METHODS[method].seeds, scope(task).seeds)
-            yield from (best._replace(seed=seed) for seed in range(seeds))
-    for task, method in pairs:
-        robust = METHODS[method].robust and scope(task).whole
-        if robust and (best := results.best(task, method)) is not None:
+        if (best := results.best(task, method)) is None:
+            continue
+        seeds = min(METHODS[method].seeds, scope(task).seeds)
+        yield from (best._replace(seed=seed) for seed in range(seeds))
+        if METHODS[method].robust and scope(task).whole:
             yield from (best._replace(variant=variant) for variant in ROBUSTNESS)
             yield from large_batch(results, best)
 
