@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts speed chip instructions memory step-memory quality tasks tasks-data changeover faults eight-billion docs
+.PHONY: demo test lint cuts speed chip gpt2 instructions memory step-memory quality tasks tasks-data changeover faults eight-billion docs
 .PHONY: packages format clean
 
 demo: $(VENV)/.installed
@@ -28,6 +28,9 @@ speed: $(VENV)/.installed
 
 chip: $(VENV)/.installed
 	$(RUN) python benchmarks/chip.py $(ARGS)
+
+gpt2: $(VENV)/.installed
+	$(RUN) python benchmarks/gpt2.py $(ARGS)
 
 instructions: $(VENV)/.installed
 	$(RUN) python benchmarks/instructions.py $(ARGS)

@@ -12,7 +12,9 @@ CONTEXT = 128
 VALIDATION_WINDOWS = 128
 
 
-def gpt2(vocabulary: int = 256, context: int = CONTEXT, width: int = 128, layers: int = 4) -> nn.Module:
+def gpt2(
+    vocabulary: int = 256, context: int = CONTEXT, width: int = 128, layers: int = 4, heads: int = 4
+) -> nn.Module:
     """GPT-2's architecture: Conv1D, learned positions, biases, LayerNorm, head tied to the embedding."""
     return GPT2LMHeadModel(
         GPT2Config(
@@ -20,7 +22,7 @@ def gpt2(vocabulary: int = 256, context: int = CONTEXT, width: int = 128, layers
             n_positions=context,
             n_embd=width,
             n_layer=layers,
-            n_head=4,
+            n_head=heads,
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

@@ -223,6 +223,27 @@ CHANGEOVER_COLORS = {
 }
 
 
+def gpt2(runs: dict[str, list[dict[str, Any]]], source: dict[str, Any], path: Path) -> None:
+    """Loss over the learning rate, and over steps at the best rate; of each case the runs, by rate."""
+    figure, (rates, curves) = plt.subplots(1, 2, figsize=(11, 4.2))
+    shown = []
+    for (name, rows), color in zip(runs.items(), plt.get_cmap("tab10").colors, strict=False):
+        known = [r for r in rows if r["seed"] == 0 and r["loss"] is not None]
+        if not known:
+            continue
+        best = min(known, key=lambda r: r["loss"])
+        shown.append(best["loss"])
+        rates.plot([r["lr"] for r in known], [r["loss"] for r in known], "o-", ms=4, color=color, label=name)
+        curve = [(step, loss) for step, loss in best["curve"] if loss is not None]
+        curves.plot(*zip(*curve, strict=True), color=color, lw=1.4, label=f"{name}, {best['lr']:g}")
+    rates.set(xscale="log", xlabel="learning rate", ylabel="nats per held-out token")
+    curves.set(xlabel="step", ylim=(min(shown) - 0.1, max(shown) + 1.5))
+    rates.set_title("at the end, one seed", size=10)
+    curves.set_title("in the training, at the best rate", size=10)
+    curves.legend(frameon=False, fontsize=8)
+    save(figure, path, source)
+
+
 def changeover(report: dict[str, Any], path: Path) -> None:
     """Validation loss over steps, the mean of all seeds: of the whole training, and around the change."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))

@@ -38,7 +38,7 @@ app.command()(doctor)
 @app.command()
 def verify(
     config: Annotated[str, typer.Argument(help="DeepSpeed JSON, Accelerate YAML, or one of: ddp, fsdp2.")],
-    ranks: Annotated[int, typer.Option(min=1, help="CPU ranks to start on this machine.")] = 2,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 10,
     model: Annotated[
         str, typer.Option(help="package.module:function that returns a model and a function batch.")
@@ -49,6 +49,9 @@ def verify(
     option: Annotated[list[str] | None, typer.Option(help="key=value of --optimizer; repeat.")] = None,
     bound: Annotated[float | None, typer.Option(help="Largest relative deviation that passes.")] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for each run.")] = 300,
+    device: Annotated[
+        str, typer.Option(help="cpu, or cuda: this machine's GPUs; ranks that outnumber them share them.")
+    ] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
     """Train under CONFIG on local ranks and in one process; fail if any parameter ends elsewhere.
@@ -72,6 +75,7 @@ def verify(
                 options=_options(option or []),
                 bound=bound,
                 timeout=timeout,
+                device=device,
             )
     except verifying.VerifyError as error:
         console.print(str(error), style="red", markup=False)

@@ -31,7 +31,8 @@ from typing import Any
 
 import torch
 
-_context = multiprocessing.get_context("forkserver")
+_forks = multiprocessing.get_context("forkserver")
+_spawns = multiprocessing.get_context("spawn")  # for GPUs: CUDA does not survive a fork
 _preloaded: list[str] = []
 
 _LINES = 20  # of a rank that died or hangs, in the error
@@ -42,7 +43,7 @@ _LOST = re.compile("(closed|reset) by peer|Broken pipe|Connection refused")
 def preload(*modules: str) -> None:
     """Have the server of this process import modules too, those that there are; before the first rank."""
     _preloaded.extend(module for module in modules if module not in _preloaded)
-    _context.set_forkserver_preload(_preloaded)
+    _forks.set_forkserver_preload(_preloaded)
 
 
 # torch.optim and DeepSpeed import dynamo and inductor when first used, and NovoGrad's integration imports
@@ -130,12 +131,13 @@ class Ranks:
         self._close = Finalize(
             self, _close, (self._processes, self._connections, self._folder, self._port), exitpriority=100
         )
+        context = _spawns if backend == "nccl" else _forks
         try:
             for rank in range(world_size):
-                mine, its = _context.Pipe()
+                mine, its = context.Pipe()
                 self._connections.append(mine)
                 where = (rank, world_size, self._port, backend, self._folder.name, dict(os.environ))
-                self._processes.append(_context.Process(target=_serve, args=(its, *where)))
+                self._processes.append(context.Process(target=_serve, args=(its, *where)))
                 self._processes[-1].start()
                 its.close()
         except BaseException:
@@ -292,6 +294,8 @@ def _serve(
     faulthandler.enable()
     stack = os.open(Path(folder, f"stack{rank}"), os.O_CREAT | os.O_WRONLY)
     faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
+    if backend == "nccl":
+        environment |= _on_gpu(rank, world_size)
     gc.freeze()  # what the server has imported is no garbage, and looking at it copies its memory
     torch.set_num_threads(max((os.cpu_count() or 1) // world_size, 1))
     numbers = torch.get_rng_state()
@@ -315,6 +319,16 @@ def _serve(
             os._exit(1)
         connection.send(True)
         connection.send_bytes(result.getbuffer())
+
+
+def _on_gpu(rank: int, world_size: int) -> dict[str, str]:
+    """Give this rank its GPU; returns what its environment needs besides."""
+    gpus = torch.cuda.device_count()
+    torch.cuda.set_device(rank % gpus)
+    if world_size <= gpus:
+        return {}
+    # NCCL takes a GPU once on a host: ranks that share one pass for ranks of different hosts.
+    return {"LOCAL_RANK": str(rank % gpus), "NCCL_HOSTID": f"rank{rank}", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 def _die_with(caller: Any, port: int) -> None:

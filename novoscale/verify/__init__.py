@@ -1,7 +1,7 @@
 """Is the training the same when the model is cut? Runs the user's configuration and finds out.
 
-The model is trained for some steps on CPU ranks of this machine under the given configuration, and in one
-process. Two things are found:
+The model is trained for some steps under the given configuration, on ranks of this machine (of its CPU, or of
+its GPUs), and in one process. Two things are found:
 
 - *bits*: the gradients that the cut optimizer was given, recorded at each step, are given to the same
   optimizer in one process. Its weights end identical, to the bit, or they do not. Only the cut differs.
@@ -23,11 +23,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from novoscale.ranks import run_ranks
 from novoscale.verify import findings, runs
 from novoscale.verify.config import Setup, VerifyError, prepare
 from novoscale.verify.findings import Training, Verdict
 from novoscale.verify.recording import Bits
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 
 __all__ = ["Bits", "Setup", "Training", "Verdict", "VerifyError", "verify"]
 
@@ -42,13 +46,14 @@ def verify(
     options: dict[str, Any] | None = None,
     bound: float | None = None,
     timeout: float = 300,
+    device: str = "cpu",
 ) -> Verdict:
-    """Train under a configuration on local CPU ranks and in one process; compare every parameter.
+    """Train under a configuration on local ranks and in one process; compare every parameter.
 
     Args:
         config: a DeepSpeed config (a dict, or the path of a JSON file), the path of an Accelerate YAML, or
             "ddp" or "fsdp2".
-        ranks: gloo ranks to start.
+        ranks: to start.
         steps: optimizer steps.
         model: ``package.module:function``; the function returns an ``nn.Module`` whose forward takes a
             batch's entries and returns the loss (or has it in ``.loss``), and a function
@@ -57,22 +62,40 @@ def verify(
         options: keyword arguments of ``optimizer``.
         bound: largest deviation of the training that passes; default: see ``findings.judged_by``.
         timeout: seconds for DeepSpeed's operation to be built, for the ranks, and again for the one process.
+        device: of the ranks: "cpu", with gloo; or "cuda", with NCCL, where ranks that outnumber the GPUs
+            share them.
 
     Raises:
         VerifyError: something that cannot be put to the test; nothing has been run.
         RankError: a rank failed; with its traceback.
     """
-    setup, notes = prepare(config, ranks, steps, model, optimizer, options)
+    check_device(device)
+    setup, notes = prepare(config, ranks, steps, model, optimizer, options, device)
     runs.check_model(setup)
-    os.environ["DS_ACCELERATOR"] = "cpu"  # also where there is a GPU
+    os.environ["DS_ACCELERATOR"] = device
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the ranks
-    if setup.cut == "deepspeed":
+    if setup.cut == "deepspeed" and device == "cpu":
         importlib.import_module("novoscale.integrations.deepspeed_operation").build(timeout)
     where = "novoscale.integrations.deepspeed" if setup.cut == "deepspeed" else "novoscale.verify.torch"
     train = importlib.import_module(f"{where}_training").train
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run_ranks(train, ranks, setup, folder, timeout=timeout)
-        bits, training = run_ranks(findings.find, 1, setup, folder, bound, timeout=timeout)[0]
+        run_ranks(train, ranks, setup, folder, timeout=timeout, backend=BACKENDS[device])
+        (found,) = run_ranks(
+            findings.find, 1, setup, folder, bound, timeout=timeout, backend=BACKENDS[device]
+        )
+        bits, training = found
     passed = findings.passes(setup, bits, training)
     return Verdict(passed, bits, training, setup.cut, setup.optimizer, ranks, steps, notes)
+
+
+def check_device(device: str) -> None:
+    """Find out whether ranks can be on a type of device.
+
+    Raises:
+        VerifyError: they cannot.
+    """
+    if device not in BACKENDS:
+        raise VerifyError(f"device {device}: there are {' and '.join(BACKENDS)}")
+    if device == "cuda" and not (torch.cuda.is_available() and torch.distributed.is_nccl_available()):
+        raise VerifyError(f"device cuda: torch {torch.__version__} finds no GPU, or has no NCCL")

@@ -1,4 +1,4 @@
-"""What is put to the test: the user's configuration, made ready to run on CPU ranks of this machine."""
+"""What is put to the test: the user's configuration, made ready to run on ranks of this machine."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ class Setup:
         dtype: of the model.
         precision: of the gradients; that of autocast if there is one.
         weights: dtype of those that the optimizer updates.
+        device: type of the ranks' device, and of the one process's: "cpu" or "cuda".
     """
 
     cut: str
@@ -48,6 +49,7 @@ class Setup:
     dtype: torch.dtype = torch.float32
     precision: torch.dtype = torch.float32
     weights: torch.dtype = torch.float32
+    device: str = "cpu"
 
     @property
     def samples(self) -> int:
@@ -62,6 +64,7 @@ def prepare(
     model: str,
     optimizer: str | None,
     options: dict[str, Any] | None,
+    device: str = "cpu",
 ) -> tuple[Setup, list[str]]:
     """Make a :class:`Setup` of the user's configuration; say what was changed in it."""
     cut, given = read(config)
@@ -72,7 +75,7 @@ def prepare(
     if given is None:
         name = name or "novoscale:NovoGrad"
         kwargs.setdefault("lr", LR)
-        return Setup(cut, model, name, kwargs, steps, ranks), []
+        return Setup(cut, model, name, kwargs, steps, ranks, device=device), []
     if "optimizer" in given and name is None:
         name, kwargs, client = *_optimizer_of(given["optimizer"]), False
     else:
@@ -93,6 +96,7 @@ def prepare(
         dtype=torch.bfloat16 if ds.get("bf16", {}).get("enabled") is True else torch.float32,
         precision=torch.bfloat16 if _has_bfloat16_gradients(ds) else torch.float32,
         weights=torch.bfloat16 if ds.get("bf16", {}).get("bf16_master_weights_and_grads") else torch.float32,
+        device=device,
     )
     return setup, notes
 
@@ -170,7 +174,7 @@ def _runnable(
             notes.append('"scheduler" left out: the learning rate is constant')
     if ds.get("fp16", {}).get("enabled") in (True, "auto"):
         ds.pop("fp16")
-        notes.append('"fp16" left out: CPU ranks train in float32')
+        notes.append('"fp16" left out: the ranks train in float32')
     if ds.get("bf16", {}).get("enabled") == "auto":
         ds["bf16"]["enabled"] = False
         notes.append('"bf16": "auto" taken for off')

@@ -84,13 +84,14 @@ class Recorder:
         kept = self._pieces([(p, runs.whole(p.detach())) for p in self._tensors.values()], where)
         _save(self._folder, "end", kept)
         if dist.get_rank() == 0:
+            weights = {name: weight.cpu() for name, weight in weights.items()}
             outcome = {"weights": weights, "threads": torch.get_num_threads()}
             torch.save(outcome, self._folder / "outcome")
 
     def _pieces(self, tensors: Sequence[tuple[Tensor, Tensor]], where: Where) -> Pieces:
         """The parts of parameters that tensors consist of, given what to take from each."""
         return [
-            (s.parameter, s.offset, values.reshape(-1)[s.start : s.stop].clone())
+            (s.parameter, s.offset, values.reshape(-1)[s.start : s.stop].to("cpu", copy=True))
             for p, values in tensors
             for s in where.get(id(p), ())
         ]
@@ -133,7 +134,7 @@ def replay(setup: Setup, folder: Path) -> Bits | None:
     for number, offset, values in kept:
         there = slice(offset, offset + values.numel())
         known[number][there] = True
-        differs[number][there] |= _bits(values) != _bits(params[number].detach().reshape(-1)[there])
+        differs[number][there] |= _bits(values) != _bits(params[number].detach().reshape(-1)[there].cpu())
     if not all(k.all() for k in known):
         return None
     counts = {name: int(d.sum()) for name, d in zip(named, differs, strict=True) if d.any()}

@@ -56,15 +56,15 @@ class _Small(nn.Module):
 
 
 def make_model(setup: Setup) -> tuple[nn.Module, Callable[[int], list[dict[str, Tensor]]]]:
-    """The model, in ``setup.dtype`` and without dropout; and the micro-batches of a step, of all ranks."""
+    """The model, where and in what ``setup`` says, without dropout; a step's micro-batches, of all ranks."""
     model, batch = load(setup.model)()
 
     def micro_batches(step: int) -> list[dict[str, Tensor]]:
-        whole = batch(step, setup.samples)
+        whole = {k: v.to(setup.device) for k, v in batch(step, setup.samples).items()}
         parts = setup.ranks * setup.accumulate
         return [{k: v.chunk(parts)[i] for k, v in whole.items()} for i in range(parts)]
 
-    return model.to(setup.dtype).eval(), micro_batches
+    return model.to(setup.device, setup.dtype).eval(), micro_batches
 
 
 def check_model(setup: Setup) -> None:
@@ -161,14 +161,14 @@ def _one_process(setup: Setup, rounding: int | None, master_dtype: torch.dtype) 
         with torch.no_grad():
             for name, p in named.items():
                 p.copy_(masters[name])
-    return {name: p.detach() for name, p in named.items()}
+    return {name: p.detach().cpu() for name, p in named.items()}
 
 
 @torch.no_grad()
 def _round_otherwise(weights: Iterable[Tensor], generator: torch.Generator) -> None:
     """Move each weight by one unit in the last place, up or down, or leave it."""
     for weight in weights:
-        units = torch.randint(-1, 2, weight.shape, generator=generator)
+        units = torch.randint(-1, 2, weight.shape, generator=generator).to(weight.device)
         weight.mul_(1 + torch.finfo(weight.dtype).eps * units)
 
 
