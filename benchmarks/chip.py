@@ -1,4 +1,4 @@
-"""Everything that only a GPU can say of NovoGrad, in under ten minutes on one.
+"""Everything that only a GPU can say of NovoGrad.
 
     make chip
     make chip ARGS="--only passes --only steps"
@@ -6,9 +6,9 @@
 
 In this order: the fused kernel is compiled and launched; every form is trained and its bits compared with
 the reference's; steps are captured in CUDA graphs; the memory of a step; the bandwidth of each pass; the time
-of a step beside other optimizers; and the kernels' own tests. chip.json is written after each row, and
-chip.png and chip.svg at the end. What fails is said in the tables and by the exit code, and does not stop the
-rest.
+of a step beside other optimizers; models that are cut over ranks; and the kernels' own tests. chip.json is
+written after each row, and chip.png and chip.svg at the end. What fails is said in the tables and by the exit
+code, and does not stop the rest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.on_chip import bits, graphs, kernel_tests, memory, passes, steps
+from benchmarks.on_chip import bits, cuts, graphs, kernel_tests, memory, passes, steps
 from benchmarks.on_chip.gpu import Gpu
 from benchmarks.on_chip.rows import Row
 from novoscale.provenance import make_command, provenance
@@ -43,6 +43,7 @@ TITLES = {
     "memory": "memory of a step, bfloat16 weights and gradients",
     "passes": "bandwidth of each pass",
     "steps": "the whole step",
+    "cuts": "the same training on ranks that share the GPU",
     "tests": "the kernels' tests",
 }
 HIDDEN = ("failed", "output", "details")  # no columns of the tables
@@ -50,7 +51,7 @@ HIDDEN = ("failed", "output", "details")  # no columns of the tables
 
 def main(
     only: Annotated[list[str] | None, typer.Option(help=f"Of: {', '.join(TITLES)}; repeat.")] = None,
-    minutes: Annotated[float, typer.Option(help="What has not begun by then is left out.")] = 10,
+    minutes: Annotated[float, typer.Option(help="What has not begun by then is left out.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for chip.json and the picture.")] = Path("runs"),
 ) -> None:
     """Measure and test on the GPU; exit code 1 if anything failed, 2 without a GPU."""
@@ -96,6 +97,7 @@ def all_parts(deadline: float) -> dict[str, Part]:
         "memory": memory.measure,
         "passes": passes.measure,
         "steps": steps.measure,
+        "cuts": cuts.compare,
         "tests": lambda gpu: kernel_tests.run(gpu, max(1.0, deadline - time.monotonic())),
     }
 

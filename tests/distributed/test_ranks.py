@@ -9,8 +9,9 @@ from pathlib import Path
 
 import failing_ranks
 import pytest
+import torch
 
-from novoscale.ranks import RankError, Ranks, run_ranks
+from novoscale.ranks import RankError, Ranks, _on_gpu, run_ranks
 
 
 def left(folder):
@@ -98,3 +99,20 @@ def test_a_call_that_fails_ends_the_ranks(tmp_path):
         ranks.run(failing_ranks.fails, "raises", str(tmp_path))
     assert ranks.closed
     assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("gpus", "world_size", "expected"),
+    [
+        (4, 4, {}),
+        (2, 4, {"LOCAL_RANK": "1", "NCCL_HOSTID": "rank3", "NCCL_SOCKET_IFNAME": "lo"}),
+    ],
+)
+def test_ranks_that_outnumber_the_gpus_share_them_as_if_on_different_hosts(
+    monkeypatch, gpus, world_size, expected
+):
+    mine = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", mine.append)
+    assert _on_gpu(3, world_size) == expected
+    assert mine == [3 % gpus]

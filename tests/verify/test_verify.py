@@ -328,6 +328,24 @@ def test_what_cannot_be_tested_is_named(config, options, says):
         verify(config, **options)
 
 
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [("tpu", "device tpu: there are cpu and cuda"), ("cuda", "device cuda: .*finds no GPU")],
+)
+def test_a_device_that_is_not_there_is_named(device, says):
+    if device == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(VerifyError, match=says):
+        verify("ddp", device=device)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("config", ["ddp", "fsdp2", {"zero_optimization": {"stage": 2}}], ids=str)
+def test_on_gpus_that_ranks_share_novograd_passes(config):
+    verdict = verify(config, ranks=2 * torch.cuda.device_count(), device="cuda")
+    assert verdict.passed, verdict
+
+
 def test_configuration_that_is_refused_fails_with_its_reason():
     with pytest.raises(RankError, match="elastic_checkpoint"):
         verify(ds(1, elastic_checkpoint=True))
