@@ -11,15 +11,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from novoscale.configs import Config, ConfigError, read
 from novoscale.doctor import rules_config, rules_novograd, rules_script
 from novoscale.doctor.case import Case, Running, running
 from novoscale.doctor.findings import Finding, find
 from novoscale.doctor.memory import Memory, NotPlannedError, memory
-from novoscale.doctor.reading import Config, DoctorError, read
 from novoscale.doctor.rewriting import novograd_section
 from novoscale.doctor.script import read_script
 
-__all__ = ["Diagnosis", "DoctorError", "Finding", "Running", "diagnose"]
+__all__ = ["ConfigError", "Diagnosis", "Finding", "Running", "diagnose"]
 
 RULES = (*rules_config.RULES, *rules_novograd.RULES, *rules_script.RULES)
 
@@ -87,7 +87,7 @@ def diagnose(
         model: whose memory is planned, as of ``novoscale plan``.
 
     Raises:
-        DoctorError: CONFIG or SCRIPT cannot be read.
+        ConfigError: CONFIG or SCRIPT cannot be read.
         MemoryToolError: there is no such model.
     """
     given = read(Path(config))

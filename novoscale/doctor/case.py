@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from novoscale.doctor.reading import Config, section_of
+from novoscale.configs import Config, section_of
 from novoscale.doctor.script import Call, Script
 
 # What DeepSpeed makes of a name that it knows: its class, and the one with offload

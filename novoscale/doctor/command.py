@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from novoscale.doctor import Diagnosis, DoctorError, diagnose
+from novoscale.doctor import ConfigError, Diagnosis, diagnose
 from novoscale.doctor.memory import Memory
 from novoscale.doctor.rewriting import rewrite
 from novoscale.memory.cuts import TITLES
@@ -44,7 +44,7 @@ def doctor(
         made = rewrite(found.config, write) if write is not None else None
         for path, text in made.files.items() if made else ():
             path.write_text(text, encoding="utf-8")
-    except (DoctorError, MemoryToolError, OSError) as error:
+    except (ConfigError, MemoryToolError, OSError) as error:
         console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     if as_json:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from novoscale.configs import section_of
 from novoscale.doctor.case import Case, Running
-from novoscale.doctor.reading import section_of
 from novoscale.memory import rules
 from novoscale.memory.optimizers import novograd_rule
 from novoscale.memory.planning import Plan, plan

@@ -14,7 +14,7 @@ from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
-from novoscale.doctor.reading import IN_YAML, Config, DoctorError, section_of
+from novoscale.configs import IN_YAML, Config, ConfigError, section_of
 
 # AdamW's that mean the same here (docs/quality.md: the preset learns at AdamW's rates).
 KEPT = ("lr", "weight_decay")
@@ -49,10 +49,10 @@ def rewrite(config: Config, target: Path) -> Rewritten:
     """The files of a NovoGrad config; of a YAML also the DeepSpeed JSON that it names.
 
     Raises:
-        DoctorError: there is nothing in the config to be changed, or a file is there already.
+        ConfigError: there is nothing in the config to be changed, or a file is there already.
     """
     if config.deepspeed is None:
-        raise DoctorError(
+        raise ConfigError(
             f"{config.path}: --write: without DeepSpeed the optimizer is made in the script: "
             'NovoGrad(model.named_parameters(), lr=..., preset="adamw", momentum_dtype="int8")'
         )
@@ -62,12 +62,12 @@ def rewrite(config: Config, target: Path) -> Rewritten:
     else:
         beside = target.with_suffix(".json")
         if beside == target:
-            raise DoctorError(f"{target}: --write: {config.path} is YAML; name a .yaml file")
+            raise ConfigError(f"{target}: --write: {config.path} is YAML; name a .yaml file")
         text, said = _json(config)
         files = {beside: text, target: _yaml(config, beside)}
     there = next((path for path in files if path.exists()), None)
     if there is not None:
-        raise DoctorError(f"{there}: --write: is there already; name a new file")
+        raise ConfigError(f"{there}: --write: is there already; name a new file")
     return Rewritten(files, said)
 
 
@@ -142,7 +142,7 @@ def _yaml(config: Config, beside: Path) -> str:
     top = {key.value: (key, value) for key, value in root.value}
     section = top["deepspeed_config"][1] if "deepspeed_config" in top else None
     if section is None or section.flow_style or not section.value:
-        raise DoctorError(f"{config.path}: --write: write deepspeed_config as a block, a key on each line")
+        raise ConfigError(f"{config.path}: --write: write deepspeed_config as a block, a key on each line")
     inside = {key.value: (key, value) for key, value in section.value}
     file = json.dumps(str(beside)) if re.search(r"[\s:#]", str(beside)) else str(beside)
     if "deepspeed_config_file" in inside:

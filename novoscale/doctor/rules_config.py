@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from novoscale.configs import IN_YAML, section_of
 from novoscale.doctor.case import BY_NAME, Case, built
 from novoscale.doctor.findings import Finding, Rule, note, warning, wrong
-from novoscale.doctor.reading import IN_YAML, section_of
 
 SECTIONS = ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16", "data_types", "torch_autocast")
 # What Accelerate fills in for "auto" (accelerate/accelerator.py, _prepare_deepspeed, and DeepSpeedPlugin).

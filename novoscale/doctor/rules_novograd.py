@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from novoscale import NovoGrad
+from novoscale.configs import section_of
 from novoscale.doctor.case import Case
 from novoscale.doctor.findings import Finding, Rule, note, warning, wrong
-from novoscale.doctor.reading import section_of
 
 ADAM_ONLY = "DeepSpeed implements it for its own Adam only; take it out of the config"
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from novoscale.doctor.reading import DoctorError, text_of
+from novoscale.configs import ConfigError, text_of
 
 REGISTERS = "novoscale.integrations.deepspeed"
 NOVOGRAD = ("novoscale.NovoGrad", "novoscale.novograd.NovoGrad")
@@ -117,13 +117,13 @@ def read_script(path: Path) -> Script:
     """Read a script.
 
     Raises:
-        DoctorError: it cannot be read, or is not Python.
+        ConfigError: it cannot be read, or is not Python.
     """
     text = text_of(path)
     try:
         tree = ast.parse(text, str(path))
     except (SyntaxError, ValueError) as error:
-        raise DoctorError(f"{path}: not a Python script: {error}") from None
+        raise ConfigError(f"{path}: not a Python script: {error}") from None
     known = dict(_imported(tree))
     calls = sorted(_calls(tree, known), key=lambda call: call.line)
     names = {_full(node, known) for node in ast.walk(tree) if isinstance(node, (ast.Name, ast.Attribute))}

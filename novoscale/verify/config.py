@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import importlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from novoscale import configs
 
 CUTS = ("none", "ddp", "fsdp2")
 MICRO_BATCH = 4
@@ -114,35 +115,25 @@ def read(config: str | Path | dict[str, Any]) -> tuple[str, dict[str, Any] | Non
     path = Path(config)
     if not path.is_file():
         raise VerifyError(f"{config}: there is no such file, and it is none of {', '.join(CUTS)}")
-    if path.suffix in (".yaml", ".yml"):
-        return _read_accelerate(path)
     try:
-        content = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise VerifyError(f"{path}: not a DeepSpeed config in JSON: {error}") from None
-    return "deepspeed", content
+        found = configs.read(path)
+    except configs.ConfigError as error:
+        raise VerifyError(str(error)) from None
+    if found.deepspeed is not None:
+        return "deepspeed", found.deepspeed
+    return _cut_of(path, found.accelerate or {}), None
 
 
-def _read_accelerate(path: Path) -> tuple[str, dict[str, Any] | None]:
-    yaml = importlib.import_module("yaml")  # comes with accelerate
-    content = yaml.safe_load(path.read_text()) or {}
-    kind = str(content.get("distributed_type", "NO"))
-    if kind == "DEEPSPEED":
-        section = content.get("deepspeed_config", {})
-        file = section.get("deepspeed_config_file")
-        if file is None:
-            raise VerifyError(f"{path}: deepspeed_config has no deepspeed_config_file; give one")
-        found = next((f for f in (Path(file), path.parent / file) if f.is_file()), None)
-        if found is None:
-            raise VerifyError(f"{path}: its deepspeed_config_file {file} does not exist")
-        return read(found)
+def _cut_of(path: Path, accelerate: dict[str, Any]) -> str:
+    """The cut that an Accelerate YAML asks for, which is not DeepSpeed's."""
+    kind = str(accelerate["distributed_type"])
     if kind == "FSDP":
-        version = content.get("fsdp_config", {}).get("fsdp_version", 1)
+        version = configs.section_of(accelerate, "fsdp_config").get("fsdp_version", 1)
         if int(version) != 2:
             raise VerifyError(f"{path}: fsdp_version {version}: NovoGrad supports FSDP2, set fsdp_version: 2")
-        return "fsdp2", None
+        return "fsdp2"
     if kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        return "ddp", None
+        return "ddp"
     raise VerifyError(f"{path}: distributed_type {kind} is not known to verify")
 
 

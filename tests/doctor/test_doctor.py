@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from novoscale.doctor import RULES, Diagnosis, DoctorError, diagnose
+from novoscale.doctor import RULES, ConfigError, Diagnosis, diagnose
 
 ROOT = Path(__file__).parent.parent.parent
 NOVOGRAD = {"type": "NovoGrad", "params": {"lr": 0.01, "preset": "adamw"}}
@@ -500,23 +500,23 @@ def test_the_configs_that_accelerate_writes(tmp_path, kind):
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, text, said):
     (tmp_path / name).write_text(text)
-    with pytest.raises(DoctorError) as error:
+    with pytest.raises(ConfigError) as error:
         diagnose(tmp_path / name)
     assert said in str(error.value)
     assert str(tmp_path / name) in str(error.value)
 
 
 def test_a_folder_a_missing_file_and_a_file_that_is_no_text_are_named(tmp_path):
-    with pytest.raises(DoctorError, match="a folder; name a file"):
+    with pytest.raises(ConfigError, match="a folder; name a file"):
         diagnose(tmp_path)
-    with pytest.raises(DoctorError, match="there is no such file"):
+    with pytest.raises(ConfigError, match="there is no such file"):
         diagnose(tmp_path / "no.json")
     (tmp_path / "c.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DoctorError, match="cannot be read"):
+    with pytest.raises(ConfigError, match="cannot be read"):
         diagnose(tmp_path / "c.json")
     (tmp_path / "c.json").write_text(json.dumps(zero()))
     (tmp_path / "train.py").write_text("def f(:\n")
-    with pytest.raises(DoctorError, match="not a Python script"):
+    with pytest.raises(ConfigError, match="not a Python script"):
         diagnose(tmp_path / "c.json", tmp_path / "train.py")
 
 

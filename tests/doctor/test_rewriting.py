@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from novoscale.doctor import DoctorError, diagnose
+from novoscale.doctor import ConfigError, diagnose
 from novoscale.doctor.rewriting import put, rewrite
 
 JSON = """{
@@ -121,13 +121,13 @@ def test_comments_of_a_json_are_lost_and_that_is_said(tmp_path):
 
 def test_nothing_is_overwritten_and_what_has_no_optimizer_is_named(tmp_path):
     (tmp_path / "ds.json").write_text(JSON)
-    with pytest.raises(DoctorError, match="is there already; name a new file"):
+    with pytest.raises(ConfigError, match="is there already; name a new file"):
         rewrite(diagnose(tmp_path / "ds.json").config, tmp_path / "ds.json")
     (tmp_path / "c.yaml").write_text("distributed_type: FSDP\n")
-    with pytest.raises(DoctorError, match="the optimizer is made in the script"):
+    with pytest.raises(ConfigError, match="the optimizer is made in the script"):
         rewrite(diagnose(tmp_path / "c.yaml").config, tmp_path / "new.yaml")
     (tmp_path / "c.yaml").write_text("distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stage: 2}\n")
-    with pytest.raises(DoctorError, match="as a block"):
+    with pytest.raises(ConfigError, match="as a block"):
         rewrite(diagnose(tmp_path / "c.yaml").config, tmp_path / "new.yaml")
-    with pytest.raises(DoctorError, match=r"name a \.yaml file"):
+    with pytest.raises(ConfigError, match=r"name a \.yaml file"):
         rewrite(diagnose(tmp_path / "c.yaml").config, tmp_path / "new.json")

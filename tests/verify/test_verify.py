@@ -374,3 +374,22 @@ def test_other_accelerate_files(content, expected, tmp_path):
     path.write_text("distributed_type: FSDP\nfsdp_config: {}\n")
     with pytest.raises(VerifyError, match="set fsdp_version: 2"):
         read(path)
+
+
+def test_what_accelerate_config_writes_without_a_json_is_verified(tmp_path):
+    path = tmp_path / "default_config.yaml"
+    path.write_text(
+        "distributed_type: DEEPSPEED\nmixed_precision: 'no'\ndeepspeed_config:\n  zero_stage: 2\n"
+        "  gradient_accumulation_steps: 2\n  offload_optimizer_device: cpu\n"
+    )
+    verdict = verify(path, steps=3)
+    assert (verdict.cut, verdict.optimizer, verdict.passed) == ("deepspeed", "novoscale:NovoGrad", True)
+
+
+def test_a_config_with_comments_is_read_as_deepspeed_reads_it(tmp_path):
+    path = tmp_path / "ds.json"
+    path.write_text('{\n  # the stage\n  "zero_optimization": {"stage": 1}\n}\n')
+    assert read(path) == ("deepspeed", {"zero_optimization": {"stage": 1}})
+    path.write_text("{ 'zero_optimization'")
+    with pytest.raises(VerifyError, match="not a DeepSpeed config in JSON"):
+        read(path)

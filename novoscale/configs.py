@@ -24,7 +24,7 @@ IN_YAML = {
 }
 
 
-class DoctorError(ValueError):
+class ConfigError(ValueError):
     """A config or a script that cannot be read, or a file that cannot be written; says why."""
 
 
@@ -69,7 +69,7 @@ def read(path: Path) -> Config:
     """Read a config file.
 
     Raises:
-        DoctorError: it cannot be read, or is not what its name says.
+        ConfigError: it cannot be read, or is not what its name says.
     """
     text = text_of(path)
     if path.suffix not in YAML:
@@ -84,7 +84,7 @@ def read(path: Path) -> Config:
     file = Path(str(section["deepspeed_config_file"]))
     found = next((f for f in (file, path.parent / file) if f.is_file()), None)
     if found is None:
-        raise DoctorError(
+        raise ConfigError(
             f"{path}: deepspeed_config.deepspeed_config_file: {file} does not exist; the path is relative to "
             "the folder that you launch from"
         )
@@ -97,16 +97,16 @@ def text_of(path: Path) -> str:
     """The text of a file.
 
     Raises:
-        DoctorError: there is none, or it is no text.
+        ConfigError: there is none, or it is no text.
     """
     if path.is_dir():
-        raise DoctorError(f"{path}: a folder; name a file")
+        raise ConfigError(f"{path}: a folder; name a file")
     if not path.exists():
-        raise DoctorError(f"{path}: there is no such file")
+        raise ConfigError(f"{path}: there is no such file")
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DoctorError(f"{path}: cannot be read: {error}") from None
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
 def section_of(content: dict[str, Any], key: str) -> dict[str, Any]:
@@ -119,16 +119,16 @@ def _json(path: Path, text: str) -> tuple[dict[str, Any], bool]:
     """The content, and whether it is HJSON: DeepSpeed reads that (runtime/config.py), with its comments."""
     has_comments = False
     if not text.strip():
-        raise DoctorError(f"{path}: is empty; a DeepSpeed config is a JSON object")
+        raise ConfigError(f"{path}: is empty; a DeepSpeed config is a JSON object")
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
         content = _hjson(text) if text.lstrip()[0] in "{/#" else None
         has_comments = True
         if content is None:
-            raise DoctorError(f"{path}: not a DeepSpeed config in JSON: {error}") from None
+            raise ConfigError(f"{path}: not a DeepSpeed config in JSON: {error}") from None
     if not isinstance(content, dict):
-        raise DoctorError(f"{path}: a DeepSpeed config is a JSON object, not {_kind(content)}")
+        raise ConfigError(f"{path}: a DeepSpeed config is a JSON object, not {_kind(content)}")
     return content, has_comments
 
 
@@ -145,18 +145,18 @@ def _hjson(text: str) -> Any:
 
 def _yaml(path: Path, text: str) -> dict[str, Any]:
     if importlib.util.find_spec("yaml") is None:
-        raise DoctorError(f"{path}: reading YAML needs PyYAML: pip install 'novoscale[accelerate]'")
+        raise ConfigError(f"{path}: reading YAML needs PyYAML: pip install 'novoscale[accelerate]'")
     yaml: Any = importlib.import_module("yaml")  # comes with accelerate
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise DoctorError(
+        raise ConfigError(
             f"{path}: not an Accelerate config in YAML: {' '.join(str(error).split())}"
         ) from None
     if content is None:
-        raise DoctorError(f"{path}: is empty; `accelerate config` makes one")
+        raise ConfigError(f"{path}: is empty; `accelerate config` makes one")
     if not isinstance(content, dict) or "distributed_type" not in content:
-        raise DoctorError(f"{path}: not an Accelerate config: it has no distributed_type")
+        raise ConfigError(f"{path}: not an Accelerate config: it has no distributed_type")
     return content
 
 
