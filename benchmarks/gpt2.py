@@ -131,6 +131,8 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     file, shape = out / "gpt2.json", Shape(steps=steps)
     report = json.loads(file.read_text()) if file.exists() else {"runs": []}
+    if report.get("shape", vars(shape)) != vars(shape) or report.get("text", text_name) != text_name:
+        raise typer.BadParameter(f"{file}: its runs have other steps or another --text; use another --out")
     report |= {
         "text": text_name,
         "shape": vars(shape),

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import SymLogNorm
 
 from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, METHODS, ROBUSTNESS, scope
 from benchmarks.tasks.summary import Summary
 from novoscale.plotting import save
 
+FARTHEST = 32  # spreads of AdamW's seeds that a colour tells apart
 STYLES = {
     "SGD": ("#7fb069", "s"),
     "AdamW": ("#4d4d4d", "o"),
@@ -88,22 +91,32 @@ def rates(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
 
 
 def robustness(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
-    """What each change adds to the loss."""
+    """What each change adds to the loss, a cell for each optimizer and task; colours are in spreads."""
     changes = (*ROBUSTNESS, LARGE_BATCH)
     names = [name for name in METHODS if METHODS[name].like is None and METHODS[name].robust]
-    figure, axes = plt.subplots(1, len(changes), figsize=(3 * len(changes), 3.6), sharey=True)
+    figure, axes = plt.subplots(1, len(changes), figsize=(3.3 * len(changes), 3.4), sharey=True)
     for axis, change in zip(axes, changes, strict=True):
-        for n, name in enumerate(names):
-            for k, task in enumerate(summary.whole):
-                added, spread = summary.added(task, name, change), summary.spread(task)
-                if added is not None and spread and math.isfinite(added):
-                    axis.plot(added / spread, n, marker=f"${k + 1}$", color=_color(name), ms=7)
-        axis.axvline(0, color="black", lw=0.8)
-        _in_spreads(axis, (-8, -1, 0, 1, 8, 64))
-        axis.set_title(change)
+        added = [[summary.added(task, name, change) for task in summary.whole] for name in names]
+        spreads = [summary.spread(task) or math.nan for task in summary.whole]
+        colors = [
+            [math.nan if a is None else a / s for a, s in zip(row, spreads, strict=True)] for row in added
+        ]
+        scale = SymLogNorm(linthresh=1, vmin=-FARTHEST, vmax=FARTHEST)
+        axis.imshow(colors, cmap="RdBu_r", norm=scale, aspect="auto")
+        for n, k in product(range(len(names)), range(len(summary.whole))):
+            value = added[n][k]
+            light = "white" if abs(colors[n][k]) > FARTHEST / 4 else "black"
+            axis.text(
+                k, n, "-" if value is None else f"{value:+.2g}", ha="center", va="center", size=7, color=light
+            )
+        axis.set_title(change, size=10)
         axis.set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    figure.supxlabel(f"added to the loss, over the spread of AdamW's seeds. {_key(summary)}", size=9)
+        axis.set_xticks(range(len(summary.whole)), summary.whole, rotation=30, ha="right", size=8)
+        axis.tick_params(length=0)
+    figure.suptitle(
+        "Added to the loss, one seed. Red: higher than before, blue: lower; in spreads of AdamW's seeds",
+        size=10,
+    )
     save(figure, path, source)
 
 
