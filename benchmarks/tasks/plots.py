@@ -26,6 +26,7 @@ STYLES = {
     "NovoGrad, adamw": ("#1f6fb4", "o"),
     "NovoGrad, adamw, int8": ("#1f6fb4", "P"),
     "NovoGrad, adamw, int4": ("#1f6fb4", "X"),
+    "NovoGrad, adamw, scaled": ("#17becf", "*"),
     "AdamW8bit": ("#4d4d4d", "P"),
     "Adam-mini": ("#b07aa1", "<"),
     "Lion": ("#c0392b", ">"),
