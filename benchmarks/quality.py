@@ -101,7 +101,7 @@ CASES = [
     Case("llama", "NAdamW", "NAdam", NADAMW, long=True),
     Case("llama", "Adafactor", "Adafactor", {}, RELATIVE_RATES),
     Case("llama", "Lion", "Lion", {"betas": (0.9, 0.99)}, LION_RATES),
-    Case("llama", "Adam-mini", "AdamMini", {"betas": BETAS, "num_embeds": 128, "num_heads": 4}),
+    Case("llama", "Adam-mini", "AdamMini", {"betas": BETAS}),
     Case("llama", "NovoGrad: the paper's", options={}, rates=(0.001, 0.002, 0.004, 0.008)),
     Case("llama", "NovoGrad: row", options=ROW, by_row=True),
     Case("llama", "NovoGrad: factored", options=FACTORED),

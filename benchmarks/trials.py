@@ -35,6 +35,9 @@ def make_optimizer(kind: str, model: nn.Module, weight_decay: float, **options: 
     """
     made = getattr(importlib.import_module(ELSEWHERE.get(kind, "torch.optim")), kind)
     if kind == "AdamMini":
+        if (config := getattr(model, "config", None)) is not None:  # of transformers: it cuts by heads
+            heads = {"num_embeds": config.hidden_size, "num_heads": config.num_attention_heads}
+            options = {**heads, **options}
         return made(model, weight_decay=weight_decay, **options)  # type: ignore[no-any-return]
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [

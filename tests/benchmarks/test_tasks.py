@@ -198,6 +198,13 @@ def test_every_optimizer_can_be_made_and_decays_matrices_only(method):
         assert decays == {2: 0.1, 1: 0.0}
 
 
+@pytest.mark.usefixtures("small_data")
+@pytest.mark.parametrize("task", ["translation", "language-bytes"])
+def test_adam_mini_cuts_by_the_heads_of_the_model(task):
+    pytest.importorskip("pytorch_optimizer")
+    assert train(Run(task, "Adam-mini", 0.001), 20)["loss"] < 10
+
+
 def test_data_that_is_not_there_is_named_with_the_command_that_fetches_it(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "FOLDER", tmp_path)
     with pytest.raises(data.MissingDataError, match=r"no debian/usr in .*; run: make tasks-data"):
