@@ -34,7 +34,9 @@ QUICK = ("language-bytes",), ("AdamW", "NovoGrad, paper", "NovoGrad, adamw")
 def main(
     only: Annotated[list[str] | None, typer.Option(help=f"A task, or tasks: {', '.join(TASKS)}.")] = None,
     optimizer: Annotated[list[str] | None, typer.Option(help=f"Of: {'; '.join(METHODS)}.")] = None,
-    quick: Annotated[bool, typer.Option(help="One task whose data is everywhere, three optimizers.")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="One task whose data is everywhere, three optimizers, points 1 to 3.")
+    ] = False,
     jobs: Annotated[int, typer.Option(min=0, help="Trainings at a time, of a thread; 0: show only.")] = CORES,
     steps: Annotated[int | None, typer.Option(min=1, help="Of a training; the task's own if absent.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for a JSON of each task, and the plots.")] = FOLDER,
@@ -47,7 +49,8 @@ def main(
     out.mkdir(parents=True, exist_ok=True)
     store = Store(out, steps)
     if jobs:
-        run_all(store, [task for task in tasks if has_data(task, console)], methods, jobs, console)
+        there = [task for task in tasks if has_data(task, console)]
+        run_all(store, there, methods, jobs, console, robustness=not quick)
     report.show(store.rows, console)
     plots.draw(store.rows, store.source, out)
     if page is not None:
@@ -119,7 +122,9 @@ class Store:
         file.with_suffix(".part").rename(file)
 
 
-def run_all(store: Store, tasks: Any, methods: Any, jobs: int, console: Console) -> None:
+def run_all(
+    store: Store, tasks: Any, methods: Any, jobs: int, console: Console, robustness: bool = True
+) -> None:
     """Keep ``jobs`` trainings going until nothing is missing."""
     shown = sys.stdout.isatty()
     running: dict[Future[dict[str, Any]], Run] = {}
@@ -127,7 +132,7 @@ def run_all(store: Store, tasks: Any, methods: Any, jobs: int, console: Console)
     with pool, Progress(console=console, disable=not shown) as progress:
         bar = progress.add_task("trainings", total=None)
         while True:
-            left = list(protocol.missing(Results(store.rows), tasks, methods))
+            left = list(protocol.missing(Results(store.rows), tasks, methods, robustness))
             progress.update(bar, completed=len(store.rows), total=len(store.rows) + len(left))
             waiting = [run for run in left if run not in running.values()]
             for run in waiting[: jobs - len(running)]:

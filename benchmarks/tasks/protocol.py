@@ -197,8 +197,10 @@ def large_batch(results: Results, best: Run) -> Iterator[Run]:
     yield from (plain._replace(lr=lr) for lr in tried)
 
 
-def wanted(results: Results, tasks: Sequence[str], methods: Sequence[str]) -> Iterator[Run]:
-    """Every run that can be told from what is known, optimizer by optimizer."""
+def wanted(
+    results: Results, tasks: Sequence[str], methods: Sequence[str], robustness: bool = True
+) -> Iterator[Run]:
+    """Every run that can be told from what is known, optimizer by optimizer; points 5 and 6 if asked."""
     for task, method in ((t, m) for m in methods for t in tasks if m in scope(t).methods):
         if searched(task, method) == (task, method):
             yield from search(results, task, method)
@@ -206,11 +208,15 @@ def wanted(results: Results, tasks: Sequence[str], methods: Sequence[str]) -> It
             continue
         seeds = min(METHODS[method].seeds, scope(task).seeds)
         yield from (best._replace(seed=seed) for seed in range(seeds))
-        if METHODS[method].robust and scope(task).whole:
+        if robustness and METHODS[method].robust and scope(task).whole:
             yield from (best._replace(variant=variant) for variant in ROBUSTNESS)
             yield from large_batch(results, best)
 
 
-def missing(results: Results, tasks: Sequence[str], methods: Sequence[str]) -> Iterator[Run]:
+def missing(
+    results: Results, tasks: Sequence[str], methods: Sequence[str], robustness: bool = True
+) -> Iterator[Run]:
     """Of the wanted runs those that have no result."""
-    return (run for run in dict.fromkeys(wanted(results, tasks, methods)) if run not in results.loss)
+    return (
+        run for run in dict.fromkeys(wanted(results, tasks, methods, robustness)) if run not in results.loss
+    )
