@@ -252,6 +252,7 @@ def test_a_page_gets_the_tables_between_its_marks_and_keeps_the_rest(tmp_path):
 
 def test_the_quick_run_trains_what_is_missing_and_nothing_else(tmp_path):
     rows = finished_protocol(["language-bytes"], distance_from(0.004))
+    rows = [row for row in rows if not row["variant"]]  # of which it has none
     about = {"steps": 1, "parameters": 10, "state_bytes": 20, "step_ms": 1.0, "curve": [[0, 5.0], [1, 4.0]]}
     rows = [{**row, **about} for row in rows]
     rows.remove(next(row for row in rows if row["method"] == "NovoGrad, adamw" and row["seed"] == 2))
