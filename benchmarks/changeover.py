@@ -27,13 +27,12 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import plots, text  # noqa: E402
-from benchmarks.language_models import CONTEXT, MODELS, VALIDATION_WINDOWS, schedule  # noqa: E402
-from novoscale import NovoGrad  # noqa: E402
-from novoscale.provenance import provenance  # noqa: E402
+from benchmarks import plots, text
+from benchmarks.language_models import CONTEXT, MODELS, VALIDATION_WINDOWS, schedule
+from novoscale import NovoGrad
+from novoscale.provenance import provenance
 
 BATCH, STEPS, CLIP, DECAY = 16, 400, 1.0, 0.1
 LR, BETAS = 0.001, (0.9, 0.98)  # AdamW's best in docs/quality.md

@@ -22,18 +22,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from novoscale.integrations import deepspeed_operation
+
+from benchmarks import plots, text
+from benchmarks.language_models import gpt2
+from novoscale import NovoGrad
+from novoscale.memory import optimizer_state_bytes
+from novoscale.provenance import make_command, provenance
+from novoscale.ranks import RankError, remove_shared_memory
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from novoscale.integrations import deepspeed_operation  # noqa: E402
-
-from benchmarks import plots, text  # noqa: E402
-from benchmarks.language_models import gpt2  # noqa: E402
-from novoscale import NovoGrad  # noqa: E402
-from novoscale.memory import optimizer_state_bytes  # noqa: E402
-from novoscale.provenance import make_command, provenance  # noqa: E402
-from novoscale.ranks import RankError, remove_shared_memory  # noqa: E402
-
 PORT = 29577
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor, "novograd": NovoGrad}
 

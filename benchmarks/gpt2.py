@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import plots, text, trials
 from benchmarks.language_models import gpt2, schedule
-from benchmarks.trials import BETAS
+from benchmarks.trials import BETAS, loss_of
 from novoscale.memory import optimizer_state_bytes
 from novoscale.provenance import make_command, provenance
 
@@ -156,23 +156,19 @@ def train(
 
 def missing(results: Sequence[dict[str, Any]]) -> Iterator[Run]:
     """What is to be run and can be told from what is known: all rates before further seeds."""
-    losses = {Run(*(r[name] for name in Run._fields)): _loss(r) for r in results}
+    losses = {Run(*(r[name] for name in Run._fields)): loss_of(r) for r in results}
     best: dict[str, float] = {}
     for name, case in CASES.items():
         if case.rate_of is None:
-            tried = trials.rates(case.rates, lambda lr: losses.get(Run(name, lr)), 1, MOST_RATES)  # noqa: B023
-            yield from (Run(name, lr) for lr in tried if Run(name, lr) not in losses)
-            known = {lr: losses[Run(name, lr)] for lr in tried if Run(name, lr) in losses}
-            best[name] = min(known, key=lambda lr: known[lr], default=tried[0])
+            known = {run.lr: loss for run, loss in losses.items() if run == Run(name, run.lr)}
+            tried = trials.rates(case.rates, known.get, 1, MOST_RATES)
+            yield from (Run(name, lr) for lr in tried if lr not in known)
+            best[name] = min(known, key=known.__getitem__, default=tried[0])
     for seed in range(max(case.seeds for case in CASES.values())):
         for name, case in CASES.items():
             run = Run(name, best[case.rate_of or name], seed)
             if seed < case.seeds and run not in losses:
                 yield run
-
-
-def _loss(result: dict[str, Any]) -> float:
-    return math.inf if result["loss"] is None else result["loss"]
 
 
 class Trainer:
@@ -192,9 +188,7 @@ class Trainer:
             )
         self.held_out = text.windows(held_out, shape.held_out, shape.context, seed=1).to(device)
         self.model = self._made(0).to(device)
-        on_gpu = device.type == "cuda"
-        compiled = torch.compile(self._loss_of) if on_gpu else self._loss_of
-        self._loss: Callable[[Tensor], Tensor] = compiled
+        self._loss = torch.compile(self._loss_of, disable=device.type == "cpu")
 
     def _made(self, seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -210,14 +204,16 @@ class Trainer:
         """One training: the loss on the held-out text at its end, in nats per token, and what it took."""
         case, shape = CASES[run.case], self.shape
         self.model.load_state_dict(self._made(run.seed).state_dict())
-        optimizer = make_optimizer(case, self.model, run)
+        optimizer = trials.make_optimizer(
+            case.kind, self.model, case.decay, run.seed, lr=run.lr, **case.options
+        )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(shape.steps))
         moments: list[tuple[Any, ...]] = []
         curve: list[tuple[int, float]] = []
         for step in range(shape.steps):
             batch = text.windows(self.training, shape.batch, shape.context, seed=run.seed * 1_000_003 + step)
             start = mark(self.device)
-            self._loss(batch.to(self.device)).backward()  # type: ignore[no-untyped-call]
+            self._loss(batch.to(self.device)).backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
             before = mark(self.device)
             optimizer.step()
@@ -244,12 +240,6 @@ class Trainer:
         """Mean loss over the held-out windows."""
         parts = self.held_out.split(self.shape.batch)
         return sum(self._loss(part).item() for part in parts) / len(parts)
-
-
-def make_optimizer(case: Case, model: nn.Module, run: Run) -> torch.optim.Optimizer:
-    """The optimizer of a run, with weight decay on matrices only."""
-    seed = {"seed": run.seed} if case.kind == "NovoGrad" else {}
-    return trials.make_optimizer(case.kind, model, case.decay, lr=run.lr, **case.options, **seed)
 
 
 def mark(device: torch.device) -> Any:
@@ -283,9 +273,9 @@ def show(report: dict[str, Any], console: Console) -> None:
     ):
         table.add_column(column, justify="right")
     for name, rows in by_case(report["runs"]).items():
-        best = min((row for row in rows if row["seed"] == 0), key=_loss)
-        seeds = [f"{_loss(row):.4f}" for row in rows if row["lr"] == best["lr"]]
-        rates = " ".join(f"{r['lr']:g}: {_loss(r):.4f}" for r in rows if r["seed"] == 0)
+        best = min((row for row in rows if row["seed"] == 0), key=loss_of)
+        seeds = [f"{loss_of(row):.4f}" for row in rows if row["lr"] == best["lr"]]
+        rates = " ".join(f"{r['lr']:g}: {loss_of(r):.4f}" for r in rows if r["seed"] == 0)
         times = (f"{min(row[key] for row in rows):.2f}" for key in ("optimizer_ms", "step_ms"))
         state = f"{best['state_bytes'] / best['parameters']:.2f}"
         table.add_row(name, rates, f"{best['lr']:g}", " ".join(seeds), str(len(seeds)), state, *times)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import Normalize
+from numpy.typing import NDArray
 
 from novoscale.plotting import COLORS, save
 
@@ -143,13 +146,18 @@ def _times_over_baseline(axis: Axes, shapes: list[list[Any]], names: list[str], 
         times = {r["optimizer"]: r["ms"] for r in rows if r["clip"] == clip and "ms" in r}
         for name in times if BASELINE in times else ():
             field[names.index(name), column] = times[name] / times[BASELINE]
-    shade = np.log2(field)
-    axis.imshow(shade, cmap="RdBu_r", vmin=-2, vmax=2, aspect="auto")
+    numbers(axis, field, np.log2(field), Normalize(-2, 2), lambda x: f"{x:.2f}" if x < 10 else f"{x:.0f}")
+
+
+def numbers(
+    axis: Axes, field: NDArray[Any], shade: NDArray[Any], norm: Normalize, text: Callable[[float], str]
+) -> None:
+    """A field of numbers: blue where ``shade`` is low in ``norm``, red where it is high; empty where NaN."""
+    axis.imshow(shade, cmap="RdBu_r", norm=norm, aspect="auto")
     for (row, column), value in np.ndenumerate(field):
         if not np.isnan(value):
-            color = "white" if abs(shade[row, column]) > 1.2 else "black"
-            text = f"{value:.2f}" if value < 10 else f"{value:.0f}"
-            axis.text(column, row, text, ha="center", va="center", size=7, color=color)
+            color = "white" if abs(norm(shade[row, column]) - 0.5) > 0.3 else "black"
+            axis.text(column, row, text(value), ha="center", va="center", size=7, color=color)
 
 
 def chip(report: dict[str, Any], path: Path) -> None:

@@ -30,14 +30,13 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import plots, text, trials  # noqa: E402
-from benchmarks.language_models import CONTEXT, MODELS, VALIDATION_WINDOWS, schedule  # noqa: E402
-from benchmarks.trials import BETAS, NADAMW  # noqa: E402
-from novoscale import NovoGrad, param_groups  # noqa: E402
-from novoscale.provenance import provenance  # noqa: E402
+from benchmarks import plots, text, trials
+from benchmarks.language_models import CONTEXT, MODELS, VALIDATION_WINDOWS, schedule
+from benchmarks.trials import BETAS, NADAMW
+from novoscale import NovoGrad, param_groups
+from novoscale.provenance import provenance
 
 BATCH, STEPS, LONG = 16, 400, 1600
 CLIP, DECAY = 1.0, 0.1
@@ -181,9 +180,7 @@ def missing(results: Sequence[dict[str, Any]], cases: Sequence[Case]) -> Iterato
 
 def by_run(results: Sequence[dict[str, Any]]) -> dict[Run, float]:
     """The losses; infinite where the training diverged."""
-    return {
-        Run(*(r[name] for name in Run._fields)): math.inf if r["loss"] is None else r["loss"] for r in results
-    }
+    return {Run(*(r[name] for name in Run._fields)): trials.loss_of(r) for r in results}
 
 
 def rates(case: Case, losses: dict[Run, float]) -> list[float]:
@@ -233,7 +230,7 @@ def train(run: Run) -> dict[str, Any]:
 
 def make_optimizer(case: Case, model: nn.Module, run: Run) -> torch.optim.Optimizer:
     """The optimizer of a run, with weight decay on matrices only."""
-    options = {"lr": run.lr, **case.options, **({"seed": run.seed} if case.kind == "NovoGrad" else {})}
+    options = {"lr": run.lr, "seed": run.seed, **case.options}
     if case.by_row:
         return NovoGrad(param_groups(model, weight_decay=run.weight_decay), **options)
     return trials.make_optimizer(case.kind, model, run.weight_decay, **options)

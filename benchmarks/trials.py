@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,13 +22,16 @@ ELSEWHERE = {
 }
 
 
-def make_optimizer(kind: str, model: nn.Module, weight_decay: float, **options: Any) -> torch.optim.Optimizer:
+def make_optimizer(
+    kind: str, model: nn.Module, weight_decay: float, seed: int = 0, **options: Any
+) -> torch.optim.Optimizer:
     """An optimizer of what is trained of a model, with weight decay on matrices only.
 
     Args:
         kind: its class, of torch.optim or of ELSEWHERE.
         model: whose parameters it has; AdamMini takes it whole, and decides for itself what decays.
         weight_decay: of parameters that have rows and columns.
+        seed: of what NovoGrad rounds by chance.
         options: its other keyword arguments.
 
     Raises:
@@ -39,6 +43,8 @@ def make_optimizer(kind: str, model: nn.Module, weight_decay: float, **options: 
             heads = {"num_embeds": config.hidden_size, "num_heads": config.num_attention_heads}
             options = {**heads, **options}
         return made(model, weight_decay=weight_decay, **options)  # type: ignore[no-any-return]
+    if kind == "NovoGrad":
+        options["seed"] = seed
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
@@ -71,3 +77,8 @@ def rates(
         else:
             break
     return found
+
+
+def loss_of(row: Mapping[str, Any], measure: str = "loss") -> float:
+    """A measure of a run; infinite if it diverged, which is None in JSON."""
+    return math.inf if row.get(measure) is None else row[measure]  # type: ignore[no-any-return]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 
+from benchmarks.plots import numbers
 from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, METHODS, ROBUSTNESS, scope
 from benchmarks.tasks.summary import Summary
 from novoscale.plotting import save
@@ -97,19 +98,10 @@ def robustness(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
     names = [name for name in METHODS if METHODS[name].like is None and METHODS[name].robust]
     figure, axes = plt.subplots(1, len(changes), figsize=(3.3 * len(changes), 3.4), sharey=True)
     for axis, change in zip(axes, changes, strict=True):
-        added = [[summary.added(task, name, change) for task in summary.whole] for name in names]
-        spreads = [summary.spread(task) or math.nan for task in summary.whole]
-        colors = [
-            [math.nan if a is None else a / s for a, s in zip(row, spreads, strict=True)] for row in added
-        ]
+        added = np.array([[summary.added(t, name, change) for t in summary.whole] for name in names], float)
+        spreads = np.array([summary.spread(task) for task in summary.whole], float)  # NaN where there is none
         scale = SymLogNorm(linthresh=1, vmin=-FARTHEST, vmax=FARTHEST)
-        axis.imshow(colors, cmap="RdBu_r", norm=scale, aspect="auto")
-        for n, k in product(range(len(names)), range(len(summary.whole))):
-            value = added[n][k]
-            light = "white" if abs(colors[n][k]) > FARTHEST / 4 else "black"
-            axis.text(
-                k, n, "-" if value is None else f"{value:+.2g}", ha="center", va="center", size=7, color=light
-            )
+        numbers(axis, added, added / spreads, scale, lambda x: f"{x:+.2g}")
         axis.set_title(change, size=10)
         axis.set_yticks(range(len(names)), names)
         axis.set_xticks(range(len(summary.whole)), summary.whole, rotation=30, ha="right", size=8)

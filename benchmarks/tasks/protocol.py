@@ -21,12 +21,11 @@ all. A trial is as good as its loss on held-out data at the end of its schedule;
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from benchmarks.trials import BETAS, NADAMW, rates
+from benchmarks.trials import BETAS, NADAMW, loss_of, rates
 
 MOST_RATES = 14
 
@@ -150,7 +149,7 @@ class Results:
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self.rows = {Run(*(row[name] for name in Run._fields)): row for row in rows}
-        self.loss = {run: math.inf if row["loss"] is None else row["loss"] for run, row in self.rows.items()}
+        self.loss = {run: loss_of(row) for run, row in self.rows.items()}
 
     def search(self, task: str, method: str) -> dict[Run, float]:
         """The trials of points 1 and 2: its own, or those of the task and the method that it is like."""
@@ -163,6 +162,10 @@ class Results:
             return None
         trials = self.search(task, method)
         return min(trials, key=lambda run: trials[run])._replace(task=task, method=method)
+
+    def by_rate(self, run: Run) -> dict[float, float]:
+        """The losses of a run with every learning rate that it has, in their order."""
+        return dict(sorted((r.lr, loss) for r, loss in self.loss.items() if r == run._replace(lr=r.lr)))
 
     def large_batch(self, task: str, method: str) -> dict[Run, float]:
         """The trials of point 6."""
@@ -180,20 +183,19 @@ def searched(task: str, method: str) -> tuple[str, str]:
 def search(results: Results, task: str, method: str) -> Iterator[Run]:
     """Points 1 and 2 of a method that has a search of its own."""
     how, plain = METHODS[method], Run(task, method, 0.0)
-    known = lambda lr: results.loss.get(plain._replace(lr=lr))  # noqa: E731
-    tried = rates((how.rate / 2, how.rate, how.rate * 2), known, either_side=2, most=MOST_RATES)
+    losses = results.by_rate(plain)
+    tried = rates((how.rate / 2, how.rate, how.rate * 2), losses.get, either_side=2, most=MOST_RATES)
     yield from (plain._replace(lr=lr) for lr in tried)
-    losses = {lr: loss for lr in tried if (loss := known(lr)) is not None}
-    if len(losses) == len(tried):
-        best = min(losses, key=lambda lr: losses[lr])
+    if all(lr in losses for lr in tried):
+        best = min(tried, key=lambda lr: losses[lr])
         yield from (plain._replace(lr=lr, weight_decay=how.decay) for lr in (best / 2, best, best * 2))
 
 
 def large_batch(results: Results, best: Run) -> Iterator[Run]:
     """Point 6."""
     plain = best._replace(variant=LARGE_BATCH)
-    known = lambda lr: results.loss.get(plain._replace(lr=lr))  # noqa: E731
-    tried = rates((best.lr, 2 * best.lr, 4 * best.lr), known, either_side=1, most=MOST_RATES)
+    known = results.by_rate(plain)
+    tried = rates((best.lr, 2 * best.lr, 4 * best.lr), known.get, either_side=1, most=MOST_RATES)
     yield from (plain._replace(lr=lr) for lr in tried)
 
 

@@ -12,8 +12,9 @@ from rich import table as rich_table
 from rich.console import Console
 
 from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, METHODS, ROBUSTNESS, scope
-from benchmarks.tasks.summary import Row, Summary, loss_of
+from benchmarks.tasks.summary import Row, Summary
 from benchmarks.tasks.training import TASKS
+from benchmarks.trials import loss_of
 
 NONE = "not measured"
 BEGIN, END = "<!-- tables: made by make tasks -->", "<!-- end of the tables -->"

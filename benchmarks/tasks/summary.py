@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, Results, Run, scope
 from benchmarks.tasks.training import TASKS
+from benchmarks.trials import loss_of
 
 Row = Mapping[str, Any]
 
@@ -44,8 +45,7 @@ class Summary(Results):
 
     def curve(self, task: str, method: str) -> dict[float, float]:
         """The loss of each learning rate, without weight decay."""
-        plain = Run(task, method, 0.0)
-        return {run.lr: loss for run, loss in sorted(self.loss.items()) if run == plain._replace(lr=run.lr)}
+        return self.by_rate(Run(task, method, 0.0))
 
     def plateau(self, task: str, method: str) -> float | None:
         """By which factor the rates differ that are within AdamW's spread of the method's best rate."""
@@ -93,8 +93,3 @@ class Summary(Results):
         """Milliseconds of the optimizer's step: the lowest median of any run, for others disturb."""
         found = [row["step_ms"] for run, row in self.rows.items() if run[:2] == (task, method)]
         return min((ms for ms in found if ms), default=None)
-
-
-def loss_of(row: Row, measure: str = "loss") -> float:
-    """A measure of a run; infinite if it diverged."""
-    return math.inf if row.get(measure) is None else row[measure]  # type: ignore[no-any-return]

@@ -157,8 +157,6 @@ def deviation(found: Measured, uncut: Measured) -> float:
 def _on_rank(job: Job) -> tuple[Any, ...]:
     """What ``Measured`` has of one rank, in its order."""
     device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    if device == "cuda":
-        torch.cuda.set_device(torch.distributed.get_rank())
     with Recorder() as recorder:
         with recorder.phase("model"):
             model = models.build(job.model, device).train(job.checkpointing)  # it is for training only

@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,9 @@ def verify(
     train = importlib.import_module(f"{where}_training").train
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run_ranks(train, ranks, setup, folder, timeout=timeout, backend=BACKENDS[device])
-        (found,) = run_ranks(
-            findings.find, 1, setup, folder, bound, timeout=timeout, backend=BACKENDS[device]
-        )
-        bits, training = found
+        run = partial(run_ranks, timeout=timeout, backend=BACKENDS[device])
+        run(train, ranks, setup, folder)
+        bits, training = run(findings.find, 1, setup, folder, bound)[0]
     passed = findings.passes(setup, bits, training)
     return Verdict(passed, bits, training, setup.cut, setup.optimizer, ranks, steps, notes)
 

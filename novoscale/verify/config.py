@@ -121,7 +121,8 @@ def read(config: str | Path | dict[str, Any]) -> tuple[str, dict[str, Any] | Non
         raise VerifyError(str(error)) from None
     if found.deepspeed is not None:
         return "deepspeed", found.deepspeed
-    return _cut_of(path, found.accelerate or {}), None
+    assert found.accelerate is not None  # what is not DeepSpeed's is a YAML
+    return _cut_of(path, found.accelerate), None
 
 
 def _cut_of(path: Path, accelerate: dict[str, Any]) -> str:
