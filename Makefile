@@ -6,7 +6,7 @@ BIN := $(abspath $(VENV))/bin
 # On PATH: ninja and accelerate, which are started by name.
 RUN := PATH="$(BIN):$$PATH"
 
-.PHONY: demo test lint cuts speed chip gpt2 instructions memory step-memory quality tasks tasks-data changeover faults eight-billion docs
+.PHONY: demo test lint sharding speed chip gpt2 instructions memory step-memory quality tasks tasks-data changeover faults eight-billion docs
 .PHONY: packages format clean
 
 demo: $(VENV)/.installed
@@ -19,9 +19,10 @@ lint: $(VENV)/.installed
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy novoscale integrations
+	$(RUN) lint-imports
 
-cuts: $(VENV)/.rivals
-	$(RUN) python benchmarks/cuts.py $(ARGS)
+sharding: $(VENV)/.rivals
+	$(RUN) python benchmarks/sharding.py $(ARGS)
 
 speed: $(VENV)/.installed
 	$(RUN) python benchmarks/speed.py $(ARGS)
@@ -85,7 +86,9 @@ $(VENV)/.tasks: $(VENV)/.rivals
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[tasks]'
 	touch $@
 
-$(VENV)/.docs: $(VENV)/.installed
+# Not by way of .installed: the docs extra is enough.
+$(VENV)/.docs: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
 	touch $@
 

@@ -10,7 +10,6 @@ For comparison the same without the state: NovoGrad anew at half the steps, with
 from __future__ import annotations
 
 import copy
-import json
 import os
 import statistics
 import sys
@@ -22,20 +21,19 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import plots, text
-from benchmarks.language_models import CONTEXT, MODELS, VALIDATION_WINDOWS, schedule
-from novoscale import NovoGrad
-from novoscale.provenance import provenance
+from benchmarks import plots, reports, tables, text
+from benchmarks.language_models import CONTEXT, MODELS, VALIDATION_WINDOWS, validation_loss
+from benchmarks.loop import Loop
+from benchmarks.trials import BETAS, make_optimizer
+from novoscale.tools.provenance import provenance
 
 BATCH, STEPS, CLIP, DECAY = 16, 400, 1.0, 0.1
-LR, BETAS = 0.001, (0.9, 0.98)  # AdamW's best in docs/quality.md
+LR = 0.001  # AdamW's best in docs/quality.md
 EVERY, CLOSELY = 20, 5  # steps from validation to validation; in the first ones after the change
 FORMATS = ("float32", "int8")
 ANEW = "AdamW, then NovoGrad anew"
@@ -47,24 +45,20 @@ class Training:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, steps: int) -> None:
         self.model, self.optimizer, self.seed, self.steps = model, optimizer, seed, steps
-        self.scheduler = LambdaLR(optimizer, schedule(steps))
+        self.loop = Loop(model, optimizer, steps, CLIP)
         self.curve: list[tuple[int, float]] = []
         self.train_text, self.validation_text = text.load(None)
 
     def run(self, first: int, last: int) -> None:
         """The steps first..last."""
         for step in range(first, last):
-            tokens = text.windows(self.train_text, BATCH, CONTEXT, seed=self.seed * 1_000_003 + step)
-            loss = self.model(input_ids=tokens, labels=tokens).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
+            tokens = text.batch(self.train_text, BATCH, CONTEXT, self.seed, step)
+            self.loop.step(self.model(input_ids=tokens, labels=tokens).loss)
             done = step + 1
             after = done - self.steps // 2
             if done % EVERY == 0 or (0 < after < 2 * EVERY and after % CLOSELY == 0):
-                self.curve.append((done, validation_loss(self.model, self.validation_text)))
+                loss = validation_loss(self.model, self.validation_text, VALIDATION_WINDOWS)
+                self.curve.append((done, round(loss, 5)))
 
     def changed(self, momentum_dtype: str, with_state: bool) -> Training:
         """A copy that goes on under NovoGrad."""
@@ -75,36 +69,18 @@ class Training:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 optimizer.load_state_dict(self.optimizer.state_dict())
-        other.scheduler.load_state_dict(self.scheduler.state_dict())
+        other.loop.scheduler.load_state_dict(self.loop.scheduler.state_dict())
         if not with_state:
-            for group, lr in zip(optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            for group, lr in zip(optimizer.param_groups, self.loop.scheduler.get_last_lr(), strict=True):
                 group["lr"] = lr
         other.curve = self.curve[-1:]
         return other
 
 
-@torch.no_grad()
-def validation_loss(model: nn.Module, validation_text: Tensor) -> float:
-    """In nats per byte."""
-    model.eval()
-    tokens = text.windows(validation_text, VALIDATION_WINDOWS, CONTEXT, seed=1)
-    total = sum(model(input_ids=t, labels=t).loss.item() * len(t) for t in tokens.split(16))
-    model.train()
-    return round(total / len(tokens), 5)
-
-
-def groups_of(model: nn.Module) -> list[dict[str, Any]]:
-    """Weight decay on matrices only."""
-    return [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": DECAY},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-
-
-def make_novograd(model: nn.Module, momentum_dtype: str, seed: int) -> NovoGrad:
+def make_novograd(model: nn.Module, momentum_dtype: str, seed: int) -> torch.optim.Optimizer:
     """With the preset whose learning rates are AdamW's."""
-    options = {"momentum_dtype": momentum_dtype, "seed": seed, "allow_lossy_load": True}
-    return NovoGrad(groups_of(model), lr=LR, preset="adamw", **options)
+    options = {"preset": "adamw", "momentum_dtype": momentum_dtype, "allow_lossy_load": True}
+    return make_optimizer("NovoGrad", model, DECAY, seed, lr=LR, **options)
 
 
 def train(model: str, seed: int, kind: str, steps: int) -> dict[str, list[tuple[int, float]]]:
@@ -117,7 +93,7 @@ def train(model: str, seed: int, kind: str, steps: int) -> dict[str, list[tuple[
         training = Training(module, make_novograd(module, kind, seed), seed, steps)
         training.run(0, steps)
         return {NAMES[kind]: training.curve}
-    training = Training(module, torch.optim.AdamW(groups_of(module), lr=LR, betas=BETAS), seed, steps)
+    training = Training(module, make_optimizer("AdamW", module, DECAY, lr=LR, betas=BETAS), seed, steps)
     training.run(0, half)
     found = {}
     for momentum_dtype in FORMATS:
@@ -150,7 +126,7 @@ def main(
         "betas": [*BETAS],
     }
     settings |= {"weight_decay": DECAY, "clip": CLIP}
-    report: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {**settings, "runs": []}
+    report = reports.read(file, {**settings, "runs": []})
     if any(report[key] != value for key, value in settings.items()):
         raise typer.BadParameter(f"{file} is of other settings: give another --out")
     report["provenance"] = provenance("make changeover")
@@ -162,9 +138,9 @@ def main(
             for name, curve in future.result().items():
                 report["runs"].append({"name": name, "seed": futures[future], "validation_loss": curve})
                 print(name, futures[future], curve[-1], flush=True)
-            file.write_text(json.dumps(report, indent=1) + "\n")
+            reports.write(file, report)
     report["runs"].sort(key=lambda run: (run["name"], run["seed"]))
-    file.write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(file, report)
     show(report)
     plots.changeover(report, out / "changeover")
 
@@ -187,7 +163,7 @@ def show(report: dict[str, Any]) -> None:
             spread = f" ({min(found):.4f} to {max(found):.4f})" if len(found) > 1 else ""
             cells.append(f"{statistics.mean(found):.4f}{spread}" if found else "")
         table.add_row(name, *cells)
-    Console(width=140).print(table)
+    tables.console(140).print(table)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,18 @@
 
 In this order: the fused kernel is compiled and launched; every form is trained and its bits compared with
 the reference's; steps are captured in CUDA graphs; the memory of a step; the bandwidth of each pass; the time
-of a step beside other optimizers; models that are cut over ranks; and the kernels' own tests. chip.json is
-written after each row, and chip.png and chip.svg at the end. What fails is said in the tables and by the exit
-code, and does not stop the rest.
+of a step beside other optimizers; models that are sharded over ranks; and the kernels' own tests. chip.json
+is written after each row, and chip.png and chip.svg at the end. What fails is said in the tables and by the
+exit code, and does not stop the rest.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,10 +29,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.on_chip import bits, cuts, graphs, kernel_tests, memory, passes, steps
+from benchmarks import reports
+from benchmarks.on_chip import bits, graphs, kernel_tests, memory, passes, shardings, steps
 from benchmarks.on_chip.gpu import Gpu
 from benchmarks.on_chip.rows import Row
-from novoscale.provenance import make_command, provenance
+from novoscale.tools.provenance import make_command, provenance
 
 Part = Callable[[Gpu], Iterator[Row]]
 
@@ -43,7 +44,7 @@ TITLES = {
     "memory": "memory of a step, bfloat16 weights and gradients",
     "passes": "bandwidth of each pass",
     "steps": "the whole step",
-    "cuts": "the same training on ranks that share the GPU",
+    "shardings": "the same training on ranks that share the GPU",
     "tests": "the kernels' tests",
 }
 HIDDEN = ("failed", "output", "details")  # no columns of the tables
@@ -66,10 +67,9 @@ def main(
 
 def measured(gpu: Gpu, chosen: list[str], seconds: float, out: Path) -> bool:
     """Run some parts, write and print what they find; whether all went well."""
-    out.mkdir(parents=True, exist_ok=True)
     file, deadline = out / "chip.json", time.monotonic() + seconds
     report: dict[str, Any] = {"provenance": provenance(make_command("chip")), "gpu": gpu.about(), "parts": {}}
-    write = lambda: file.write_text(json.dumps(report, indent=1) + "\n")  # noqa: E731
+    write = partial(reports.write, file, report)
     console = Console(emoji=False) if sys.stdout.isatty() else Console(emoji=False, width=150)
     console.print(", ".join(f"{key} {value}" for key, value in report["gpu"].items()), highlight=False)
     parts = {name: part for name, part in all_parts(deadline).items() if name in chosen}
@@ -97,7 +97,7 @@ def all_parts(deadline: float) -> dict[str, Part]:
         "memory": memory.measure,
         "passes": passes.measure,
         "steps": steps.measure,
-        "cuts": cuts.compare,
+        "shardings": shardings.compare,
         "tests": lambda gpu: kernel_tests.run(gpu, max(1.0, deadline - time.monotonic())),
     }
 

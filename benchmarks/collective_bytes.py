@@ -24,11 +24,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from novoscale import NovoGrad
-from novoscale.collectives import Plan
-from novoscale.dtensors import sharded
-from novoscale.layout import Layout, Parameter, describe, one_after_another, partition
 from novoscale.memory.models import build
-from novoscale.prepared import plan
+from novoscale.optimizer.step_tables import plan
+from novoscale.sharding.dtensors import sharded
+from novoscale.sharding.layers import Parameter, describe
+from novoscale.sharding.layout import Layout
+from novoscale.sharding.partition import one_after_another, partition
+from novoscale.sharding.plan import Plan
 
 GRANULARITIES = ("tensor", "row", "factored")
 
@@ -45,20 +47,20 @@ def main(
     shapes = {name: tuple(p.shape) for name, p in build(model, "meta").named_parameters()}
     elements = sum(torch.Size(shape).numel() for shape in shapes.values())
     table = Table("granularity", title=f"{model}, {world} ranks: the all-reduce of a step, bytes (MiB)")
-    cuts = {
+    shardings = {
         "ZeRO-2": (zero_2, world),
         "FSDP2": (fsdp2, world),
         f"TP {tensor_parallel}": (last_dimension, tensor_parallel),
     }
-    for cut in cuts:
-        table.add_column(cut, justify="right")
+    for sharding in shardings:
+        table.add_column(sharding, justify="right")
     for granularity in GRANULARITIES:
         parameters = [describe(n, s, granularity, i) for i, (n, s) in enumerate(shapes.items())]
-        made = [make(parameters, list(shapes.values()), ranks) for make, ranks in cuts.values()]
+        made = [make(parameters, list(shapes.values()), ranks) for make, ranks in shardings.values()]
         counts = [planned(layouts, granularity).bytes_reduced for layouts in made]
         table.add_row(granularity, *(f"{n:,} ({n / 2**20:.2f})" for n in counts))
     blocks = [planned(layouts, granularity).bytes_of_blocks for layouts in made]
-    table.add_row("cut blocks (int8, int4)", *(f"{n:,} ({n / 2**20:.2f})" for n in blocks))
+    table.add_row("sharded blocks (int8, int4)", *(f"{n:,} ({n / 2**20:.2f})" for n in blocks))
     console = Console(width=100)
     console.print(table)
     console.print(f"The gradients that the ranks reduce, in bfloat16: {2 * elements:,} bytes.")
@@ -71,7 +73,7 @@ def planned(layouts: Sequence[Layout], granularity: str) -> Plan:
 
 
 def zero_2(parameters: Sequence[Parameter], shapes: Sequence[tuple[int, ...]], world: int) -> list[Layout]:
-    """One flat tensor, cut into equal partitions."""
+    """One flat tensor in equal partitions, one on each rank."""
     sizes = [p.numel for p in parameters]
     size = 2 * -(-sum(sizes) // (2 * world))
     pieces = one_after_another(sizes, size, world)
@@ -79,15 +81,17 @@ def zero_2(parameters: Sequence[Parameter], shapes: Sequence[tuple[int, ...]], w
 
 
 def fsdp2(parameters: Sequence[Parameter], shapes: Sequence[tuple[int, ...]], world: int) -> list[Layout]:
-    """Every parameter cut along its first dimension."""
-    return [cut(p, shape, 0, world) for p, shape in zip(parameters, shapes, strict=True)]
+    """Every parameter sharded along its first dimension."""
+    return [sharded_along(0, p, shape, world) for p, shape in zip(parameters, shapes, strict=True)]
 
 
 def last_dimension(
     parameters: Sequence[Parameter], shapes: Sequence[tuple[int, ...]], world: int
 ) -> list[Layout]:
-    """Every parameter cut along its last dimension, as tensor parallelism cuts some."""
-    return [cut(p, shape, len(shape) - 1, world) for p, shape in zip(parameters, shapes, strict=True)]
+    """Every parameter sharded along its last dimension, as tensor parallelism shards some."""
+    return [
+        sharded_along(len(shape) - 1, p, shape, world) for p, shape in zip(parameters, shapes, strict=True)
+    ]
 
 
 @cache
@@ -96,13 +100,13 @@ def mesh_of(world: int) -> DeviceMesh:
     return DeviceMesh("cpu", list(range(world)))
 
 
-def cut(parameter: Parameter, shape: Sequence[int], dim: int, world: int) -> Layout:
-    """The layout on rank 0 of a parameter that is cut along one dimension."""
+def sharded_along(dim: int, parameter: Parameter, shape: Sequence[int], world: int) -> Layout:
+    """The layout on rank 0 of a parameter that is sharded along one dimension."""
     mesh = mesh_of(world)
-    whole = torch.empty(shape, device="meta")
-    local = whole.narrow(dim, 0, -(-shape[dim] // world))
+    full = torch.empty(shape, device="meta")
+    local = full.narrow(dim, 0, -(-shape[dim] // world))
     made = DTensor.from_local(
-        local, mesh, [Shard(dim)], run_check=False, shape=whole.shape, stride=whole.stride()
+        local, mesh, [Shard(dim)], run_check=False, shape=full.shape, stride=full.stride()
     )
     return sharded(parameter, made)
 

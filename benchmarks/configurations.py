@@ -1,4 +1,4 @@
-"""The cuts whose training is compared with one process, as ``novoscale verify`` takes them."""
+"""The sharded configurations that are compared with one process, as ``novoscale verify`` takes them."""
 
 from __future__ import annotations
 

@@ -24,14 +24,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from novoscale.integrations import deepspeed_operation
-
-from benchmarks import plots, text
+from benchmarks import plots, reports, tables, text
 from benchmarks.language_models import gpt2
 from novoscale import NovoGrad
 from novoscale.memory import optimizer_state_bytes
-from novoscale.provenance import make_command, provenance
-from novoscale.ranks import RankError, remove_shared_memory
+from novoscale.tools import deepspeed_operation
+from novoscale.tools.local_ranks import RankError, remove_shared_memory
+from novoscale.tools.provenance import make_command, provenance
 
 ROOT = Path(__file__).parent.parent
 PORT = 29577
@@ -51,7 +50,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of the weights and the batches.")] = 0,
 ) -> None:
     """Train the same model with each optimizer, and show what it took."""
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = tables.console()
     try:
         text.load(text_path)
     except (FileNotFoundError, ValueError) as error:
@@ -74,10 +73,9 @@ def main(
             raise typer.Exit(1) from None
     results = {name: launch(console, name, ranks, steps, seed, text_path) for name in OPTIMIZERS}
     for name, result in results.items():
-        result["state_bytes_uncut"] = uncut_state_bytes(name, result["config"]["optimizer"]["params"])
+        result["state_bytes_unsharded"] = unsharded_state_bytes(name, result["config"]["optimizer"]["params"])
     report = {"provenance": provenance(make_command("demo")), "ranks": ranks, "runs": results}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "demo.json").write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(out / "demo.json", report)
     plots.demo(report, out / "demo")
     console.print(table(report))
     console.print(f"Written: {out / 'demo.json'}, {out / 'demo.png'}, {out / 'demo.svg'}")
@@ -116,8 +114,8 @@ def launch(
         return result
 
 
-def uncut_state_bytes(name: str, params: dict[str, Any]) -> int:
-    """Bytes of state of the same model and optimizer in one process, not cut; after one step."""
+def unsharded_state_bytes(name: str, params: dict[str, Any]) -> int:
+    """Bytes of state of the same optimizer and model, unsharded, in one process; after one step."""
     model = gpt2()
     options = {key: value for key, value in params.items() if key != "torch_adam"}
     optimizer = OPTIMIZERS[name](model.parameters(), **options)
@@ -137,7 +135,13 @@ def table(report: dict[str, Any]) -> Table:
         "has flat pieces of the model, on which Adafactor cannot factorise.",
     )
     result.add_column("optimizer")
-    columns = ("lr", "state\nB/param", "state per\nrank, MiB", "state if not\ncut, B/param", "peak RSS\nMiB")
+    columns = (
+        "lr",
+        "state\nB/param",
+        "state per\nrank, MiB",
+        "unsharded\nB/param",
+        "peak RSS\nMiB",
+    )
     for column in (*columns, "train\nloss", "validation\nloss", "ms per\nstep"):
         result.add_column(column, justify="right")
     for r in report["runs"].values():
@@ -148,7 +152,7 @@ def table(report: dict[str, Any]) -> Table:
             f"{r['config']['optimizer']['params']['lr']:g}",
             f"{sum(per_rank) / r['parameters']:.3f}",
             f"{max(per_rank) / 2**20:.2f}",
-            f"{r['state_bytes_uncut'] / r['parameters']:.3f}",
+            f"{r['state_bytes_unsharded'] / r['parameters']:.3f}",
             f"{max(rank['peak_rss_bytes'] for rank in r['ranks']) / 2**20:.0f}",
             f"{sum(tail) / len(tail):.3f}",
             f"{r['validation_loss'][-1][1]:.3f}",

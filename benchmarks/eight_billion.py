@@ -1,4 +1,4 @@
-"""8 billion parameters, every one of them trained, in 24 GiB: each gradient is used as soon as it is whole.
+"""8 billion parameters, every one of them trained, in 24 GiB: each gradient is used as soon as it is there.
 
     make eight-billion                                  # Llama 8B; needs 22 GiB of free memory
     make eight-billion ARGS="--model llama-1b"          # the same of a model that fits anywhere
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import plots
+from benchmarks import plots, reports, tables
 from benchmarks.resident import Recording, available
 from novoscale import NovoGrad, param_groups, release_gradients
 from novoscale.memory import models, optimizer_state_bytes
@@ -40,8 +40,8 @@ from novoscale.memory.optimizers import CANDIDATES
 from novoscale.memory.planning import BFLOAT16, plan
 from novoscale.memory.report import GIB
 from novoscale.memory.rules import FLOAT32
-from novoscale.provenance import make_command, provenance
-from novoscale.release import tied
+from novoscale.optimizer.release import tied
+from novoscale.tools.provenance import make_command, provenance
 
 OPTIONS: dict[str, Any] = {"preset": "adamw", "momentum_dtype": "int4"}
 NOVOGRAD = "NovoGrad, adamw, int4"  # their name in the catalogue
@@ -69,7 +69,7 @@ def main(
     ] = Path("runs"),
 ) -> None:
     """Train a few steps, and show what it took. Exit code 1: the loss did not fall; 2: it cannot be tried."""
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = tables.console()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         empty = without_weights(model)
@@ -221,7 +221,7 @@ def write(report: dict[str, Any], out: Path) -> None:
     """Write the JSON; a line for each sample."""
     text = json.dumps(report, indent=1)
     text = re.sub(r"\[\s+([\d.]+),\s+(\d+)\s+\]", r"[\1, \2]", text)
-    (out / "eight_billion.json").write_text(text + "\n")
+    reports.replace(out / "eight_billion.json", text + "\n")
 
 
 def table(report: dict[str, Any]) -> Table:

@@ -6,15 +6,14 @@
 A training on two CPU ranks saves every other step. One rank, drawn at random, gets SIGKILL at a random
 moment of a random step or of a random save. Then the folder is looked at as a user would: ``novoscale
 latest-good`` names a checkpoint, and a new training goes on from it to the end. Counted: whether the run
-ended in an error within a minute, whether every checkpoint that had been saved before is still whole,
+ended in an error within a minute, whether every checkpoint that had been saved before is still complete,
 whether the training that went on ends with the bits of one that was never killed, and how often DeepSpeed's
-``latest`` (or the newest folder) named a checkpoint that is not whole. Writes the data and the table of
+``latest`` (or the newest folder) named an incomplete checkpoint. Writes the data and the table of
 docs/reliability.md.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sys
@@ -36,12 +35,13 @@ os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:3], os.environ.get("PYTHO
 
 import fault_ranks
 import torch
-from novoscale.integrations import deepspeed_operation as operation
 from zero_ranks import config
 
-from novoscale.provenance import provenance
-from novoscale.ranks import RankError, run_ranks
-from novoscale.wholeness import check, checkpoints
+from benchmarks import reports, tables
+from novoscale.checkpoint.integrity import check, checkpoints
+from novoscale.tools import deepspeed_operation as operation
+from novoscale.tools.local_ranks import RankError, run_ranks
+from novoscale.tools.provenance import provenance
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "faults.json"
@@ -80,20 +80,19 @@ def main(
     console = Console(stderr=True)
     cases = [(name, phase) for name in TRAININGS for phase in PHASES]
     found: dict[str, list[dict[str, Any]]] = {f"{name}, {PHASES[phase]}": [] for name, phase in cases}
-    wholes: dict[tuple[str, str], Any] = {}
+    full_states: dict[tuple[str, str], Any] = {}
     for nth in track(range(kills * len(cases)), "killing", console=console):
         name, phase = cases[nth % len(cases)]
         form = FORMATS[(nth // len(cases)) % len(FORMATS)]
-        if (name, form) not in wholes:
-            wholes[name, form] = uninterrupted(TRAININGS[name](form))
+        if (name, form) not in full_states:
+            full_states[name, form] = uninterrupted(TRAININGS[name](form))
         draw = random.Random(f"{seed} {nth}")
-        result = killed(TRAININGS[name](form), phase, draw, *wholes[name, form])
+        result = killed(TRAININGS[name](form), phase, draw, *full_states[name, form])
         found[f"{name}, {PHASES[phase]}"].append({"momentum_dtype": form, **result})
     data = {"provenance": provenance(f'make faults ARGS="--kills {kills} --seed {seed}"'), "kills": found}
     if write:
-        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
-        before, _, rest = TABLE.read_text().partition(BEGIN)
-        TABLE.write_text(f"{before}{BEGIN}\n\n{table(found)}\n{END}{rest.partition(END)[2]}")
+        reports.write(RESULTS, data)
+        tables.put(TABLE, BEGIN, END, table(found))
     print(table(found))
     if any(bad(row) for rows in found.values() for row in rows):
         raise typer.Exit(1)
@@ -134,7 +133,7 @@ def killed(
             error = failure.brief().splitlines()[0]
         seconds = time.monotonic() - start
         present = {c.name: c for c in map(check, checkpoints(folder))}
-        good = next((c.name for c in present.values() if c.whole), None)
+        good = next((c.name for c in present.values() if c.complete), None)
         latest = folder / "latest"
         named = latest.read_text().strip() if latest.is_file() else None
         if "fsdp2" in case:  # no file names one
@@ -148,10 +147,10 @@ def killed(
         "error": error,
         "error_after_s": round(seconds, 2),
         "saved_before": sorted(saved),
-        "lost": sorted(n for n in saved if n not in present or not present[n].whole),
-        "broken": {c.name: list(c.problems) for c in present.values() if not c.whole},
+        "lost": sorted(n for n in saved if n not in present or not present[n].complete),
+        "broken": {c.name: list(c.problems) for c in present.values() if not c.complete},
         "latest_good": good,
-        "named_is_whole": named is None or (named in present and present[named].whole),
+        "named_is_whole": named is None or (named in present and present[named].complete),
         "same_bits": _same([pieces for pieces, _ in resumed], expected),
     }
 
@@ -180,12 +179,17 @@ def bad(row: dict[str, Any]) -> bool:
 
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """In Markdown."""
-    head = (
-        "| A rank is killed | kills | one error within a minute | slowest, from start to error | "
-        "a saved checkpoint lost | a broken checkpoint left | `latest` or the newest names it | "
-        "ends with the same bits |"
+    columns = (
+        "A rank is killed",
+        "kills",
+        "one error within a minute",
+        "slowest, from start to error",
+        "a saved checkpoint lost",
+        "a broken checkpoint left",
+        "`latest` or the newest names it",
+        "ends with the same bits",
     )
-    lines = [head, "|---|" + "---:|" * 7]
+    lines = []
     for name, rows in found.items():
         if rows:
             ended = sum(row["error"] != "none" and row["error_after_s"] <= 60 for row in rows)
@@ -198,8 +202,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
                 sum(not row["named_is_whole"] for row in rows),
                 sum(row["same_bits"] for row in rows),
             )
-            lines.append(f"| {name} | " + " | ".join(map(str, counts)) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append([name, *map(str, counts)])
+    return tables.markdown(columns, lines)
 
 
 if __name__ == "__main__":

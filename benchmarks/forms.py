@@ -1,7 +1,7 @@
 """NovoGrad's formats, granularities and presets under every wrapper: the same bits, and the same training.
 
-A part of ``make cuts``. Bits and training are what ``novoscale verify`` finds on 3 ranks; of meshes of two
-dimensions, for which it has no configuration, the tests' ranks compare the bits.
+A part of ``make sharding``. ``novoscale verify`` finds bits and training on 3 ranks; it has no configuration
+for meshes of two dimensions, on which the tests' ranks compare the bits.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 sys.path.append(str(Path(__file__).parent.parent / "tests" / "distributed"))
+sys.path.append(str(Path(__file__).parent.parent / "tests" / "sharding"))
 
-import cut_block_ranks
+import checkpoint_ranks
 import fixed_gradients
-import torch_ranks
+import sharded_block_ranks
 
-from novoscale.ranks import run_ranks
+from benchmarks import tables
+from novoscale.tools.local_ranks import run_ranks
 from novoscale.verify import verify
 
 LR = 0.003
@@ -69,10 +71,10 @@ def measured_on_a_mesh(form: str, mesh: str) -> dict[str, Any]:
     shape = MESHES[mesh]
     world = math.prod(shape)
     if mesh.startswith("HSDP"):
-        ranks = run_ranks(torch_ranks.fixed_pieces, world, options, shape, False)
-        different = fixed_gradients.differing(ranks, fixed_gradients.uncut(options))
+        ranks = run_ranks(checkpoint_ranks.fixed_pieces, world, options, shape, False)
+        different = fixed_gradients.differing(ranks, fixed_gradients.unsharded(options))
     else:
-        found = run_ranks(cut_block_ranks.under_tensor_parallelism, world, options, shape[0])
+        found = run_ranks(sharded_block_ranks.under_tensor_parallelism, world, options, shape[0])
         different = set().union(*found)
     return {"passed": not different, "different": len(different)}
 
@@ -80,11 +82,11 @@ def measured_on_a_mesh(form: str, mesh: str) -> dict[str, Any]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table: a row for each form, a column for each wrapper."""
     wrappers = list(dict.fromkeys(row["configuration"] for row in rows))
-    lines = [f"| | {' | '.join(wrappers)} |", f"|---|{'---|' * len(wrappers)}"]
+    lines = []
     for form in dict.fromkeys(row["form"] for row in rows):
         found = {row["configuration"]: row for row in rows if row["form"] == form}
-        lines.append(f"| {form} | {' | '.join(_cell(found[w]) for w in wrappers)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([form, *(_cell(found[w]) for w in wrappers)])
+    return tables.markdown(["", *wrappers], lines, align="l" * (1 + len(wrappers)))
 
 
 def _cell(row: dict[str, Any]) -> str:

@@ -10,13 +10,13 @@ the rate of float32. Batch, tokens, clipping and schedule are the same for all.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -25,16 +25,16 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import plots, text, trials
-from benchmarks.language_models import gpt2, schedule
-from benchmarks.trials import BETAS, loss_of
+from benchmarks import plots, reports, tables, text, trials
+from benchmarks.language_models import gpt2
+from benchmarks.loop import Loop
+from benchmarks.trials import BETAS, finite, loss_of
 from novoscale.memory import optimizer_state_bytes
-from novoscale.provenance import make_command, provenance
+from novoscale.tools.provenance import make_command, provenance
 
 CLIP, DECAY = 1.0, 0.1
 RATES = (0.0006, 0.0012, 0.0024)
@@ -130,7 +130,7 @@ def train(
     torch.set_float32_matmul_precision("high")
     out.mkdir(parents=True, exist_ok=True)
     file, shape = out / "gpt2.json", Shape(steps=steps)
-    report = json.loads(file.read_text()) if file.exists() else {"runs": []}
+    report = reports.read(file, {"runs": []})
     if report.get("shape", vars(shape)) != vars(shape) or report.get("text", text_name) != text_name:
         raise typer.BadParameter(f"{file}: its runs have other steps or another --text; use another --out")
     report |= {
@@ -140,14 +140,14 @@ def train(
         "provenance": provenance(make_command("gpt2")),
     }
     trainer, slowest, end = Trainer(shape, data, torch.device("cuda")), 0.0, time.monotonic() + 60 * minutes
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = tables.console(140)
     with Progress(console=console, disable=not sys.stdout.isatty()) as progress:
         bar = progress.add_task("trainings", total=None)
         while (run := next(missing(report["runs"]), None)) and time.monotonic() + slowest < end:
             start = time.monotonic()
             report["runs"].append(trainer.train(run))
             slowest = max(slowest, time.monotonic() - start)
-            file.write_text(json.dumps(report, indent=1) + "\n")
+            reports.write(file, report)
             progress.advance(bar)
             print({k: v for k, v in report["runs"][-1].items() if k != "curve"}, flush=True)
     show(report, console)
@@ -156,14 +156,14 @@ def train(
 
 def missing(results: Sequence[dict[str, Any]]) -> Iterator[Run]:
     """What is to be run and can be told from what is known: all rates before further seeds."""
-    losses = {Run(*(r[name] for name in Run._fields)): loss_of(r) for r in results}
+    losses = trials.losses(Run, results)
     best: dict[str, float] = {}
     for name, case in CASES.items():
         if case.rate_of is None:
             known = {run.lr: loss for run, loss in losses.items() if run == Run(name, run.lr)}
             tried = trials.rates(case.rates, known.get, 1, MOST_RATES)
             yield from (Run(name, lr) for lr in tried if lr not in known)
-            best[name] = min(known, key=known.__getitem__, default=tried[0])
+            best[name] = trials.best(known) or tried[0]
     for seed in range(max(case.seeds for case in CASES.values())):
         for name, case in CASES.items():
             run = Run(name, best[case.rate_of or name], seed)
@@ -207,28 +207,21 @@ class Trainer:
         optimizer = trials.make_optimizer(
             case.kind, self.model, case.decay, run.seed, lr=run.lr, **case.options
         )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(shape.steps))
+        loop = Loop(self.model, optimizer, shape.steps, CLIP, clock=partial(mark, self.device))
         moments: list[tuple[Any, ...]] = []
         curve: list[tuple[int, float]] = []
         for step in range(shape.steps):
-            batch = text.windows(self.training, shape.batch, shape.context, seed=run.seed * 1_000_003 + step)
+            batch = text.batch(self.training, shape.batch, shape.context, run.seed, step)
             start = mark(self.device)
-            self._loss(batch.to(self.device)).backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
-            before = mark(self.device)
-            optimizer.step()
-            moments.append((start, before, mark(self.device)))
-            scheduler.step()
-            optimizer.zero_grad()
+            moments.append((start, *loop.step(self._loss(batch.to(self.device)))))
             if (step + 1) % max(shape.steps // LOOKS, 1) == 0 or step + 1 == shape.steps:
                 curve.append((step + 1, self.evaluate()))
                 if not math.isfinite(curve[-1][1]):
                     break
-        loss = curve[-1][1]
         return {
             **run._asdict(),
-            "loss": loss if math.isfinite(loss) else None,
-            "curve": [(step, x if math.isfinite(x) else None) for step, x in curve],
+            "loss": finite(curve[-1][1]),
+            "curve": [(step, finite(loss)) for step, loss in curve],
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "state_bytes": optimizer_state_bytes(optimizer).total,
             "optimizer_ms": milliseconds(moments[len(moments) // 10 :], 1, 2),
@@ -261,25 +254,18 @@ def milliseconds(moments: Sequence[tuple[Any, ...]], first: int, last: int) -> f
 
 def show(report: dict[str, Any], console: Console) -> None:
     """A row for each case, at its best rate."""
-    table = Table("optimizer", title=f"GPT-2 124M, {report['shape']['steps']} steps: nats per held-out token")
-    for column in (
-        "rates",
-        "best rate",
-        "loss",
-        "seeds",
-        "state, bytes a parameter",
-        "optimizer, ms",
-        "step, ms",
-    ):
-        table.add_column(column, justify="right")
+    columns = ["optimizer", "rates", "best rate", "loss", "seeds", "state, bytes a parameter"]
+    columns += ["optimizer, ms", "step, ms"]
+    cells = []
     for name, rows in by_case(report["runs"]).items():
         best = min((row for row in rows if row["seed"] == 0), key=loss_of)
         seeds = [f"{loss_of(row):.4f}" for row in rows if row["lr"] == best["lr"]]
         rates = " ".join(f"{r['lr']:g}: {loss_of(r):.4f}" for r in rows if r["seed"] == 0)
         times = (f"{min(row[key] for row in rows):.2f}" for key in ("optimizer_ms", "step_ms"))
         state = f"{best['state_bytes'] / best['parameters']:.2f}"
-        table.add_row(name, rates, f"{best['lr']:g}", " ".join(seeds), str(len(seeds)), state, *times)
-    console.print(table)
+        cells.append([name, rates, f"{best['lr']:g}", " ".join(seeds), str(len(seeds)), state, *times])
+    title = f"GPT-2 124M, {report['shape']['steps']} steps: nats per held-out token"
+    console.print(tables.on_terminal(title, columns, cells))
 
 
 def by_case(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

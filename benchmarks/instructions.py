@@ -11,22 +11,21 @@ An estimate: it knows nothing of latencies, of other loops than the main one, or
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels" / "triton"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import triton_compile
 
-from novoscale.provenance import provenance
+from benchmarks import reports, tables
+from novoscale.tools.provenance import provenance
 
 
 class Pass(NamedTuple):
@@ -111,7 +110,6 @@ def main(
         for name in PASSES
     }
     show(ratios)
-    out.mkdir(parents=True, exist_ok=True)
     result = {
         "provenance": provenance(),
         "lanes": LANES,
@@ -121,7 +119,7 @@ def main(
         "ratios": ratios,
     }
     file = out / "instructions.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
+    reports.write(file, result)
     print(f"Written to {file}")
 
 
@@ -167,8 +165,7 @@ def show(ratios: dict[str, dict[str, float]]) -> None:
     for name, row in ratios.items():
         cells = [f"[bold]{r:.2f}[/bold]" if r > 1 else f"{r:.2f}" for r in row.values()]
         table.add_row(f"{name} ({PASSES[name].bytes:g})", *cells)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table)
+    tables.console(160).print(table)
 
 
 if __name__ == "__main__":

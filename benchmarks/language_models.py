@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from benchmarks import text
 
 CONTEXT = 128
 VALIDATION_WINDOWS = 128
@@ -50,6 +53,16 @@ def llama() -> nn.Module:
 
 
 MODELS = {"llama": llama, "gpt2": gpt2}
+
+
+@torch.no_grad()
+def validation_loss(model: nn.Module, validation: Tensor, windows: int = VALIDATION_WINDOWS) -> float:
+    """Mean loss over fixed windows of the validation text, in nats per byte; the model is trained on."""
+    model.eval()
+    tokens = text.windows(validation, windows, CONTEXT, seed=1)
+    total = sum(model(input_ids=t, labels=t).loss.item() * len(t) for t in tokens.split(16))
+    model.train()
+    return total / len(tokens)  # type: ignore[no-any-return]
 
 
 def schedule(steps: int, warmup: int | None = None) -> Any:

@@ -21,9 +21,10 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks import reports
 from novoscale import NovoGrad
-from novoscale.provenance import provenance
-from novoscale.ranks import run_ranks
+from novoscale.tools.local_ranks import run_ranks
+from novoscale.tools.provenance import provenance
 
 LAYERS, WIDTH, STEPS, RANKS = 1000, 16, 20, 2
 
@@ -40,8 +41,7 @@ def main(out: Annotated[Path, typer.Option(help="Folder for many_layers.json.")]
         "ranks": RANKS,
         "median_step_ms": {name: round(value * 1e3, 3) for name, value in medians.items()},
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "many_layers.json").write_text(json.dumps(report, indent=1) + "\n")
+    reports.write(out / "many_layers.json", report)
     print(json.dumps(report["median_step_ms"]))
 
 

@@ -11,7 +11,6 @@ two CPU cores it takes about an hour, and 12 GiB.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -20,18 +19,18 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks import reports, tables
 from novoscale.memory import plots
 from novoscale.memory.comparison import Row, compare
-from novoscale.memory.cuts import TITLES
 from novoscale.memory.optimizers import COMPARED
-from novoscale.provenance import make_command, provenance
+from novoscale.memory.shardings import TITLES
+from novoscale.tools.provenance import make_command, provenance
 
-CUTS = [("none", 1), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("zero2", 4), ("zero3", 4), ("fsdp2", 4)]
+SHARDINGS = [("none", 1), ("zero2", 2), ("zero3", 2), ("fsdp2", 2), ("zero2", 4), ("zero3", 4), ("fsdp2", 4)]
 # What people ask first: how much less than AdamW, than 8-bit Adam, than Adafactor.
 ASKED = (
     "torch AdamW, fused",
@@ -45,7 +44,7 @@ OURS = "NovoGrad, adamw, int8"
 OTHERS = tuple(name for name in reversed(COMPARED) if name not in ASKED)  # NovoGrad's other forms last
 ORDER = (*ASKED, *OTHERS)
 # A run that is stopped has what is asked first, and then the others on few ranks.
-PASSES = ((ASKED, CUTS), (OTHERS, CUTS[:2]), (OTHERS, CUTS[:4]), (OTHERS, CUTS))
+PASSES = ((ASKED, SHARDINGS), (OTHERS, SHARDINGS[:2]), (OTHERS, SHARDINGS[:4]), (OTHERS, SHARDINGS))
 PICTURED = [("none", 1), ("zero2", 4), ("zero3", 4), ("fsdp2", 4)]
 
 
@@ -55,53 +54,46 @@ def main(
     timeout: Annotated[float, typer.Option(help="Seconds for each row.")] = 1200,
 ) -> None:
     """Measure what is missing, write data, tables and picture."""
-    out.mkdir(parents=True, exist_ok=True)
     file = out / "memory.json"
-    report = json.loads(file.read_text()) if file.exists() else {"model": model, "rows": []}
+    report = reports.read(file, {"model": model, "rows": []})
     if report["model"] != model:
         raise typer.BadParameter(f"{file} is of {report['model']}: take another --out, or delete it")
     measure(report, file, make_command("memory"), timeout)
     plots.memory({**report, "rows": [row for row in report["rows"] if pictured(row)]}, out / "memory")
-    table = markdown(report["rows"])
-    (out / "memory.md").write_text(table)
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(table, markup=False, highlight=False)
-    console.print(f"Written: memory.json, memory.md, memory.png, memory.svg in {out}")
+    tables.publish(markdown(report["rows"]), out / "memory.md", "memory.json, memory.png, memory.svg")
 
 
 def measure(report: dict[str, Any], file: Path, command: str, timeout: float) -> None:
     """Add the rows that a report lacks, those that say why not included; write it after each."""
     missing = list(jobs(report["rows"]))
     cells = itertools.chain.from_iterable(
-        compare(report["model"], [name], cuts, "float32", timeout) for name, cuts in missing
+        compare(report["model"], [name], shardings, "float32", timeout) for name, shardings in missing
     )
-    # torch takes what one rank has compiled for another's, of a shard with a row less (torchao under FSDP2).
+    # torch runs on one rank what it compiled on another, whose shard has a row more (torchao under FSDP2).
     os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
     source = provenance(command)  # of the code that is loaded, whatever becomes of its files meanwhile
-    total = sum(len(cuts) for _, cuts in missing)
+    total = sum(len(shardings) for _, shardings in missing)
     for row in track(cells, "measuring", total, disable=not sys.stderr.isatty()):
         others = [other for other in report["rows"] if key(other) != key(row)]
         report["rows"] = sorted([*others, _short(row, source)], key=_place)
         report.update(provenance=source, precision="float32")
-        new = file.with_suffix(".new")
-        new.write_text(json.dumps(report, indent=1) + "\n")
-        new.replace(file)  # whole, whenever this is stopped
+        reports.write(file, report)
 
 
 def jobs(rows: list[Row]) -> Iterator[tuple[str, list[tuple[str, int]]]]:
     """What a report lacks, in the order in which it is measured; what says why not is tried again last."""
     known = {key(row) for row in rows}
-    for names, cuts in PASSES:
+    for names, shardings in PASSES:
         for name in names:
-            yield name, [cut for cut in cuts if (name, *cut) not in known]
-            known.update((name, *cut) for cut in cuts)
+            yield name, [sharding for sharding in shardings if (name, *sharding) not in known]
+            known.update((name, *sharding) for sharding in shardings)
     for name in ORDER:
         yield name, [key(row)[1:] for row in rows if row["optimizer"] == name and "why" in row]
 
 
 def key(row: Row) -> tuple[str, str, int]:
     """What tells one row from another."""
-    return row["optimizer"], row["cut"], row["ranks"]
+    return row["optimizer"], row["sharding"], row["ranks"]
 
 
 def pictured(row: Row) -> bool:
@@ -110,8 +102,8 @@ def pictured(row: Row) -> bool:
 
 
 def _place(row: Row) -> tuple[int, int]:
-    name, *cut = key(row)
-    return ORDER.index(name), CUTS.index(tuple(cut))
+    name, *sharding = key(row)
+    return ORDER.index(name), SHARDINGS.index(tuple(sharding))
 
 
 def _short(row: Row, source: dict[str, Any]) -> Row:
@@ -126,22 +118,24 @@ def _short(row: Row, source: dict[str, Any]) -> Row:
 def markdown(rows: list[Row]) -> str:
     """The tables of docs/memory.md: what is asked first; every optimizer; why some rows are none."""
     table = {key(row): row for row in rows}
-    titles = [_title(cut) for cut in PICTURED]
-    lines = [
-        f"| times {OURS} (bytes) | {' | '.join(titles)} |",
-        "|---|" + "---:|" * len(titles),
+    asked = [[name, *(_times(table, name, sharding) for sharding in PICTURED)] for name in ASKED]
+    there = [name for name in ORDER if any(row["optimizer"] == name for row in rows)]
+    every = [
+        [
+            name,
+            *(_state(table.get((name, *sharding))) for sharding in SHARDINGS),
+            _transient(table.get((name, *SHARDINGS[0]))),
+        ]
+        for name in there
     ]
-    for name in ASKED:
-        lines.append(f"| {name} | {' | '.join(_times(table, name, cut) for cut in PICTURED)} |")
-    titles = [_title(cut) for cut in CUTS]
-    lines += ["", f"| optimizer | {' | '.join(titles)} | transient |", "|---|" + "---:|" * (len(titles) + 1)]
-    there = {row["optimizer"] for row in rows}
-    for name in (name for name in ORDER if name in there):
-        cells = [_state(table.get((name, *cut))) for cut in CUTS]
-        lines.append(f"| {name} | {' | '.join(cells)} | {_transient(table.get((name, *CUTS[0])))} |")
     absent = [name for name in ORDER if name not in there]
-    lines += ["", *_reasons(rows), *([f"- Not measured: {'; '.join(absent)}."] if absent else [])]
-    return "\n".join(lines) + "\n"
+    notes = [*_reasons(rows), *([f"- Not measured: {'; '.join(absent)}."] if absent else [])]
+    parts = (
+        tables.markdown([f"times {OURS} (bytes)", *map(_title, PICTURED)], asked),
+        tables.markdown(["optimizer", *map(_title, SHARDINGS), "transient"], every),
+        "\n".join(notes) + "\n",
+    )
+    return "\n".join(parts)
 
 
 def _reasons(rows: list[Row]) -> Iterator[str]:
@@ -153,13 +147,13 @@ def _reasons(rows: list[Row]) -> Iterator[str]:
         yield f"- {name} under {' and '.join(titles)}: `{why}`"
 
 
-def _title(cut: tuple[str, int]) -> str:
-    name, ranks = cut
+def _title(sharding: tuple[str, int]) -> str:
+    name, ranks = sharding
     return TITLES[name] + (f", {ranks} ranks" if ranks > 1 else "")
 
 
-def _times(table: dict[tuple[str, str, int], Row], name: str, cut: tuple[str, int]) -> str:
-    row, ours = table.get((name, *cut)), table.get((OURS, *cut))
+def _times(table: dict[tuple[str, str, int], Row], name: str, sharding: tuple[str, int]) -> str:
+    row, ours = table.get((name, *sharding)), table.get((OURS, *sharding))
     if row is None or ours is None or "why" in row or "why" in ours:
         return _state(row)
     times = row["state_bytes_per_parameter"] / ours["state_bytes_per_parameter"]

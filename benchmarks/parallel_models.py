@@ -1,4 +1,4 @@
-"""The cuts that ``novoscale verify`` has no configuration for, measured by what the tests' ranks run.
+"""Shardings for which ``novoscale verify`` has no configuration, measured by what the tests' ranks run.
 
 Meshes of several dimensions, and models that are parallel themselves. Under torch a number is the distance
 from one process in float64; under DeepSpeed from Algorithm 1 in float64 on the gradients that it reduced.
@@ -22,11 +22,11 @@ import zero_ranks
 from oracle import deviation
 from training import reference
 
-from novoscale.ranks import run_ranks
+from novoscale.tools.local_ranks import run_ranks
 
 FLOAT32 = 2e-5
 Measure = Callable[[int], float]
-# The numbers of ranks that a configuration can be cut over here, its bound, and what measures it.
+# The world sizes on which a configuration can be measured here, its bound, and what measures it.
 Case = tuple[tuple[int, ...], float, Measure]
 
 

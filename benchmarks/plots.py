@@ -13,7 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from numpy.typing import NDArray
 
-from novoscale.plotting import COLORS, save
+from benchmarks import trials
+from novoscale.tools.plotting import COLORS, save
 
 BASELINE = "torch AdamW, fused"
 GIB = 2**30
@@ -43,9 +44,9 @@ def demo(report: dict[str, Any], path: Path) -> None:
     loss.set_ylim(top=max(top))
     loss.legend(frameon=False)
     names = [run["optimizer"] for run in runs]
-    cut = [sum(rank["state_bytes"] for rank in run["ranks"]) / run["parameters"] for run in runs]
-    bars = memory.bar(names, cut, color=[COLORS[n] for n in names], width=0.6)
-    memory.bar_label(bars, [f"{value:.2f}" for value in cut])
+    held = [sum(rank["state_bytes"] for rank in run["ranks"]) / run["parameters"] for run in runs]
+    bars = memory.bar(names, held, color=[COLORS[n] for n in names], width=0.6)
+    memory.bar_label(bars, [f"{value:.2f}" for value in held])
     memory.set(
         ylabel="bytes per parameter, all ranks",
         title=f"Optimizer state under ZeRO-2, {report['ranks']} ranks",
@@ -53,7 +54,7 @@ def demo(report: dict[str, Any], path: Path) -> None:
     save(figure, path, report["provenance"])
 
 
-def cuts(report: dict[str, Any], path: Path) -> None:
+def sharding(report: dict[str, Any], path: Path) -> None:
     """How far each ZeRO stage ends from one process, with the layout and without it."""
     figure, axis = plt.subplots(figsize=(9, 3.8))
     stages = [f"stage {n}" for n in (1, 2, 3)]
@@ -203,7 +204,7 @@ def quality(results: dict[str, dict[str, Any]], steps: int, source: dict[str, An
         for k, (name, found) in enumerate(swept.items()):
             color = COLORS.get(name, plt.get_cmap("tab20")(k))
             # Rates as multiples of the best one: those of Lion or Adafactor mean something else.
-            best = min(found["rates"], key=lambda lr: found["rates"][lr])
+            best = trials.best(found["rates"])
             rows = [(lr / best, loss) for lr, loss in sorted(found["rates"].items()) if loss < 10]
             over_rates.plot(*zip(*rows, strict=True), marker="o", ms=3, lw=1.2, color=color, label=name)
         over_rates.set_xscale("log", base=2)

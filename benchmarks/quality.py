@@ -11,7 +11,6 @@ it ends, and one that is there is not repeated.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -27,16 +26,16 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import plots, text, trials
-from benchmarks.language_models import CONTEXT, MODELS, VALIDATION_WINDOWS, schedule
-from benchmarks.trials import BETAS, NADAMW
+from benchmarks import plots, reports, tables, text, trials
+from benchmarks.language_models import CONTEXT, MODELS, validation_loss
+from benchmarks.loop import Loop
+from benchmarks.trials import BETAS, NADAMW, finite
 from novoscale import NovoGrad, param_groups
-from novoscale.provenance import provenance
+from novoscale.tools.provenance import provenance
 
 BATCH, STEPS, LONG = 16, 400, 1600
 CLIP, DECAY = 1.0, 0.1
@@ -126,7 +125,7 @@ def main(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a thread each.")] = os.cpu_count() or 1,
 ) -> None:
     """Train what is missing, and show the tables."""
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = tables.console()
     chosen = [c for c in CASES if c.name in (only or [c.name]) and c.model in (model or MODELS)]
     unknown = {*(only or ())} - {c.name for c in CASES} | {*(model or ())} - {*MODELS}
     if unknown:
@@ -135,7 +134,7 @@ def main(
         raise typer.Exit(2)
     out.mkdir(parents=True, exist_ok=True)
     file = out / "quality.json"
-    report = json.loads(file.read_text()) if file.exists() else {"runs": []}
+    report = reports.read(file, {"runs": []})
     report |= {"context": CONTEXT, "batch": BATCH, "clip": CLIP}
     source = provenance("make quality")
     hidden = not sys.stdout.isatty()
@@ -148,7 +147,7 @@ def main(
                 result = future.result()
                 report["runs"].append({**result, "commit": source["commit"]})
                 report["provenance"] = source
-                file.write_text(json.dumps(report, indent=1) + "\n")
+                reports.write(file, report)
                 progress.advance(shown)
                 if hidden:
                     print({k: v for k, v in result.items() if k != "curve"}, flush=True)
@@ -180,7 +179,7 @@ def missing(results: Sequence[dict[str, Any]], cases: Sequence[Case]) -> Iterato
 
 def by_run(results: Sequence[dict[str, Any]]) -> dict[Run, float]:
     """The losses; infinite where the training diverged."""
-    return {Run(*(r[name] for name in Run._fields)): trials.loss_of(r) for r in results}
+    return trials.losses(Run, results)
 
 
 def rates(case: Case, losses: dict[Run, float]) -> list[float]:
@@ -192,7 +191,7 @@ def best_rate(case: Case, losses: dict[Run, float]) -> float | None:
     """The learning rate with the lowest loss; None as long as it is not known."""
     name = case.rate_of or case.name
     tried = {run.lr: loss for run, loss in losses.items() if run == Run(case.model, name, run.lr)}
-    return min(tried, key=lambda lr: tried[lr]) if tried else None
+    return trials.best(tried)
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -203,27 +202,19 @@ def train(run: Run) -> dict[str, Any]:
     training, validation = text.load(None)
     model = MODELS[run.model]()
     optimizer = make_optimizer(case, model, run)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(run.steps))
+    loop = Loop(model, optimizer, run.steps, CLIP)
     losses = []
     for step in range(run.steps):
-        tokens = text.windows(training, BATCH, CONTEXT, seed=run.seed * 1_000_003 + step)
+        tokens = text.batch(training, BATCH, CONTEXT, run.seed, step)
         loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+        loop.step(loss)
         losses.append(loss.item())
-    model.eval()
-    tokens = text.windows(validation, VALIDATION_WINDOWS, CONTEXT, seed=1)
-    with torch.no_grad():
-        loss = sum(model(input_ids=t, labels=t).loss.item() * len(t) for t in tokens.split(16)) / len(tokens)
     points = [losses[i : i + OF_CURVE] for i in range(0, len(losses), OF_CURVE)]
     return {
         **run._asdict(),
         "optimizer": case.kind,
         "options": case.options,
-        "loss": loss if math.isfinite(loss) else None,
+        "loss": finite(validation_loss(model, validation)),
         "curve": [round(statistics.mean(p), 4) if all(map(math.isfinite, p)) else None for p in points],
     }
 
@@ -255,15 +246,12 @@ def show(report: dict[str, Any], console: Console) -> None:
     losses = by_run(report["runs"])
     for model in MODELS:
         tokens = f"{BATCH} x {CONTEXT} bytes"
-        table = Table("optimizer", title=f"{model}: validation loss after {STEPS} steps of {tokens}")
-        for column in ("rates", "best rate", "mean", "lowest", "highest", "seeds", f"decay {DECAY:g}"):
-            table.add_column(column, justify="right")
-        table.add_column(f"{LONG} steps", justify="right")
-        for case in (c for c in CASES if c.model == model):
-            lr = best_rate(case, losses)
-            if lr is not None:
-                table.add_row(case.name, *_cells(case, lr, losses))
-        console.print(table)
+        columns = ["optimizer", "rates", "best rate", "mean", "lowest", "highest", "seeds"]
+        columns += [f"decay {DECAY:g}", f"{LONG} steps"]
+        best = [(case, best_rate(case, losses)) for case in CASES if case.model == model]
+        rows = [[case.name, *_cells(case, lr, losses)] for case, lr in best if lr is not None]
+        title = f"{model}: validation loss after {STEPS} steps of {tokens}"
+        console.print(tables.on_terminal(title, columns, rows))
 
 
 def _cells(case: Case, lr: float, losses: dict[Run, float]) -> list[str]:

@@ -1,11 +1,11 @@
-"""How likely another cut gives another float32: sums of squares in float64, added in other groups.
+"""How likely another sharding gives another float32 number: float64 sums of squares, added in other groups.
 
     python benchmarks/regrouped.py
 
-A layer's sum of squares is that of its pieces' sums, and its second moment is rounded to float32. Prints how
-often the sum of a layer in pieces of random lengths is another float64 than that of the whole, and the chance
-that one of float32's roundings lies between the two: their distance over that of two float32, on average. The
-chance itself is too small to be met: "seen" is how often it happened here.
+A layer's sum of squares is the sum over its shards, and its second moment is rounded to float32. Prints how
+often the sum of a layer in pieces of random lengths is another float64 number than that of the unsharded
+layer, and the chance that a rounding border of float32 lies between the two: their distance over that of two
+float32 numbers, on average. This chance is too small to be met: "seen" is how often it happened here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from novoscale.kernels.reference import TILE
+from novoscale.kernels.reference.elements import TILE
 
 ELEMENTS = (1_000, 100_000, 1_000_000, 8_000_000)
 PIECES = (2, 8, 64)
@@ -46,12 +46,12 @@ def main(budget: Annotated[int, typer.Option(help="Elements of all trials of a s
 
 
 def trial(elements: int, pieces: int) -> tuple[float, bool]:
-    """The chance for one gradient and one cut of it, and whether it came to pass."""
+    """The chance for one gradient in pieces of random lengths, and whether it came to pass."""
     grad = torch.randn(elements) * 10 ** torch.empty(()).uniform_(-3, 0)
-    cuts = torch.randperm(elements - 1)[: pieces - 1].add(1).sort().values
-    whole, regrouped = added([grad]), added(grad.tensor_split(cuts))
-    spacing = math.ldexp(1.0, math.frexp(whole.item())[1] - 24)
-    return abs((whole - regrouped).item()) / spacing, bool(whole.float() != regrouped.float())
+    borders = torch.randperm(elements - 1)[: pieces - 1].add(1).sort().values
+    unsharded, regrouped = added([grad]), added(grad.tensor_split(borders))
+    spacing = math.ldexp(1.0, math.frexp(unsharded.item())[1] - 24)
+    return abs((unsharded - regrouped).item()) / spacing, bool(unsharded.float() != regrouped.float())
 
 
 def added(pieces: list[Tensor] | tuple[Tensor, ...]) -> Tensor:

@@ -8,7 +8,6 @@ the machine disturbs both. Writes released_step.json.
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -18,16 +17,16 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks import reports, tables
 from novoscale import NovoGrad, release_gradients
 from novoscale.memory import models
-from novoscale.provenance import provenance
+from novoscale.tools.provenance import provenance
 from novoscale.verify import runs
 
 FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
@@ -58,16 +57,15 @@ def main(
 ) -> None:
     """Measure, print and write."""
     rows: list[dict[str, Any]] = []
-    out.mkdir(parents=True, exist_ok=True)
     for name, (dtype, options) in track(FORMS.items(), "measuring", disable=not sys.stderr.isatty()):
         rows.append({"form": name, **measure(model, dtype, options, rounds)})
         found = {"provenance": provenance(), "model": model, "threads": torch.get_num_threads(), "rows": rows}
-        (out / "released_step.json").write_text(json.dumps(found, indent=1) + "\n")
+        reports.write(out / "released_step.json", found)
     table = Table("form", "step, ms", "in the backward pass, ms", "ratio", "whole training step: ratio")
     for row in rows:
         cells = (f"{row[key]:.4g}" for key in ("step_ms", "released_ms", "ratio", "training_step_ratio"))
         table.add_row(row["form"], *cells)
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    tables.console().print(table)
 
 
 def measure(name: str, dtype: torch.dtype, options: dict[str, Any], rounds: int) -> dict[str, float]:

@@ -16,7 +16,6 @@ clipping, of fused optimizers.
 from __future__ import annotations
 
 import gc
-import json
 import math
 import statistics
 import sys
@@ -34,11 +33,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import plots
+from benchmarks import plots, reports, tables
 from benchmarks.shapes import CATALOGUE, DEFAULT, Shapes
 from novoscale.memory.optimizers import CANDIDATES, Candidate
-from novoscale.memory.planning import whole
-from novoscale.provenance import make_command, provenance
+from novoscale.memory.planning import full_tensor
+from novoscale.tools.provenance import make_command, provenance
 
 # Larger than any norm here: the gradients stay what they are, and the work is the same.
 CLIP = 1e6
@@ -71,7 +70,6 @@ def main(
     unknown = [name for name in dtypes if name not in DTYPES]
     if unknown:
         raise typer.BadParameter(f"no dtype {unknown}; there are {', '.join(DTYPES)}")
-    out.mkdir(parents=True, exist_ok=True)
     for name in dtypes:
         run_of(shapes, names, where, name, rounds, steps, out)
 
@@ -81,7 +79,7 @@ def run_of(
 ) -> None:
     """Measure all shapes in one dtype; kept after each: an interrupted run has what it has measured."""
     file, plot = out / "speed.json", out / f"speed_{where}_{dtype}"
-    before = json.loads(file.read_text()) if file.exists() else []
+    before = reports.read(file, [])
     run: dict[str, Any] = {
         "provenance": provenance(make_command("speed")),
         "device": torch.cuda.get_device_name() if where == "cuda" else "cpu",
@@ -109,7 +107,7 @@ def run_of(
             progress.remove_task(task)
             run["shapes"][name] = measured
             show(name, measured)
-            file.write_text(json.dumps([*before, run], indent=1) + "\n")
+            reports.write(file, [*before, run])
             plots.speed(run, plot)
     print(f"Appended to {file}; drawn: {plot}.png, .svg")
 
@@ -213,7 +211,7 @@ def short_of_memory(candidate: Candidate, params: Sequence[nn.Parameter]) -> str
         return None
     from benchmarks.resident import available  # needs psutil, which a machine with a chip may not have
 
-    needed = candidate.state([whole(tuple(p.shape)) for p in params], params[0].itemsize)
+    needed = candidate.state([full_tensor(tuple(p.shape)) for p in params], params[0].itemsize)
     free, _ = available()
     return None if needed < free else f"its state takes {needed / 2**30:.1f} GiB of {free / 2**30:.1f}"
 
@@ -301,8 +299,7 @@ def show(name: str, measured: dict[str, Any]) -> None:
         cells = [f"{row['ms']:.4g}", "{:.4g} to {:.4g}".format(*row["quartiles_ms"]), relative]
         cells += ["" if row[k] is None else f"{row[k]:.3g}" for k in ("GBps", "of_copy_bandwidth", "host_ms")]
         table.add_row(row["optimizer"], clip, *cells, str(row["launches"] or ""))
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    console.print(table)
+    tables.console(140).print(table)
 
 
 if __name__ == "__main__":

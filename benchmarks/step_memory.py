@@ -9,25 +9,22 @@ and one that is there is not repeated. On two CPU cores it takes seven minutes, 
 
 from __future__ import annotations
 
-import json
-import shlex
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks import plots
+from benchmarks import plots, reports, tables
 from novoscale.memory import measuring
 from novoscale.memory.measuring import Job, Measured
 from novoscale.memory.models import MemoryToolError
-from novoscale.provenance import provenance
-from novoscale.ranks import RankError
+from novoscale.tools.local_ranks import RankError
+from novoscale.tools.provenance import make_command, provenance
 
 # name: of the model; how it is trained
 MODELS: dict[str, dict[str, Any]] = {
@@ -54,24 +51,18 @@ def main(
     timeout: Annotated[float, typer.Option(help="Seconds for each cell.")] = 1800,
 ) -> None:
     """Measure what is missing, write data, plot and table."""
-    command = f'make step-memory ARGS="{shlex.join(sys.argv[1:])}"' if sys.argv[1:] else "make step-memory"
-    out.mkdir(parents=True, exist_ok=True)
     file = out / "step_memory.json"
-    report = json.loads(file.read_text()) if file.exists() else {"rows": []}
+    report = reports.read(file, {"rows": []})
     measured = [key(row) for row in report["rows"] if "why" not in row]
     missing = [job for job in jobs(model or list(MODELS)) if key(asdict(job)) not in measured]
     for job in track(missing, "measuring", disable=not sys.stderr.isatty()):
-        report["rows"] = [row for row in report["rows"] if key(row) != key(asdict(job))] + [
-            cell(job, timeout)
-        ]
-        report["provenance"] = provenance(command)
-        file.write_text(json.dumps(report, indent=1) + "\n")
+        others = [row for row in report["rows"] if key(row) != key(asdict(job))]
+        report["rows"] = [*others, cell(job, timeout)]
+        report["provenance"] = provenance(make_command("step-memory"))
+        reports.write(file, report)
     plots.step_memory(report, out / "step_memory")
-    table = markdown(report)
-    (out / "step_memory.md").write_text(table)
-    console = Console() if sys.stdout.isatty() else Console(width=120)
-    console.print(table, markup=False, highlight=False)
-    console.print(f"Written: step_memory.json, step_memory.md, step_memory.png, step_memory.svg in {out}")
+    files = "step_memory.json, step_memory.png, step_memory.svg"
+    tables.publish(markdown(report), out / "step_memory.md", files)
 
 
 def jobs(models: list[str]) -> list[Job]:
@@ -122,22 +113,18 @@ def row_of(found: Measured) -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     """The table of docs/memory.md."""
     models = list(dict.fromkeys(row["model"] for row in report["rows"]))
-    lines = [
-        "| optimizer | " + " | ".join(f"{m}: state | gradients | peak" for m in models) + " |",
-        "|---|" + "---:|" * (3 * len(models)),
-    ]
+    columns = ["optimizer", *(part for m in models for part in (f"{m}: state", "gradients", "peak"))]
+    lines = []
     for title in dict.fromkeys(map(plots.step_title, report["rows"])):
         rows = {row["model"]: row for row in report["rows"] if plots.step_title(row) == title}
-        lines.append(f"| {title} | " + " | ".join(_cells(rows.get(model)) for model in models) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([title, *(cell for model in models for cell in _cells(rows.get(model)))])
+    return tables.markdown(columns, lines)
 
 
-def _cells(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return "not measured | | "
-    if "why" in row:
-        return f"{row['why']} | | "
-    return " | ".join(f"{row[part] / MIB:,.0f}" for part in ("state_bytes", "gradient_bytes", "peak_bytes"))
+def _cells(row: dict[str, Any] | None) -> list[str]:
+    if row is None or "why" in row:
+        return [row["why"] if row else "not measured", "", ""]
+    return [f"{row[part] / MIB:,.0f}" for part in ("state_bytes", "gradient_bytes", "peak_bytes")]
 
 
 if __name__ == "__main__":

@@ -28,8 +28,8 @@ def load(path: Path | None) -> tuple[Tensor, Tensor]:
         validation = b"".join(texts[19::20])
     else:
         joined = b"".join(texts)
-        cut = len(joined) - len(joined) // 20
-        train, validation = joined[:cut], joined[cut:]
+        border = len(joined) - len(joined) // 20
+        train, validation = joined[:border], joined[border:]
     if len(validation) < 1000:
         raise ValueError(
             f"{path}: only {len(train) + len(validation)} bytes of UTF-8 text in it, need 20,000 or more"
@@ -42,6 +42,11 @@ def windows(text: Tensor, count: int, length: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(0, len(text) - length + 1, (count,), generator=generator)
     return torch.stack([text[s : s + length] for s in starts.tolist()]).long()
+
+
+def batch(text: Tensor, count: int, length: int, seed: int, step: int) -> Tensor:
+    """The windows of one training step; the same for the same seed and step."""
+    return windows(text, count, length, seed * 1_000_003 + step)
 
 
 def _standard_library() -> list[Path]:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import novoscale.integrations.deepspeed  # noqa: F401  registers "NovoGrad"
 
-from benchmarks import text
+from benchmarks import reports, text
 from benchmarks.language_models import CONTEXT, VALIDATION_WINDOWS, gpt2, schedule
 from novoscale.memory import optimizer_state_bytes
 
@@ -55,16 +55,14 @@ def main(
     engine, _, scheduler = accelerator.prepare(model, optimizer, scheduler)
 
     batch = accelerator.num_processes * engine.train_micro_batch_size_per_gpu()
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    own = slice(accelerator.process_index, None, accelerator.num_processes)
     losses: list[Tensor] = []
     times: list[float] = []
     validation: list[tuple[int, float]] = []
     shown = accelerator.is_main_process and sys.stderr.isatty()
     for step in track(range(steps), f"{engine.basic_optimizer.__class__.__name__:>10}", disable=not shown):
         start = time.perf_counter()
-        tokens = text.windows(train_text, batch, CONTEXT, seed=seed * 1_000_003 + step)[mine].to(
-            accelerator.device
-        )
+        tokens = text.batch(train_text, batch, CONTEXT, seed, step)[own].to(accelerator.device)
         loss = engine(input_ids=tokens, labels=tokens).loss
         accelerator.backward(loss)  # DeepSpeed steps in it
         scheduler.step()
@@ -104,7 +102,7 @@ def main(
             "validation_loss": validation,
             "median_step_s": times[len(times) // 2],
         }
-        out.write_text(json.dumps(result, indent=1) + "\n")
+        reports.write(out, result)
     accelerator.end_training()
 
 
@@ -113,11 +111,9 @@ def evaluate(accelerator: Accelerator, engine: Any, validation_text: Tensor) -> 
     """Mean loss over fixed windows of the validation text, in nats per byte."""
     engine.eval()
     tokens = text.windows(validation_text, VALIDATION_WINDOWS, CONTEXT, seed=1)
-    mine = tokens[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
-    losses = [engine(input_ids=part, labels=part).loss * len(part) for part in mine.split(16)]
-    total = torch.stack(
-        [torch.stack(losses).sum(), torch.tensor(float(len(mine)), device=accelerator.device)]
-    )
+    own = tokens[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
+    losses = [engine(input_ids=part, labels=part).loss * len(part) for part in own.split(16)]
+    total = torch.stack([torch.stack(losses).sum(), torch.tensor(float(len(own)), device=accelerator.device)])
     total = accelerator.reduce(total, reduction="sum")
     engine.train()
     return float(total[0] / total[1])

@@ -1,14 +1,16 @@
-"""What the comparisons of optimizers have alike: how an optimizer is made, and which rates are tried."""
+"""Shared by the comparisons of optimizers: how an optimizer is made, which rates are tried, which is best."""
 
 from __future__ import annotations
 
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+
+Key = TypeVar("Key")
 
 BETAS = (0.9, 0.98)
 # With all of its momentum_decay over at once, torch's NAdam has a constant beta1 (Dozat 2016).
@@ -29,7 +31,7 @@ def make_optimizer(
 
     Args:
         kind: its class, of torch.optim or of ELSEWHERE.
-        model: whose parameters it has; AdamMini takes it whole, and decides for itself what decays.
+        model: whose parameters it has; AdamMini takes the model itself, and decides what decays.
         weight_decay: of parameters that have rows and columns.
         seed: of what NovoGrad rounds by chance.
         options: its other keyword arguments.
@@ -39,7 +41,7 @@ def make_optimizer(
     """
     made = getattr(importlib.import_module(ELSEWHERE.get(kind, "torch.optim")), kind)
     if kind == "AdamMini":
-        if (config := getattr(model, "config", None)) is not None:  # of transformers: it cuts by heads
+        if (config := getattr(model, "config", None)) is not None:  # of transformers: AdamMini goes by heads
             heads = {"num_embeds": config.hidden_size, "num_heads": config.num_attention_heads}
             options = {**heads, **options}
         return made(model, weight_decay=weight_decay, **options)  # type: ignore[no-any-return]
@@ -77,6 +79,26 @@ def rates(
         else:
             break
     return found
+
+
+def best(losses: Mapping[Key, float]) -> Key | None:
+    """What has the lowest loss, a rate or a run, and of equals the first; None of none."""
+    return min(losses, key=losses.__getitem__, default=None)
+
+
+def losses(kind: Callable[..., Key], rows: Sequence[Mapping[str, Any]]) -> dict[Key, float]:
+    """The loss of each run, infinite if it diverged; ``kind`` is the NamedTuple of the runs."""
+    return {run: loss_of(row) for run, row in by_run(kind, rows).items()}
+
+
+def by_run(kind: Callable[..., Key], rows: Sequence[Mapping[str, Any]]) -> dict[Key, Mapping[str, Any]]:
+    """The result of each run."""
+    return {kind(*(row[name] for name in kind._fields)): row for row in rows}  # type: ignore[attr-defined]
+
+
+def finite(value: float | None) -> float | None:
+    """A number as JSON has it: None for what is not finite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def loss_of(row: Mapping[str, Any], measure: str = "loss") -> float:

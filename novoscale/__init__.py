@@ -1,8 +1,8 @@
-"""NovoGrad for models that do not fit: the same training, however the model is cut."""
+"""NovoGrad for models that do not fit: the same training, however the model is sharded."""
 
-from novoscale.groups import ParamGroups, param_groups
-from novoscale.novograd import NovoGrad
-from novoscale.release import ReleasedGradients, release_gradients
+from novoscale.optimizer.novograd import NovoGrad
+from novoscale.optimizer.param_groups import ParamGroups, param_groups
+from novoscale.optimizer.release import ReleasedGradients, release_gradients
 
 __version__ = "0.1.0"
 __all__ = [

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,17 +16,18 @@ except ImportError:
     sys.exit("The novoscale command needs typer and rich: pip install 'novoscale[cli]'")
 
 from novoscale import verify as verifying
+from novoscale.checkpoint import deepspeed
+from novoscale.checkpoint.latest_good import latest_good
 from novoscale.doctor.command import doctor
-from novoscale.latest_good import latest_good
 from novoscale.memory.command import memory, plan
-from novoscale.ranks import RankError
+from novoscale.tools.local_ranks import RankError
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 @app.callback()
 def main() -> None:
-    """NovoGrad for models that do not fit: the same training, however the model is cut."""
+    """NovoGrad for models that do not fit: the same training, however the model is sharded."""
 
 
 app.command()(memory)
@@ -102,7 +103,7 @@ def to_universal(
     What ds_to_universal does for Adam. Load TARGET with "checkpoint": {"load_universal": true} in the
     DeepSpeed config. Exit code 0: written. 2: SOURCE cannot be converted.
     """
-    _convert("to_universal", source, target)
+    _convert(deepspeed.to_universal, source, target)
 
 
 @app.command()
@@ -114,15 +115,14 @@ def to_state_dict(
 
     To go on under FSDP2 or in one process. Exit code 0: written. 2: SOURCE cannot be converted.
     """
-    _convert("to_state_dict", source, target)
+    _convert(deepspeed.to_state_dict, source, target)
 
 
-def _convert(function: str, source: Path, target: Path) -> None:
+def _convert(function: Callable[[Path, Path], None], source: Path, target: Path) -> None:
     console = Console(stderr=True, emoji=False)
     try:
-        checkpoints: Any = importlib.import_module("novoscale.integrations.deepspeed_checkpoint")
         with console.status(f"converting {source} ..."):
-            getattr(checkpoints, function)(source, target)
+            function(source, target)
     except ModuleNotFoundError as error:
         console.print(f"{source}: needs {error.name}: pip install 'novoscale[deepspeed]'", style="red")
         raise typer.Exit(2) from None
@@ -150,8 +150,8 @@ def _show(verdict: verifying.Verdict) -> None:
     for note in verdict.notes:
         console.print(f"note: {note}", highlight=False)
     training = verdict.training
-    cut = f"{verdict.ranks} ranks ({verdict.cut}) against one process, {verdict.steps} steps"
-    console.print(f"{verdict.optimizer}: {cut}", highlight=False)
+    compared = f"{verdict.ranks} ranks ({verdict.sharding}) against one process, {verdict.steps} steps"
+    console.print(f"{verdict.optimizer}: {compared}", highlight=False)
     table = Table("parameter", "deviation")
     shown = list(training.deviations.items())[:10]
     for name, value in shown:

@@ -1,18 +1,20 @@
 import gc
 import os
+import sys
 from pathlib import Path
 
 # Before anything imports DeepSpeed, and for every rank that a test starts. Tests of distribution run on
 # the CPU with gloo also where there is a GPU.
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["OMP_NUM_THREADS"] = "1"
+# pytest has put the folders of pyproject.toml's `pythonpath` first.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [
-        str(Path(__file__).parent),
-        str(Path(__file__).parent / "integrations"),
-        str(Path(__file__).parent / "distributed"),
-        str(Path(__file__).parent / "memory"),
-        str(Path(__file__).parent.parent),
+        *(
+            folder
+            for folder in sys.path
+            if Path(folder).is_relative_to(Path(__file__).parent.parent) and ".venv" not in folder
+        ),
         *filter(None, [os.environ.get("PYTHONPATH")]),
     ]
 )
@@ -24,7 +26,7 @@ import torch  # after OMP_NUM_THREADS
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from novoscale.integrations import deepspeed_operation as operation
+from novoscale.tools import deepspeed_operation as operation
 
 # Not torch's, which is one for all environments: they would make each other build again and again.
 os.environ.setdefault(operation.FOLDER, str(operation.own_folder()))

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from novoscale import NovoGrad, momentum
-from novoscale.layout import local_tensor
+from novoscale import NovoGrad
+from novoscale.sharding.dtensors import local_tensor
+from novoscale.state import momentum
 
 SHAPES = {
     "wide": (96, 130),
@@ -49,7 +50,7 @@ def gradients(step: int, shapes: Sequence[Any] = tuple(SHAPES.values())) -> list
     return made
 
 
-def uncut(
+def unsharded(
     options: dict[str, Any], dtype: torch.dtype = torch.float32, master: torch.dtype | None = None
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Weights and first moments of every parameter after STEPS steps in one process.
@@ -69,15 +70,15 @@ def pieces(optimizer: NovoGrad) -> list[Piece]:
     """What this rank holds: weights and first moments, as numbers."""
     found = []
     for p, state in optimizer.state.items():
-        layout = optimizer._layouts.get(id(p)) or optimizer._sharded[id(p)][2]
+        layout = optimizer._layouts.get(id(p)) or optimizer._dtensor_layouts[id(p)][2]
         weights = local_tensor(p).detach().reshape(-1)
         for part in momentum.stored(layout, optimizer.defaults["momentum_dtype"]):
             stored = local_tensor(state[part.key]).contiguous()
             scale = local_tensor(state["exp_avg_scale"]) if part.in_blocks else None
             for start, stop, _, position, _, place, *_ in momentum.pieces(layout, part, 0).tolist():
-                (held,) = [s.parameter for s in layout.segments if s.start <= start < s.stop]
+                (held,) = [s.parameter for s in layout.fragments if s.start <= start < s.stop]
                 values = momentum.read(stored, scale, place, position, stop - start)
-                name = layout.held[held].parameter.name
+                name = layout.local_shards[held].parameter.name
                 found.append((name, position, weights[start:stop].clone(), values.clone()))
     return found
 

@@ -58,9 +58,9 @@ class RowOracle:
         whole = [np.array(w, dtype=np.float64) for w in weights]
         self.counts = [splits or (len(w) if w.ndim > 1 else 1) for w in whole]
         self.shapes = [w.shape for w in whole]
-        self.inner = Oracle(self._cut(whole), **options)
+        self.inner = Oracle(self._sharding(whole), **options)
 
-    def _cut(self, arrays: list[Array]) -> list[Array]:
+    def _sharding(self, arrays: list[Array]) -> list[Array]:
         return [
             part
             for a, n in zip(arrays, self.counts, strict=True)
@@ -68,7 +68,7 @@ class RowOracle:
         ]
 
     def step(self, grads: list[Array]) -> None:
-        self.inner.step(self._cut(grads))
+        self.inner.step(self._sharding(grads))
 
     @property
     def weights(self) -> list[Array]:

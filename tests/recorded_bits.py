@@ -105,7 +105,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 def record() -> None:
     """Write the digests of the present code."""
-    from novoscale.ranks import Ranks
+    from novoscale.tools.local_ranks import Ranks
 
     found: dict[str, Any] = {"one process": {}, "DTensors": {}, "ZeRO-2": {}, "ZeRO-3": {}}
     with Ranks(RANKS) as ranks:

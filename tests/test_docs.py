@@ -118,7 +118,7 @@ def test_an_example_of_the_quick_start_trains_with_novograd(title, tmp_path, req
     if title == "FSDP2" and torch.cuda.is_available():
         pytest.skip("as it stands the example is for CPUs: fully_shard moves the model to the GPU")
     for result in run(title, tmp_path):
-        assert result["optimizer"] == "novoscale.novograd.NovoGrad"
+        assert result["optimizer"] == "novoscale.optimizer.novograd.NovoGrad"
         assert set(result["preset"]) == {"adamw"}
         assert set(result["momentum_dtype"]) == {"int8"}
         if title != "See what you have":  # which only prints

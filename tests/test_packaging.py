@@ -44,7 +44,7 @@ def test_installs_with_its_integrations(kind, tmp_path):
         expected = [site / "novoscale" / "__init__.py", site / "novoscale" / "integrations" / "deepspeed.py"]
     else:
         run(*pip, "install", *options, "--editable", str(ROOT))
-        expected = [ROOT / "novoscale" / "__init__.py", ROOT / "integrations" / "deepspeed.py"]
+        expected = [ROOT / "novoscale" / "__init__.py", ROOT / "integrations" / "deepspeed" / "__init__.py"]
     found = run(python, "-W", "ignore", "-c", FILES).splitlines()[-2:]
     assert [Path(f) for f in found] == expected
     # The core needs torch alone.

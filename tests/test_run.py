@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from novoscale.ranks import remove_shared_memory
+from novoscale.tools.local_ranks import remove_shared_memory
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ STEPS = 10
 
 
 class OddModel(nn.Module):
-    """Odd shapes, one-element parameters, large ones: every way for a cut to fall."""
+    """Odd shapes, one-element parameters, large ones: every way for a sharding to fall."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from benchmarks.on_chip.gpu import Gpu
 from benchmarks.on_chip.rows import Row
 
 ROOT = Path(__file__).parent.parent.parent
-FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "kernels").glob("test_triton*.py"))
+FILES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests" / "kernels" / "triton").glob("test_*.py"))
 EXAMPLES = "20"  # of a test that draws its cases, each of which may be compiled anew
 SELECTED = "not compiled_code and not instructions"  # for other chips, of one version of Triton
 WORKERS = 14

@@ -14,7 +14,6 @@ from torch import nn
 from benchmarks.on_chip import training
 from benchmarks.on_chip.gpu import Gpu, Run
 from benchmarks.on_chip.rows import Row, attempted, name_of
-from novoscale import kernels
 
 SHAPE = (1 << 16, 4096)  # more than any cache holds
 WARM, PROFILED = 3, 4
@@ -77,11 +76,10 @@ def passes(gpu: Gpu, dtype: torch.dtype, form: str, copy: float) -> Row:
 def kernel_roles() -> dict[str, str]:
     """Of each Triton kernel that is told a gradient's type, which pass it is of: one with weights updates."""
     found = {}
-    for module in pkgutil.iter_modules(kernels.__path__):
-        if module.name.startswith("triton"):
-            members = vars(importlib.import_module(f"{kernels.__name__}.{module.name}"))
-            for name, member in members.items():
-                arguments = getattr(member, "arg_names", ())
-                if "grad_type" in arguments:
-                    found[name] = "update" if "param_type" in arguments else "statistic"
+    package = importlib.import_module("novoscale.kernels.triton")  # not at the top: it needs Triton
+    for module in pkgutil.iter_modules(package.__path__):
+        for name, member in vars(importlib.import_module(f"{package.__name__}.{module.name}")).items():
+            arguments = getattr(member, "arg_names", ())
+            if "grad_type" in arguments:
+                found[name] = "update" if "param_type" in arguments else "statistic"
     return found

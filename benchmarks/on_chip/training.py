@@ -55,11 +55,11 @@ def snapshot(optimizer: NovoGrad) -> dict[str, list[Tensor]]:
     return found
 
 
-def differing(mine: dict[str, list[Tensor]], other: dict[str, list[Tensor]]) -> dict[str, int]:
+def differing(found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]]) -> dict[str, int]:
     """Of each kind how many elements have other bits, if any have."""
     counts = {
-        key: sum(int((_bits(a) != _bits(b)).sum()) for a, b in zip(mine[key], other[key], strict=True))
-        for key in other
+        key: sum(int((_bits(a) != _bits(b)).sum()) for a, b in zip(found[key], expected[key], strict=True))
+        for key in expected
     }
     return {key: count for key, count in counts.items() if count}
 

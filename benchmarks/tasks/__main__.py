@@ -20,11 +20,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from benchmarks import reports, tables
 from benchmarks.tasks import plots, protocol, report
 from benchmarks.tasks.data import MissingDataError
 from benchmarks.tasks.protocol import METHODS, Results, Run
 from benchmarks.tasks.training import TASKS, load, train
-from novoscale.provenance import make_command, provenance
+from novoscale.tools.provenance import make_command, provenance
 
 FOLDER = Path("runs/tasks")
 CORES = os.cpu_count() or 1
@@ -43,7 +44,7 @@ def main(
     page: Annotated[Path | None, typer.Option(help="A page whose tables are made anew.")] = None,
 ) -> None:
     """Train what is missing, and show the tables."""
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = tables.console(140)
     tasks = QUICK[0] if quick else chosen(only, TASKS, "task")
     methods = QUICK[1] if quick else chosen(optimizer, METHODS, "optimizer")
     out.mkdir(parents=True, exist_ok=True)
@@ -118,8 +119,7 @@ class Store:
         lines = ",\n".join(f"  {json.dumps(run)}" for run in stored["runs"])
         head = json.dumps({k: v for k, v in stored.items() if k != "runs"}, indent=1)
         file = self.folder / f"{task.name}.json"
-        file.with_suffix(".part").write_text(f'{head[:-2]},\n "runs": [\n{lines}\n ]\n}}\n')
-        file.with_suffix(".part").rename(file)
+        reports.replace(file, f'{head[:-2]},\n "runs": [\n{lines}\n ]\n}}\n')
 
 
 def run_all(

@@ -31,7 +31,7 @@ class _Language(Task):
 
     def loss(self, model: nn.Module, count: int, step: int, seed: int) -> Tensor:
         """Nats per token."""
-        tokens = text.windows(self.training, count, self.context, seed=seed * 1_000_003 + step)
+        tokens = text.batch(self.training, count, self.context, seed, step)
         return model(input_ids=tokens, labels=tokens).loss  # type: ignore[no-any-return]
 
     def evaluate(self, model: nn.Module, full: bool) -> dict[str, float]:

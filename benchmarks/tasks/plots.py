@@ -12,10 +12,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 
+from benchmarks import trials
 from benchmarks.plots import numbers
 from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, METHODS, ROBUSTNESS, scope
 from benchmarks.tasks.summary import Summary
-from novoscale.plotting import save
+from novoscale.tools.plotting import save
 
 FARTHEST = 32  # spreads of AdamW's seeds that a colour tells apart
 STYLES = {
@@ -37,7 +38,7 @@ STYLES = {
 def draw(rows: Sequence[Mapping[str, Any]], source: Mapping[str, Any], out: Path) -> None:
     """Every picture of which something is measured."""
     summary = Summary(rows)
-    if summary.whole:
+    if summary.papers:
         results(summary, source, out / "tasks_results")
         rates(summary, source, out / "tasks_rates")
     if any(run.variant for run in summary.rows):
@@ -50,7 +51,7 @@ def results(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
     """How far each optimizer's mean is from AdamW's, in spreads of AdamW's seeds."""
     figure, axis = plt.subplots(figsize=(9, 4.2))
     names = [name for name in METHODS if name != BASELINE]
-    for k, task in enumerate(summary.whole):
+    for k, task in enumerate(summary.papers):
         base, spread = summary.mean(task, BASELINE), summary.spread(task)
         if base is None or not spread:
             continue
@@ -72,12 +73,12 @@ def results(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
 
 def rates(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
     """Loss over the learning rate, as a factor of each optimizer's best."""
-    figure, axes = plt.subplots(1, len(summary.whole), figsize=(3 * len(summary.whole), 3.6), squeeze=False)
-    for axis, task in zip(axes[0], summary.whole, strict=True):
+    figure, axes = plt.subplots(1, len(summary.papers), figsize=(3 * len(summary.papers), 3.6), squeeze=False)
+    for axis, task in zip(axes[0], summary.papers, strict=True):
         for name in METHODS:
             losses = {lr: v for lr, v in summary.curve(task, name).items() if math.isfinite(v)}
             if METHODS[name].like is None and losses:
-                best = min(losses, key=lambda lr: losses[lr])
+                best = trials.best(losses)
                 color, marker = STYLES[name]
                 axis.plot(
                     [lr / best for lr in losses], list(losses.values()), marker=marker, ms=4, color=color,
@@ -85,7 +86,7 @@ def rates(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
                 )  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set(title=task, xlabel="learning rate / best")
-        _cut_top(axis)
+        _limit_top(axis)
     axes[0][0].set_ylabel("held-out loss")
     known = {line.get_label(): line for axis in axes[0] for line in axis.lines}
     figure.legend(known.values(), known.keys(), frameon=False, fontsize=8, ncols=len(known), loc="lower left")
@@ -98,13 +99,15 @@ def robustness(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
     names = [name for name in METHODS if METHODS[name].like is None and METHODS[name].robust]
     figure, axes = plt.subplots(1, len(changes), figsize=(3.3 * len(changes), 3.4), sharey=True)
     for axis, change in zip(axes, changes, strict=True):
-        added = np.array([[summary.added(t, name, change) for t in summary.whole] for name in names], float)
-        spreads = np.array([summary.spread(task) for task in summary.whole], float)  # NaN where there is none
+        added = np.array([[summary.added(t, name, change) for t in summary.papers] for name in names], float)
+        spreads = np.array(
+            [summary.spread(task) for task in summary.papers], float
+        )  # NaN where there is none
         scale = SymLogNorm(linthresh=1, vmin=-FARTHEST, vmax=FARTHEST)
         numbers(axis, added, added / spreads, scale, lambda x: f"{x:+.2g}")
         axis.set_title(change, size=10)
         axis.set_yticks(range(len(names)), names)
-        axis.set_xticks(range(len(summary.whole)), summary.whole, rotation=30, ha="right", size=8)
+        axis.set_xticks(range(len(summary.papers)), summary.papers, rotation=30, ha="right", size=8)
         axis.tick_params(length=0)
     figure.suptitle(
         "Added to the loss, one seed. Red: higher than before, blue: lower; in spreads of AdamW's seeds",
@@ -127,7 +130,7 @@ def long(summary: Summary, source: Mapping[str, Any], path: Path) -> None:
 
 
 def _key(summary: Summary) -> str:
-    return ", ".join(f"{k + 1} {task}" for k, task in enumerate(summary.whole))
+    return ", ".join(f"{k + 1} {task}" for k, task in enumerate(summary.papers))
 
 
 def _in_spreads(axis: Axes, ticks: Sequence[float]) -> None:
@@ -141,7 +144,7 @@ def _color(name: str) -> str:
     return STYLES[name][0]
 
 
-def _cut_top(axis: Axes) -> None:
+def _limit_top(axis: Axes) -> None:
     """Leave out of sight what is far from the best: it would press the rest together."""
     values = [float(v) for line in axis.lines for v in line.get_ydata()]  # type: ignore[union-attr]
     low, high = min(values), max(values)

@@ -25,7 +25,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from benchmarks.trials import BETAS, NADAMW, loss_of, rates
+from benchmarks import trials
+from benchmarks.trials import BETAS, NADAMW, rates
 
 MOST_RATES = 14
 
@@ -87,19 +88,19 @@ class Scope:
         methods: those it is for.
         like: the task whose best rates and decays it has, instead of a search.
         seeds: of the best run, at most.
-        whole: whether it is one of the paper's tasks, for which points 5 and 6 are.
+        papers: whether it is one of the paper's tasks: points 5 and 6 are for those only.
     """
 
     methods: tuple[str, ...] = tuple(METHODS)
     like: str | None = None
     seeds: int = 5
-    whole: bool = True
+    papers: bool = True
 
 
 SCOPES = {
-    "long": Scope((BASELINE, *FORMS), like="language-bpe", seeds=1, whole=False),
-    "fine-tuning": Scope((BASELINE, "NovoGrad, paper", *FORMS), seeds=3, whole=False),
-    "lora": Scope((BASELINE, "NovoGrad, paper", *FORMS), seeds=3, whole=False),
+    "long": Scope((BASELINE, *FORMS), like="language-bpe", seeds=1, papers=False),
+    "fine-tuning": Scope((BASELINE, "NovoGrad, paper", *FORMS), seeds=3, papers=False),
+    "lora": Scope((BASELINE, "NovoGrad, paper", *FORMS), seeds=3, papers=False),
 }
 
 
@@ -148,8 +149,8 @@ class Results:
     """
 
     def __init__(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        self.rows = {Run(*(row[name] for name in Run._fields)): row for row in rows}
-        self.loss = {run: loss_of(row) for run, row in self.rows.items()}
+        self.rows = trials.by_run(Run, rows)
+        self.loss = trials.losses(Run, rows)
 
     def search(self, task: str, method: str) -> dict[Run, float]:
         """The trials of points 1 and 2: its own, or those of the task and the method that it is like."""
@@ -160,8 +161,8 @@ class Results:
         """What to run at the best trial's rate and decay; None before no trial is missing."""
         if not all(run in self.loss for run in search(self, *searched(task, method))):
             return None
-        trials = self.search(task, method)
-        return min(trials, key=lambda run: trials[run])._replace(task=task, method=method)
+        best = trials.best(self.search(task, method))
+        return best and best._replace(task=task, method=method)
 
     def by_rate(self, run: Run) -> dict[float, float]:
         """The losses of a run with every learning rate that it has, in their order."""
@@ -187,7 +188,7 @@ def search(results: Results, task: str, method: str) -> Iterator[Run]:
     tried = rates((how.rate / 2, how.rate, how.rate * 2), losses.get, either_side=2, most=MOST_RATES)
     yield from (plain._replace(lr=lr) for lr in tried)
     if all(lr in losses for lr in tried):
-        best = min(tried, key=lambda lr: losses[lr])
+        best = trials.best({lr: losses[lr] for lr in tried})
         yield from (plain._replace(lr=lr, weight_decay=how.decay) for lr in (best / 2, best, best * 2))
 
 
@@ -210,7 +211,7 @@ def wanted(
             continue
         seeds = min(METHODS[method].seeds, scope(task).seeds)
         yield from (best._replace(seed=seed) for seed in range(seeds))
-        if robustness and METHODS[method].robust and scope(task).whole:
+        if robustness and METHODS[method].robust and scope(task).papers:
             yield from (best._replace(variant=variant) for variant in ROBUSTNESS)
             yield from large_batch(results, best)
 

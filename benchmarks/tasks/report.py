@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich import table as rich_table
 from rich.console import Console
 
+from benchmarks.tables import markdown, on_terminal, put
 from benchmarks.tasks.protocol import BASELINE, LARGE_BATCH, METHODS, ROBUSTNESS, scope
 from benchmarks.tasks.summary import Row, Summary
 from benchmarks.tasks.training import TASKS
@@ -30,8 +30,7 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """As Markdown has it."""
-        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines) if self.rows else ""
+        table = markdown(self.columns, self.rows).rstrip() if self.rows else ""
         return "\n\n".join(part for part in (f"### {self.title}", table, self.note) if part)
 
 
@@ -41,12 +40,12 @@ def tables(rows: Sequence[Row]) -> Iterator[Table]:
     for task in summary.tasks:
         yield results(summary, task)
     searched = [m for m in METHODS if METHODS[m].like is None]
-    if not summary.whole:
+    if not summary.papers:
         return
 
     def across(title: str, cell: Callable[[str, str], str]) -> Table:
-        lines = [[method, *(cell(task, method) for task in summary.whole)] for method in searched]
-        return measured(title, ["", *summary.whole], lines)
+        lines = [[method, *(cell(task, method) for task in summary.papers)] for method in searched]
+        return measured(title, ["", *summary.papers], lines)
 
     def plateau(task: str, method: str) -> str:
         found = summary.plateau(task, method)
@@ -122,11 +121,7 @@ def _signed(value: float | None) -> str:
 def show(rows: Sequence[Row], console: Console) -> None:
     """On a terminal."""
     for table in tables(rows):
-        shown = rich_table.Table(title=table.title, title_justify="left")
-        for k, column in enumerate(table.columns):
-            shown.add_column(column, justify="right" if k else "left")
-        for row in table.rows:
-            shown.add_row(*row)
+        shown = on_terminal(table.title, table.columns, table.rows)
         console.print(shown if table.rows else table.title, table.note, sep="\n")
 
 
@@ -136,8 +131,4 @@ def write(rows: Sequence[Row], page: Path) -> None:
     Raises:
         ValueError: it has none.
     """
-    text = page.read_text()
-    if BEGIN not in text or END not in text:
-        raise ValueError(f"{page} has no lines {BEGIN!r} and {END!r}")
-    made = "\n\n".join(table.markdown() for table in tables(rows))
-    page.write_text(f"{text.split(BEGIN)[0]}{BEGIN}\n\n{made}\n\n{END}{text.split(END)[1]}")
+    put(page, BEGIN, END, "\n\n".join(table.markdown() for table in tables(rows)))

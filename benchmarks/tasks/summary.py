@@ -20,13 +20,13 @@ class Summary(Results):
 
     Attributes:
         tasks: those of which something was measured.
-        whole: of these, the paper's.
+        papers: of these, the paper's.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         super().__init__(rows)
         self.tasks = [task for task in TASKS if any(run.task == task for run in self.rows)]
-        self.whole = [task for task in self.tasks if scope(task).whole]
+        self.papers = [task for task in self.tasks if scope(task).papers]
 
     def seeds(self, task: str, method: str) -> list[Row]:
         """The runs of the best trial, with every seed."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
@@ -11,7 +10,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.language_models import schedule
+from benchmarks.loop import Loop
 
 
 class Task(ABC):
@@ -65,7 +64,7 @@ def learn(
     count: int | None = None,
     warmup: int | None = None,
 ) -> Iterator[Step]:
-    """Train; ends at a loss that is not finite, without a step.
+    """Train; end at a loss that is not finite, without a step.
 
     Args:
         task: what is learned.
@@ -76,21 +75,14 @@ def learn(
         count: samples of a step; None: the task's batch.
         warmup: steps of it; None: a twentieth of all.
     """
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule(steps, warmup))
+    loop = Loop(model, optimizer, steps, task.clip, warmup)
     for step in range(steps):
         loss = task.loss(model, count or task.batch, step, seed)
         if not loss.isfinite():
             yield Step(loss.item(), math.nan)
             return
-        loss.backward()
-        if task.clip is not None:
-            nn.utils.clip_grad_norm_(model.parameters(), task.clip)
-        start = time.perf_counter()
-        optimizer.step()
-        seconds = time.perf_counter() - start
-        scheduler.step()
-        optimizer.zero_grad()
-        yield Step(loss.item(), seconds)
+        before, after = loop.step(loss)
+        yield Step(loss.item(), after - before)
 
 
 def samples(total: int, count: int, step: int, seed: int) -> Tensor:

@@ -18,7 +18,7 @@ from benchmarks.tasks.protocol import METHODS, VARIANTS, Run
 from benchmarks.tasks.speech import Speech
 from benchmarks.tasks.task import Task, learn
 from benchmarks.tasks.translation import Translation
-from benchmarks.trials import make_optimizer
+from benchmarks.trials import finite, make_optimizer
 from novoscale.memory import optimizer_state_bytes
 
 TASKS: dict[str, type[Task]] = {
@@ -64,10 +64,10 @@ def train(run: Run, steps: int | None = None) -> dict[str, Any]:
     measured = evaluate(task, model, full=True) if math.isfinite(losses[-1]) else {"loss": None}
     return {
         **run._asdict(),
-        **{name: finite(value) for name, value in measured.items()},
+        **{name: digits(value) for name, value in measured.items()},
         "steps": steps,
-        "curve": [[step, finite(value)] for step, value in curve],
-        "training": [finite(value) for value in means(losses)],
+        "curve": [[step, digits(value)] for step, value in curve],
+        "training": [digits(value) for value in means(losses)],
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "state_bytes": optimizer_state_bytes(optimizer).total,
         "step_ms": 1e3 * statistics.median(times) if times else None,
@@ -98,6 +98,6 @@ def means(losses: list[float]) -> list[float]:
     return [statistics.fmean(losses[i : i + width]) for i in range(0, len(losses), width)]
 
 
-def finite(value: float | None) -> float | None:
-    """None for what JSON has not; five digits."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+def digits(value: float | None) -> float | None:
+    """Five digits of a number; None for what is not finite."""
+    return None if (value := finite(value)) is None else float(f"{value:.5g}")

@@ -18,7 +18,7 @@ IGNORED = -100  # as torch's cross entropy and transformers have it
 
 
 class Translation(Task):
-    """Books are learned from whole or held out whole."""
+    """A book is learned from as a whole, or held out as a whole."""
 
     name = "translation"
     steps = 600

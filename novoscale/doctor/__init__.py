@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from novoscale.configs import Config, ConfigError, read
 from novoscale.doctor import rules_config, rules_novograd, rules_script
 from novoscale.doctor.case import Case, Running, running
 from novoscale.doctor.findings import Finding, find
 from novoscale.doctor.memory import Memory, NotPlannedError, memory
 from novoscale.doctor.rewriting import novograd_section
 from novoscale.doctor.script import read_script
+from novoscale.tools.configs import Config, ConfigError, read
 
 __all__ = ["ConfigError", "Diagnosis", "Finding", "Running", "diagnose"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from novoscale.configs import Config, section_of
 from novoscale.doctor.script import Call, Script
+from novoscale.tools.configs import Config, section_of
 
 # What DeepSpeed makes of a name that it knows: its class, and the one with offload
 # (deepspeed/runtime/engine.py, _configure_basic_optimizer). Of any other: torch.optim's, by getattr.

@@ -13,9 +13,9 @@ from rich.console import Console
 from novoscale.doctor import ConfigError, Diagnosis, diagnose
 from novoscale.doctor.memory import Memory
 from novoscale.doctor.rewriting import rewrite
-from novoscale.memory.cuts import TITLES
 from novoscale.memory.models import MemoryToolError
 from novoscale.memory.report import GIB
+from novoscale.memory.shardings import TITLES
 
 COLOURS = {"wrong": "red", "warning": "yellow", "note": "cyan"}
 
@@ -85,7 +85,7 @@ def _memory(m: Memory) -> str:
     """Two lines."""
     before, after = m.before_plan, m.novograd_plan
     name = m.before.rpartition(".")[2]
-    where = f"{m.model}, {TITLES[m.cut]}, {m.ranks} ranks, {m.precision}"
+    where = f"{m.model}, {TITLES[m.sharding]}, {m.ranks} ranks, {m.precision}"
     host = f", of which {before.on_host / GIB:.2f} and {after.on_host / GIB:.2f} in the host's memory"
     total = (before.total + before.transient) / GIB, (after.total + after.transient) / GIB
     return (

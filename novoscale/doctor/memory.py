@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from novoscale.configs import section_of
 from novoscale.doctor.case import Case, Running
 from novoscale.memory import rules
 from novoscale.memory.optimizers import novograd_rule
 from novoscale.memory.planning import Plan, plan
 from novoscale.memory.rules import Rule
+from novoscale.tools.configs import section_of
 
 ADAMS = ("FusedAdam", "DeepSpeedCPUAdam", "torch.optim.AdamW", "torch.optim.Adam")
 # Classes whose state is known by rule, and the names by which it is said.
@@ -35,13 +35,13 @@ class Memory:
     """What a rank holds with one optimizer and with NovoGrad.
 
     Attributes:
-        cut: of ``novoscale.memory.cuts``.
+        sharding: of ``novoscale.memory.shardings``.
         before: the name of the other optimizer.
     """
 
     model: str
     ranks: int
-    cut: str
+    sharding: str
     precision: str
     before: str
     before_plan: Plan
@@ -64,7 +64,7 @@ def memory(case: Case, now: Running, section: dict[str, Any], model: str) -> Mem
         model: of ``novoscale plan``.
 
     Raises:
-        NotPlannedError: no rule for the cut or the optimizer, or the number of ranks is not known.
+        NotPlannedError: no rule for the sharding or the optimizer, or the number of ranks is not known.
         MemoryToolError: no such model.
     """
     from novoscale.memory import models
@@ -72,7 +72,7 @@ def memory(case: Case, now: Running, section: dict[str, Any], model: str) -> Mem
     ranks = case.ranks or case.yaml("num_processes")
     if not isinstance(ranks, int) or ranks < 1:
         raise NotPlannedError("the config does not say how many ranks; add --ranks")
-    cut, precision = _cut(case), _precision(case)
+    sharding, precision = _sharding(case), _precision(case)
     runs_novograd = now.optimizer is None or now.optimizer.startswith("novoscale")
     before = "torch.optim.AdamW" if runs_novograd else str(now.optimizer)
     before_rule = _state(before, case)
@@ -85,11 +85,11 @@ def memory(case: Case, now: Running, section: dict[str, Any], model: str) -> Mem
     return Memory(
         model,
         ranks,
-        cut,
+        sharding,
         precision,
         before,
-        plan(built, before_rule, cut, ranks, precision),
-        plan(built, novograd, cut, ranks, precision),
+        plan(built, before_rule, sharding, ranks, precision),
+        plan(built, novograd, sharding, ranks, precision),
     )
 
 
@@ -101,7 +101,7 @@ def _state(optimizer: str, case: Case) -> Rule:
     return STATES[optimizer]
 
 
-def _cut(case: Case) -> str:
+def _sharding(case: Case) -> str:
     if case.deepspeed:
         if case.get("zero_optimization.offload_param.device", "none") != "none" or (
             case.stage == 3 and case.offload != "none"

@@ -14,7 +14,7 @@ from json import JSONDecoder
 from pathlib import Path
 from typing import Any
 
-from novoscale.configs import IN_YAML, Config, ConfigError, section_of
+from novoscale.tools.configs import IN_YAML, Config, ConfigError, section_of
 
 # AdamW's that mean the same here (docs/quality.md: the preset learns at AdamW's rates).
 KEPT = ("lr", "weight_decay")

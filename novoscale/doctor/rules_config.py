@@ -11,9 +11,9 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from novoscale.configs import IN_YAML, section_of
 from novoscale.doctor.case import BY_NAME, Case, built
 from novoscale.doctor.findings import Finding, Rule, note, warning, wrong
+from novoscale.tools.configs import IN_YAML, section_of
 
 SECTIONS = ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16", "data_types", "torch_autocast")
 # What Accelerate fills in for "auto" (accelerate/accelerator.py, _prepare_deepspeed, and DeepSpeedPlugin).
@@ -325,7 +325,7 @@ def _deepspeed(case: Case) -> Any:
         return None
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # nothing is trained
     with contextlib.redirect_stdout(sys.stderr):  # where its logger writes
-        return importlib.import_module("novoscale.integrations.deepspeed_config")
+        return importlib.import_module("novoscale.doctor.deepspeed_config")
 
 
 def _version(package: str) -> str:

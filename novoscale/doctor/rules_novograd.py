@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from novoscale import NovoGrad
-from novoscale.configs import section_of
 from novoscale.doctor.case import Case
 from novoscale.doctor.findings import Finding, Rule, note, warning, wrong
+from novoscale.optimizer.novograd import NovoGrad
+from novoscale.tools.configs import section_of
 
 ADAM_ONLY = "DeepSpeed implements it for its own Adam only; take it out of the config"
 
@@ -25,7 +25,7 @@ def _refuses(case: Case, key: str, why: str) -> Finding:
 def options_exist(case: Case) -> Iterator[Finding]:
     """Options that NovoGrad does not have, or that are out of range.
 
-    Source: novoscale/checks.py, which is run, key by key.
+    Source: novoscale/optimizer/options.py, which is run, key by key.
     """
     if not case.names_novograd:
         return
@@ -57,19 +57,19 @@ def _complaint(params: dict[str, object]) -> str | None:
 
 
 def zenflow(case: Case) -> Iterator[Finding]:
-    """Source: integrations/deepspeed.py, ``_unsupported``; deepspeed/runtime/zenflow."""
+    """Source: integrations/deepspeed/refusals.py; deepspeed/runtime/zenflow."""
     if case.get("zero_optimization.zenflow") is not None:
         yield _refuses(case, "zero_optimization.zenflow", ADAM_ONLY)
 
 
 def super_offload(case: Case) -> Iterator[Finding]:
-    """Source: integrations/deepspeed.py, ``_unsupported``; deepspeed/runtime/superoffload."""
+    """Source: integrations/deepspeed/refusals.py; deepspeed/runtime/superoffload."""
     if case.get("zero_optimization.offload_optimizer.super_offload") is True:
         yield _refuses(case, "zero_optimization.offload_optimizer.super_offload", ADAM_ONLY)
 
 
 def twin_flow(case: Case) -> Iterator[Finding]:
-    """Source: integrations/deepspeed.py, ``_unsupported``; deepspeed/runtime/zero/offload_config.py."""
+    """Source: integrations/deepspeed/refusals.py; deepspeed/runtime/zero/offload_config.py."""
     if case.offload != "none" and case.get("zero_optimization.offload_optimizer.ratio", 1.0) != 1.0:
         yield _refuses(
             case, "zero_optimization.offload_optimizer.ratio", f"below 1 is Twin-Flow, and {ADAM_ONLY}"
@@ -77,7 +77,7 @@ def twin_flow(case: Case) -> Iterator[Finding]:
 
 
 def nvme(case: Case) -> Iterator[Finding]:
-    """Source: integrations/deepspeed.py, ``_unsupported``; deepspeed/runtime/swap_tensor."""
+    """Source: integrations/deepspeed/refusals.py; deepspeed/runtime/swap_tensor."""
     for part in ("offload_optimizer", "offload_param"):
         if case.get(f"zero_optimization.{part}.device") == "nvme":
             why = "the swapper takes every state for a flat partition; use the device cpu"
@@ -85,7 +85,7 @@ def nvme(case: Case) -> Iterator[Finding]:
 
 
 def master_weights(case: Case) -> Iterator[Finding]:
-    """Source: integrations/deepspeed.py, ``_unsupported``; deepspeed/runtime/precision_config.py."""
+    """Source: integrations/deepspeed/refusals.py; deepspeed/runtime/precision_config.py."""
     if case.get("fp16.fp16_master_weights_and_grads") is True:
         yield _refuses(case, "fp16.fp16_master_weights_and_grads", ADAM_ONLY)
     if case.get("bf16.bf16_master_weights_and_grads") is True:
@@ -97,14 +97,14 @@ def master_weights(case: Case) -> Iterator[Finding]:
 
 
 def elastic_checkpoint(case: Case) -> Iterator[Finding]:
-    """Source: integrations/deepspeed.py, ``_unsupported``; stage_1_and_2.py."""
+    """Source: integrations/deepspeed/refusals.py; stage_1_and_2.py."""
     if case.get("zero_optimization.elastic_checkpoint") is True:
         why = "it would merge second moments of layers as if they were elements; take it out of the config"
         yield _refuses(case, "zero_optimization.elastic_checkpoint", why)
 
 
 def autocast_to_float16(case: Case) -> Iterator[Finding]:
-    """Source: integrations/deepspeed.py, ``_autocasts_to_float16``; deepspeed/runtime/torch_autocast.py."""
+    """Source: integrations/deepspeed/refusals.py; deepspeed/runtime/torch_autocast.py."""
     autocast = section_of(case.config.deepspeed or {}, "torch_autocast")
     if autocast.get("enabled") is True and str(autocast.get("dtype")) in (
         "float16",
@@ -119,7 +119,7 @@ def autocast_to_float16(case: Case) -> Iterator[Finding]:
 def fsdp1(case: Case) -> Iterator[Finding]:
     """FSDP1 flattens parameters without saying how. Accelerate's default is version 1.
 
-    Source: accelerate/utils/dataclasses.py, ``FullyShardedDataParallelPlugin``; novoscale/checks.py,
+    Source: accelerate/utils/dataclasses.py, ``FullyShardedDataParallelPlugin``; optimizer/tensor_checks.py,
     ``unknown_layers``.
     """
     if case.yaml("distributed_type") == "FSDP":
@@ -154,7 +154,7 @@ def adams_betas(case: Case) -> Iterator[Finding]:
 def needless_keys(case: Case) -> Iterator[Finding]:
     """Keys about an optimizer of the script, where the config names NovoGrad.
 
-    Source: deepspeed/runtime/engine.py, ``_configure_optimizer``; integrations/deepspeed.py, ``register``.
+    Source: deepspeed/runtime/engine.py, ``_configure_optimizer``; integrations/deepspeed, ``register``.
     """
     if case.names_novograd and case.get("zero_force_ds_cpu_optimizer") is not None and case.client is None:
         text = "is ignored: it is about an optimizer of the script, and this one is made of the config"

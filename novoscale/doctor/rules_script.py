@@ -31,7 +31,7 @@ def _at(script: Script, call: Call) -> str:
 def registered_in_time(case: Case) -> Iterator[Finding]:
     """DeepSpeed looks the name up when it is started; NovoGrad must be registered by then.
 
-    Source: deepspeed/runtime/engine.py, ``_do_sanity_check``; integrations/deepspeed.py, ``register``.
+    Source: deepspeed/runtime/engine.py, ``_do_sanity_check``; integrations/deepspeed, ``register``.
     """
     if not case.deepspeed or not case.novograd:
         return
@@ -145,7 +145,7 @@ def _matches(arguments: Call | None, key: str, argument: str, value: Any, defaul
 def clipping_in_the_script(case: Case) -> Iterator[Finding]:
     """DeepSpeed clips by itself: other clipping is refused or does nothing.
 
-    Source: integrations/deepspeed.py, ``refuse_clipping``; accelerate/accelerator.py, ``clip_grad_norm_``.
+    Source: optimizer/layerwise.py, ``refuse_clipping``; accelerate/accelerator.py, ``clip_grad_norm_``.
     """
     if case.script is None or not case.deepspeed:
         return
@@ -161,7 +161,7 @@ def clipping_in_the_script(case: Case) -> Iterator[Finding]:
 
 
 def released_under_deepspeed(case: Case) -> Iterator[Finding]:
-    """release_gradients is refused under DeepSpeed. Source: novoscale/checks.py, ``wrapped_and_released``."""
+    """release_gradients is refused under DeepSpeed. Source: ``wrapped_and_released``."""
     if case.script is None or not case.deepspeed:
         return
     call = case.script.call("release_gradients", "ReleaseGradients")
@@ -171,7 +171,7 @@ def released_under_deepspeed(case: Case) -> Iterator[Finding]:
 
 
 def options_of_the_script(case: Case) -> Iterator[Finding]:
-    """Options that NovoGrad does not have, given in the script. Source: novoscale/checks.py."""
+    """Options that NovoGrad does not have, given in the script. Source: novoscale/optimizer/options.py."""
     from novoscale.doctor.rules_novograd import _complaint
 
     made = case.script.optimizer if case.script else None

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from novoscale.configs import ConfigError, text_of
+from novoscale.tools.configs import ConfigError, text_of
 
 REGISTERS = "novoscale.integrations.deepspeed"
-NOVOGRAD = ("novoscale.NovoGrad", "novoscale.novograd.NovoGrad")
+NOVOGRAD = ("novoscale.NovoGrad", "novoscale.optimizer.novograd.NovoGrad")
 # Packages whose capitalised names are optimizers.
 OPTIMIZERS = (
     "torch.optim.",

@@ -1,8 +1,7 @@
-"""What the kernels are given of the layers: a table of parameters, and one of their param groups' options.
+"""What the pass over the layers is given: a table of parameters, and one of their param groups' options.
 
-Between the two passes over the elements there is one over the layers: their second moments, and what the
-update makes of them. It is done for the layers of all param groups at once; ``reference_layers`` is the
-definition.
+It comes between the two passes over the elements, and updates the second moments of the layers of all param
+groups at once: see ``interface.LayerKernels``.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from novoscale.kernels.shards import Coefficients
 from novoscale.kernels.uploads import Upload
-from novoscale.layout import repeated
+from novoscale.sharding.indices import repeated
 
 # The columns of a table of options, float64: one row for each param group of a step. They may change from
 # step to step, and no other table depends on them.
@@ -41,11 +41,11 @@ OPTIONS = 17
 # Of them, in this order, those of ``shards.Coefficients.options``.
 UPDATE = [BETA1, BETA3, WEIGHT_DECAY, EPS]
 
-# The columns of a table of parameters, int64: of each the layers that are here, in the order of their vector.
+# The columns of a table of parameters, int64, in the order of the vector of layers; a rank's part of each.
 GROUP = 0  # its row of the table of options
-FIRST = 1  # of all layers its first one
-COUNT = 2  # how many there are
-FIRST_COLUMN = 3  # of all columns its first one
+FIRST = 1  # of all layers, its first one
+COUNT = 2  # how many layers it has on this rank
+FIRST_COLUMN = 3  # of all columns, its first one
 WIDTH = 4  # how many columns, if it is factored; else 0
 NUMEL = 5  # elements of a layer, on all ranks
 LAYERS = 6  # how many layers there are on all ranks
@@ -53,12 +53,12 @@ NUMBER = 7  # see ``layout.Parameter``
 ONCE = 8  # whether it has one count of steps
 ROUNDS = 9  # whether anything of it is rounded stochastically
 SCATTERED = 10  # whether ranks have different layers of it
-V = 11  # addresses: of its layers' second moments,
-OF_COLUMNS = 12  # of its columns',
-STEPS = 13  # and of its counts of steps; 0 where there is no such tensor
+V = 11  # address of its layers' second moments; 0, as for the next two, where there is no such tensor
+OF_COLUMNS = 12  # address of its columns' second moments
+STEPS = 13  # address of its counts of steps
 RECORD = 14
 
-# What of each parameter is added up over the ranks, with the layers: see ``reference_layers.begin``.
+# The numbers of each parameter that the ranks add up: see ``interface.LayerKernels.begin``.
 FRESH, KEPT, WEIGHTS = range(3)
 SUMS = 3
 
@@ -93,7 +93,7 @@ class LayerTable:
         return self.share is not None
 
     def stretches(self, size: int) -> Tensor:
-        """The layers in stretches of at most ``size``, each of one parameter; then the columns.
+        """Split the layers into stretches of at most ``size``, each of one parameter; then the columns.
 
         Returns:
             int64 ``[stretches, 4]`` on the CPU: the parameter, its layers (or columns) from..to, and whether
@@ -133,12 +133,12 @@ class OptionTable:
 
     @property
     def limit(self) -> float:
-        """What the norm of the whole gradient is clipped to; 0: it is not."""
+        """What the norm of the gradients of the model is clipped to; 0: it is not clipped."""
         return self._rows[0][LIMIT]
 
     @property
     def of_update(self) -> Tensor:
-        """Those that the update needs itself: see ``shards.Coefficients.options``."""
+        """The options that the update reads: see ``shards.Coefficients.options``."""
         return self._of_update.on_device
 
     def differs(self, groups: Sequence[Mapping[str, Any]]) -> bool:
@@ -146,7 +146,7 @@ class OptionTable:
         return self._rows != [*map(option_row, groups)]
 
     def take(self, groups: Sequence[Mapping[str, Any]]) -> None:
-        """Have the table say what the options of the param groups are."""
+        """Write the options of the param groups into the table, if they have changed."""
         rows = [*map(option_row, groups)]
         if rows != self._rows:
             self._rows = rows
@@ -160,6 +160,22 @@ class OptionTable:
         else:
             for index, lr in rates.items():
                 self.table[index, LR].copy_(lr.reshape(()))
+
+
+def empty_coefficients(table: LayerTable, options: OptionTable) -> Coefficients:
+    """Coefficients to be written into."""
+
+    def empty(*shape: int, dtype: torch.dtype = table.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=options.table.device)
+
+    return Coefficients(
+        each=empty(table.layers, 4),
+        options=options.of_update,
+        active=empty(table.layers, dtype=torch.bool),
+        key=empty(table.layers, dtype=torch.int32),
+        row_root=empty(table.layers) if table.columns else None,
+        column_root=empty(table.columns) if table.columns else None,
+    )
 
 
 def _on_device(lr: Tensor | float) -> bool:

@@ -1,4 +1,4 @@
-"""What the kernels are given: tensors, and tables of which elements belong to which layer."""
+"""What the passes over the elements are given: tensors, and tables of the layer of each element."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from novoscale.layout import repeated
+from novoscale.sharding.indices import repeated
 
-# The columns of a table of pieces. A piece is a stretch of elements that are consecutive in a tensor and in a
-# parameter.
+# The columns of a table of pieces. A piece is a run of elements that are consecutive both in a tensor and in
+# a parameter.
 START = 0  # elements start..stop of the tensor
 STOP = 1
 LAYER = 2  # of all layers, the one of the first element
-POSITION = 3  # of the first element in the parameter: its layers begin at the multiples of
-SIZE = 4  # the elements of a layer
+POSITION = 3  # of the first element in the parameter, whose layers begin at the multiples of SIZE
+SIZE = 4  # elements of a layer
 PLACE = 5  # where in exp_avg the first element's moment lies: an element, or a block
 COLUMN = 6  # of all columns, the first one of its parameter; -1 where its second moment is not factored
-FIRST_CUT = 7  # of all cut blocks, the one that it begins in; -1: its first block is its own
-LAST_CUT = 8  # the same of the one that it ends in
+FIRST_SHARDED = 7  # of all sharded blocks, the one that the piece begins in; -1: its first block is not one
+LAST_SHARDED = 8  # the same of the block that the piece ends in
 PIECE = 9
 
-# Of a chunk, a part of a piece, the columns up to COLUMN are the same, and:
-CUT = 7  # of all cut blocks, the one that it is a piece of; -1: its blocks are its own
+# A chunk is a part of a piece. Its columns up to COLUMN are those of a piece; then come:
+SHARDED = 7  # of all sharded blocks, the one that the chunk is a part of; -1: its blocks are not
 OF = 8  # its shard
 
-# The columns of a table of panels. A panel is a stretch of elements of a factored parameter that is a matrix:
-# `rows` pieces of as many layers that follow each other, each with the same `width` columns.
+# The columns of a table of panels. A panel is a run of elements of a factored parameter that forms a matrix:
+# ROWS consecutive layers, each with the same WIDTH columns.
 PANEL_START = 0  # of the tensor
 ROWS = 1
 WIDTH = 2
@@ -43,7 +43,7 @@ GRAD_SCALE, STEP_SIZE, DECAY, AHEAD = range(4)
 BETA1, BETA3, WEIGHT_DECAY, EPS = range(4)
 
 
-class Held(NamedTuple):
+class ShardTensors(NamedTuple):
     """The tensors of a shard: see :class:`Shard`."""
 
     param: Tensor
@@ -54,12 +54,12 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tensor of a step, with what the tables know of its param group's options.
+    """One tensor of a step, with those options of its param group that the tables depend on.
 
     Attributes:
         param: the weights; updated in place. float32, bfloat16, float16 or float64.
         grad: same shape; never written to.
-        exp_avg: the first moment, in one of the formats of ``novoscale.momentum``; None where beta1 is 0 and
+        exp_avg: the first moment, in one of the formats of ``state.formats``; None where beta1 is 0 and
             none is kept.
         exp_avg_scale: its scales, where it is kept in blocks.
         pieces: which elements belong to which layer, and where their moment lies: int64 ``[pieces, 9]`` on
@@ -70,7 +70,7 @@ class Shard:
         reg_inside_moment: whether the weights decay before (True) or after the first moment is formed.
         stochastic_rounding: of the weights, if they are bfloat16. A first moment that is not float32 or
             float64 is always rounded so.
-        fused: True: by a fused kernel; False: by the reference; None: by whichever can.
+        fused: True: use a fused kernel; False: use the reference; None: use the fused kernel if it takes it.
         nesterov: whether the weight moves along the new term too: see ``Coefficients.each``.
     """
 
@@ -115,17 +115,18 @@ class Coefficients:
         each: ``[layers, 4]``, contiguous. GRAD_SCALE multiplies the gradient before it enters the first
             moment; STEP_SIZE the first moment when it is taken from the weight; DECAY, which is
             lr * weight_decay, the weight, for tensors whose decay stays outside the moment. Where a shard is
-            ``nesterov``, AHEAD multiplies the first moment, and STEP_SIZE the new term of it.
+            ``nesterov``, AHEAD multiplies the first moment, and STEP_SIZE its new term.
         options: ``[groups, 4]``, contiguous. BETA1 is the decay of the first moment; BETA3 the weight of the
             new term in it, 1 or 1 - beta1 with ``grad_averaging``; WEIGHT_DECAY times the weight is added to
             the gradient's term; EPS is added to the root of a factored second moment.
         active: bool ``[layers]``; a layer that is not active is left bit for bit as it is.
         key: int32 ``[layers]``, the 32 bits of the key for stochastic rounding: see
-            ``novoscale.rounding.keys``.
+            ``novoscale.state.rounding.keys``.
         row_root: ``[layers]``: of each that is a row of a factored parameter, its factor of the root of the
             second moment. None: there is none.
         column_root: ``[columns]``: the same of each column. Where it is 0 nothing is changed.
-        cut: int32 ``[2, cut blocks]``: see ``reference.largest``. None: no block is cut.
+        sharded: int32 ``[2, sharded blocks]``, the maximum over the ranks of what
+            ``interface.ElementKernels.largest`` returns. None: no block is sharded.
     """
 
     each: Tensor
@@ -134,7 +135,7 @@ class Coefficients:
     key: Tensor
     row_root: Tensor | None = None
     column_root: Tensor | None = None
-    cut: Tensor | None = None
+    sharded: Tensor | None = None
 
     def to(self, device: torch.device) -> Coefficients:
         """The same on another device."""
@@ -147,14 +148,14 @@ class Coefficients:
 def in_one_order(shard: Shard) -> bool:
     """Whether memory order serves as element order, in all tensors of a shard alike.
 
-    They are contiguous; or they have no gaps and the same strides, and all of the tensor is one layer and no
-    element is told from another, so that it does not matter which of its elements comes first.
+    It does if they are contiguous. It also does if they have no gaps and the same strides, one layer has all
+    of the tensor, and the update treats its elements alike, so that it does not matter which comes first.
     """
     if all(t.is_contiguous() for t in shard.tensors):
         return True
     numel = shard.param.numel()
-    whole = len(shard.pieces) == 1 and shard.pieces[0, [START, STOP, COLUMN]].tolist() == [0, numel, -1]
-    position, size = shard.pieces[0, [POSITION, SIZE]].tolist() if whole else (0, 0)
+    one_piece = len(shard.pieces) == 1 and shard.pieces[0, [START, STOP, COLUMN]].tolist() == [0, numel, -1]
+    position, size = shard.pieces[0, [POSITION, SIZE]].tolist() if one_piece else (0, 0)
     alike = not shard.needs_positions and position % max(size, 1) + numel <= size
     order = _order(shard.param)
     return alike and order is not None and all(_order(t) == order for t in shard.tensors)
@@ -172,26 +173,27 @@ def _order(tensor: Tensor) -> list[tuple[int, int]] | None:
 
 
 def chunks(shards: Sequence[Shard], size: int, block: int, factored: bool = True) -> Tensor:
-    """The pieces of all shards in chunks of at most ``size`` elements, those of a layer next to each other.
+    """Split the pieces of all shards into chunks of at most ``size`` elements.
 
-    A layer's chunks follow in the order of its elements. Chunks begin at multiples of ``size`` in their
-    tensor (but for the first of a piece), so that they are aligned where the tensor is; where the moment is
-    kept in blocks, at multiples in the parameter, so that no block is in two chunks. Made without a loop over
-    chunks: a billion elements are tens of thousands.
+    The chunks of a layer are next to each other, in the order of its elements. But for the first of a piece,
+    chunks begin at multiples of ``size`` in their tensor, so that they are aligned where the tensor is; where
+    the moment is kept in blocks, at multiples in the parameter, so that no block is in two chunks. There is
+    no loop over chunks: a billion elements have tens of thousands.
 
     Args:
         shards: the tensors.
         size: a multiple of ``block``.
         block: elements of a block of the first moment.
-        factored: False: without the pieces of factored parameters, whose sums are made by :func:`panels`.
+        factored: False: leave out the pieces of factored parameters, which :func:`panels` has.
 
     Returns:
-        int64 ``[chunks, 9]`` on the CPU: the columns above. A piece of a cut block is a chunk of its own.
+        int64 ``[chunks, 9]`` on the CPU: the columns above. The elements of a sharded block are a chunk of
+        their own.
     """
     pieces, shard = pieces_of(shards)
     known = (pieces[:, STOP] > pieces[:, START]) & (factored | (pieces[:, COLUMN] < 0))
     in_blocks = torch.tensor([s.exp_avg_scale is not None for s in shards], dtype=torch.bool, device="cpu")
-    table, piece = at_cut_blocks(pieces[known], block)
+    table, piece = at_sharded_blocks(pieces[known], block)
     shard = shard[known][piece]
     for column in (POSITION, LAYER):  # by layer, then by position
         order = torch.argsort(table[:, column], stable=True)
@@ -207,14 +209,14 @@ def chunks(shards: Sequence[Shard], size: int, block: int, factored: bool = True
     return torch.cat((_part(table[index], done, end, blocks[index], block), shard[index][:, None]), dim=1)
 
 
-def at_cut_blocks(pieces: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """The pieces with those of cut blocks apart.
+def at_sharded_blocks(pieces: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Split the pieces at the boundaries of sharded blocks.
 
     Returns:
-        int64 ``[parts, 8]``: the columns of a piece up to COLUMN, and CUT; and of which piece each part is.
+        int64 ``[parts, 8]``: the columns of a piece up to COLUMN, and SHARDED; and the piece of each part.
     """
-    plain = torch.cat((pieces[:, :FIRST_CUT], torch.full_like(pieces[:, :1], -1)), dim=1)
-    first, last = pieces[:, FIRST_CUT], pieces[:, LAST_CUT]
+    plain = torch.cat((pieces[:, :FIRST_SHARDED], torch.full_like(pieces[:, :1], -1)), dim=1)
+    first, last = pieces[:, FIRST_SHARDED], pieces[:, LAST_SHARDED]
     if not ((first >= 0) | (last >= 0)).any():
         return plain, torch.arange(len(pieces), device="cpu")
     position, numel = pieces[:, POSITION], pieces[:, STOP] - pieces[:, START]
@@ -222,16 +224,16 @@ def at_cut_blocks(pieces: Tensor, block: int) -> tuple[Tensor, Tensor]:
     tail = torch.where((last >= 0) & (head < numel), (position + numel - 1) % block + 1, 0)
     done = torch.stack((torch.zeros_like(head), head, numel - tail), dim=1).view(-1)
     end = torch.stack((head, numel - tail, numel), dim=1).view(-1)
-    cut = torch.stack((first, torch.full_like(first, -1), last), dim=1).view(-1)
+    sharded = torch.stack((first, torch.full_like(first, -1), last), dim=1).view(-1)
     piece = torch.arange(len(pieces), device="cpu").repeat_interleave(3)[end > done]
-    in_blocks = torch.ones_like(piece, dtype=torch.bool)  # where they are not, nothing was cut off
+    in_blocks = torch.ones_like(piece, dtype=torch.bool)  # where they are not, nothing was split
     table = _part(plain[piece], done[end > done], end[end > done], in_blocks, block)
-    table[:, CUT] = cut[end > done]
+    table[:, SHARDED] = sharded[end > done]
     return table, piece
 
 
 def _part(table: Tensor, done: Tensor, end: Tensor, in_blocks: Tensor, block: int) -> Tensor:
-    """Of each piece the elements ``done..end``: the columns of a piece, the others as they are."""
+    """The elements ``done..end`` of each piece: adjusts the columns up to PLACE, and keeps the others."""
     start, position, size = table[:, START], table[:, POSITION], table[:, SIZE]
     part = table.clone()
     part[:, START] = start + done
@@ -245,8 +247,8 @@ def _part(table: Tensor, done: Tensor, end: Tensor, in_blocks: Tensor, block: in
 def panels(shards: Sequence[Shard]) -> Tensor:
     """The pieces of factored parameters as matrices, each of which is contiguous in its tensor.
 
-    A piece that begins or ends within a row has a panel of one row there; pieces of one row each that follow
-    each other, of a matrix that is cut along its columns, are one panel.
+    Where a piece begins or ends within a row, that row is a panel of its own. Consecutive pieces of one row
+    each, as a matrix that is sharded along its columns has them, are one panel.
 
     Returns:
         int64 ``[panels, 6]`` on the CPU: the columns above. A layer may be in several panels, and a column.
@@ -270,11 +272,11 @@ def panels(shards: Sequence[Shard]) -> Tensor:
 
 
 def by_layers(pieces: Tensor) -> Tensor:
-    """The elements of each piece in up to three parts: whole layers, and what is before and after them.
+    """Split each piece into up to three parts: its complete layers, and what is before and after them.
 
     Returns:
-        int64 ``[parts, 6]``: the first element in its tensor; of how many layers it has elements, and how
-        many of each; the first layer; how many elements of that one come before; the piece.
+        int64 ``[parts, 6]``: the first element in its tensor; how many layers the part has elements of, and
+        how many of each; the first layer; how many elements of that layer come before the part; the piece.
     """
     start, stop, layer, position, size = pieces[:, :PLACE].unbind(1)
     within, numel = position % size, stop - start
@@ -292,7 +294,7 @@ def by_layers(pieces: Tensor) -> Tensor:
 
 
 def pieces_of(shards: Sequence[Shard]) -> tuple[Tensor, Tensor]:
-    """The pieces of all shards, and of which shard each is."""
+    """The pieces of all shards, and the shard of each."""
     tables = [s.pieces for s in shards]
     pieces = torch.cat([torch.empty((0, PIECE), dtype=torch.int64, device="cpu"), *tables])
     return pieces, torch.repeat_interleave(_int64([len(t) for t in tables]))

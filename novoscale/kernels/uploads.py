@@ -14,8 +14,8 @@ def capturing() -> bool:
 class Upload:
     """A table on a device, which may be written anew at any step without waiting for the device.
 
-    While a CUDA graph is captured the copy becomes part of the graph, which reads the same memory of the host
-    at each replay: memory that is written to for that capture only, and kept.
+    While a CUDA graph is captured, the copy becomes part of the graph, which reads the same memory of the
+    host at each replay. That memory is written to for that capture only, and kept.
 
     Args:
         values: on the CPU.
@@ -30,7 +30,7 @@ class Upload:
         self.on_device = self._pinned.to(device, non_blocking=True)
 
     def write(self, values: Tensor) -> None:
-        """Have the table say something else: a tensor on the CPU, of the same shape and dtype."""
+        """Replace the table by ``values``: a tensor on the CPU, of the same shape and dtype."""
         if self.on_device.device.type != "cuda":
             self.on_device.copy_(values)
         elif capturing():

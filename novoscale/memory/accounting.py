@@ -73,8 +73,8 @@ def optimizer_state_bytes(optimizer: Any) -> StateBytes:
 
     Args:
         optimizer: any torch optimizer, or a wrapper around one (DeepSpeed's, Accelerate's,
-            ZeroRedundancyOptimizer). A storage that several tensors share is counted once, whole, under the
-            first name that shows it.
+            ZeroRedundancyOptimizer). A storage that several tensors share is counted once, in full, under
+            the first name that shows it.
     """
     return _state(wrapped(optimizer)[-1], _Counter())
 

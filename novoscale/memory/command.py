@@ -18,12 +18,12 @@ from rich.progress import track
 
 from novoscale.memory import models, releasing, report
 from novoscale.memory.comparison import compare
-from novoscale.memory.cuts import CUTS, PRECISIONS
 from novoscale.memory.models import MemoryToolError
 from novoscale.memory.optimizers import CANDIDATES, COMPARED
 from novoscale.memory.planning import plan as planned
 from novoscale.memory.planning import smallest_world
 from novoscale.memory.rules import Rule
+from novoscale.memory.shardings import PRECISIONS, SHARDINGS
 
 # The state of AdamW is the same with foreach.
 PLANNED = [n for n in COMPARED if CANDIDATES[n].state is not None and n != "torch AdamW, foreach"]
@@ -49,9 +49,11 @@ def memory(
         typer.Argument(help="builtin, a shipped config, a model type of transformers, or a config.json."),
     ] = "gpt2-1m",
     optimizer: Names = None,
-    cut: Annotated[
+    sharding: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of: {', '.join(CUTS)}; repeat. Default: none, zero2."),
+        typer.Option(
+            "--sharding", "--cut", help=f"One of: {', '.join(SHARDINGS)}; repeat. Default: none, zero2."
+        ),
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks to start on this machine.")] = 2,
     precision: Precision = "float32",
@@ -59,22 +61,25 @@ def memory(
     out: Annotated[Path, typer.Option(help="Folder for memory.json, memory.png, memory.svg.")] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Measure what optimizers take: two steps of MODEL with each, under each cut, on this machine.
+    """Measure what optimizers take: two steps of MODEL with each, under each sharding, on this machine.
 
     Exit code 0: each cell was measured or says why not. 2: MODEL or a name is not known.
     """
     console = Console(stderr=True, emoji=False)
     try:
         optimizers = _optimizers(optimizer) or list(COMPARED)
-        cuts = [(_known("cut", c, CUTS), 1 if c == "none" else ranks) for c in cut or ("none", "zero2")]
+        shardings = [
+            (_known("sharding", name, SHARDINGS), 1 if name == "none" else ranks)
+            for name in sharding or ("none", "zero2")
+        ]
         _known("precision", precision, PRECISIONS)
         _can_draw()
         models.build(model, "meta")
     except MemoryToolError as error:
         _refuse(console, error)
     _warn(console, ranks)
-    cells = compare(model, optimizers, cuts, precision, release=release)
-    total = len(optimizers) * len(cuts)
+    cells = compare(model, optimizers, shardings, precision, release=release)
+    total = len(optimizers) * len(shardings)
     shown = console.is_terminal
     rows = list(track(cells, "measuring", total, console=console, disable=not shown, transient=True))
     found = report.write(
@@ -94,25 +99,31 @@ def plan(
     world: Annotated[int, typer.Option(min=1, help="Ranks.")] = 8,
     device_memory: Annotated[float, typer.Option(min=0, help="GiB of each device.")] = 80,
     optimizer: Names = None,
-    cut: Annotated[
+    sharding: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of: {', '.join(CUTS)}; repeat. Default: zero2, zero3, fsdp2."),
+        typer.Option(
+            "--sharding",
+            "--cut",
+            help=f"One of: {', '.join(SHARDINGS)}; repeat. Default: zero2, zero3, fsdp2.",
+        ),
     ] = None,
     precision: Precision = "bf16-mixed",
     release: Release = False,
-    show_all: Annotated[bool, typer.Option("--all", help="Every optimizer and cut, part by part.")] = False,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Every optimizer and sharding, part by part.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """On how few devices a MODEL fits that does not fit here: model states, without activations.
 
-    One row for NovoGrad, in two formats, and one for AdamW, under the cut that is best for each.
+    One row for NovoGrad, in two formats, and one for AdamW, under the sharding that is best for each.
 
     Exit code 0: planned. 2: MODEL or a name is not known, or there is no rule for an optimizer's state.
     """
     console = Console(stderr=True, emoji=False)
     try:
         names = _optimizers(optimizer) or (PLANNED if show_all or as_json else BRIEFLY)
-        cuts = [_known("cut", c, CUTS) for c in cut or ("zero2", "zero3", "fsdp2")]
+        shardings = [_known("sharding", name, SHARDINGS) for name in sharding or ("zero2", "zero3", "fsdp2")]
         _known("precision", precision, PRECISIONS)
         rules = {name: CANDIDATES[name].state for name in names}
         for name in (name for name, rule in rules.items() if rule is None):
@@ -121,14 +132,14 @@ def plan(
     except MemoryToolError as error:
         _refuse(console, error)
 
-    def row(name: str, rule: Rule, c: str) -> dict[str, Any]:
-        why_not = releasing.why_not(name, c) if release else None
+    def row(name: str, rule: Rule, over: str) -> dict[str, Any]:
+        why_not = releasing.why_not(name, over) if release else None
         released = release and why_not is None
-        smallest = smallest_world(built, rule, c, precision, device_memory * report.GIB, released)
-        found = report.plan_row(name, c, planned(built, rule, c, world, precision, released), smallest)
+        smallest = smallest_world(built, rule, over, precision, device_memory * report.GIB, released)
+        found = report.plan_row(name, over, planned(built, rule, over, world, precision, released), smallest)
         return {**found, "released": released, "why_not_released": why_not} if release else found
 
-    rows = [row(name, rule, c) for c in cuts for name, rule in rules.items() if rule is not None]
+    rows = [row(name, rule, over) for over in shardings for name, rule in rules.items() if rule is not None]
     found = {
         "model": model,
         "parameters": sum(p.numel() for p in built.parameters()),

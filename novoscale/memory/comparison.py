@@ -1,4 +1,4 @@
-"""Optimizers against cuts: every cell measured, or why not."""
+"""Optimizers against shardings: every cell measured, or why not."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from novoscale.memory import measuring
 from novoscale.memory.measuring import Job, Measured
 from novoscale.memory.models import MemoryToolError
-from novoscale.ranks import RankError
+from novoscale.tools.local_ranks import RankError
 
 # Of the length of the model's update in two steps. Rounding in float32 is below 1e-3 and that of Adam's
 # 8-bit states below 0.05; a statistic of anything but the layer is 0.2 and more (docs/memory.md).
@@ -24,12 +24,12 @@ Row = dict[str, Any]
 def compare(
     model: str,
     optimizers: Sequence[str],
-    cuts: Sequence[tuple[str, int]],
+    shardings: Sequence[tuple[str, int]],
     precision: str,
     timeout: float = 600,
     release: bool = False,
 ) -> Iterator[Row]:
-    """Measure each optimizer under each cut and number of ranks, a row for each, in this order.
+    """Measure each optimizer under each sharding and number of ranks, a row for each, in this order.
 
     A row has ``why`` where nothing could be measured; else what ``Measured.to_dict`` has, and ``deviation``:
     the distance of the update from that of one process, relative; ``same_training``: whether that is within
@@ -39,7 +39,7 @@ def compare(
     Args:
         model: of ``models.build``.
         optimizers: names of the catalogue.
-        cuts: of ``CUTS``, each with a number of ranks.
+        shardings: of ``SHARDINGS``, each with a number of ranks.
         precision: of ``PRECISIONS``.
         timeout: seconds for each.
         release: gradients are released in the backward pass; one process is compared with what it does
@@ -48,8 +48,8 @@ def compare(
     for optimizer in optimizers:
         cell = functools.cache(functools.partial(_cell, timeout=timeout))  # one process is asked for again
         plain = Job(model, optimizer, "none", 1, precision)
-        for cut, ranks in cuts:
-            job = replace(plain, cut=cut, ranks=ranks, release=release)
+        for sharding, ranks in shardings:
+            job = replace(plain, sharding=sharding, ranks=ranks, release=release)
             found, row = cell(job)
             if found is not None and job != plain:
                 row = _against(cell(plain)[0], found, row)
@@ -73,8 +73,8 @@ def _sentence(error: RankError) -> str:
     return textwrap.shorten(re.split(r"(?<=[.!]) ", says)[0], 300, placeholder=" ...")
 
 
-def _against(uncut: Measured | None, found: Measured, row: Row) -> Row:
-    if uncut is None or found.job.precision != "float32":
+def _against(unsharded: Measured | None, found: Measured, row: Row) -> Row:
+    if unsharded is None or found.job.precision != "float32":
         return {**row, "deviation": None, "same_training": None}
-    deviation = measuring.deviation(found, uncut)
+    deviation = measuring.deviation(found, unsharded)
     return {**row, "deviation": deviation, "same_training": deviation <= OTHER_TRAINING}

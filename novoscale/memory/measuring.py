@@ -1,4 +1,4 @@
-"""What training really takes: two steps of a model, an optimizer and a cut, on ranks of this machine."""
+"""What training really takes: two steps of a model, an optimizer and a sharding, on ranks of this machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from novoscale.memory import models, releasing
 from novoscale.memory.accounting import Account, account
-from novoscale.memory.cuts import CUTS, Training, set_up
 from novoscale.memory.models import MemoryToolError
 from novoscale.memory.optimizers import CANDIDATES
 from novoscale.memory.phases import Phase, Recorder
-from novoscale.ranks import preload, run_ranks
+from novoscale.memory.shardings import SHARDINGS, Training, set_up
+from novoscale.tools.local_ranks import preload, run_ranks
 
 # What models.build imports for most models; half a second for each rank.
 preload("transformers.models.auto.modeling_auto", "transformers.models.gpt2.modeling_gpt2")
@@ -28,7 +28,7 @@ SAMPLED = 1024  # elements of a parameter, or a few more, by which two runs are 
 
 @dataclass(frozen=True)
 class Job:
-    """What is measured: names of a model, an optimizer, a cut and a precision; and the number of ranks.
+    """What is measured: names of a model, an optimizer, a sharding and a precision; and the number of ranks.
 
     Attributes:
         tokens: of the sample.
@@ -38,7 +38,7 @@ class Job:
 
     model: str
     optimizer: str
-    cut: str
+    sharding: str
     ranks: int = 1
     precision: str = "float32"
     release: bool = False
@@ -110,12 +110,12 @@ class Measured:
 
 def check(job: Job) -> None:
     """Raise MemoryToolError where a package is not installed, or gradients cannot be released."""
-    why_not = releasing.why_not(job.optimizer, job.cut) if job.release else None
+    why_not = releasing.why_not(job.optimizer, job.sharding) if job.release else None
     if why_not is not None:
         raise MemoryToolError(f"gradients are not released: {why_not}")
     if not CANDIDATES[job.optimizer].installed():
         raise MemoryToolError(f"not installed: pip install {CANDIDATES[job.optimizer].package}")
-    if CUTS[job.cut] is not None and importlib.util.find_spec("deepspeed") is None:
+    if SHARDINGS[job.sharding] is not None and importlib.util.find_spec("deepspeed") is None:
         raise MemoryToolError("not installed: pip install deepspeed ninja")
 
 
@@ -123,7 +123,7 @@ def measure(job: Job, timeout: float = 300) -> Measured:
     """Train two steps on local ranks and count.
 
     Args:
-        job: names of the catalogues; with the cut "none" its ranks are not used.
+        job: names of the catalogues; the sharding "none" has one rank, whatever the job says.
         timeout: seconds.
 
     Raises:
@@ -135,23 +135,23 @@ def measure(job: Job, timeout: float = 300) -> Measured:
     backend = "nccl" if torch.cuda.device_count() >= job.ranks else "gloo"
     if backend == "gloo":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        if CUTS[job.cut] is not None:
-            importlib.import_module("novoscale.integrations.deepspeed_operation").build(timeout)
-    ranks = 1 if job.cut == "none" else job.ranks
+        if SHARDINGS[job.sharding] is not None:
+            importlib.import_module("novoscale.tools.deepspeed_operation").build(timeout)
+    ranks = 1 if job.sharding == "none" else job.ranks
     found = run_ranks(_on_rank, ranks, job, timeout=timeout, backend=backend, quiet=True)
     *_, parameters, update = found[0]
     accounts, phases, timelines, alive = ([f[k] for f in found] for k in range(4))
     return Measured(job, accounts, phases, timelines, alive, parameters, update)
 
 
-def deviation(found: Measured, uncut: Measured) -> float:
-    """How far the update of a cut model is from that of the same training in one process.
+def deviation(found: Measured, unsharded: Measured) -> float:
+    """How far the update of a sharded model is from that of the same training in one process.
 
     Every rank is given the same sample, so that the mean of the gradients is that of one process. The
     length of the difference over the length of the update: 0 is the same training.
     """
-    difference = torch.cat([found.update[name] - u for name, u in uncut.update.items()])
-    return float(difference.norm() / torch.cat(list(uncut.update.values())).norm())
+    difference = torch.cat([found.update[name] - u for name, u in unsharded.update.items()])
+    return float(difference.norm() / torch.cat(list(unsharded.update.values())).norm())
 
 
 def _on_rank(job: Job) -> tuple[Any, ...]:
@@ -164,12 +164,12 @@ def _on_rank(job: Job) -> tuple[Any, ...]:
                 model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             parameters = sum(p.numel() for p in model.parameters())
             before = {name: _sample(p) for name, p in model.named_parameters()}
-            training = set_up(model, CANDIDATES[job.optimizer], job.cut, job.precision, job.release)
+            training = set_up(model, CANDIDATES[job.optimizer], job.sharding, job.precision, job.release)
         sample = models.batch(job.model, model, device, job.tokens)
         for when in ("warm-up ", ""):
             held = _one_step(training, recorder, sample, when)
     trained = getattr(training.model, "module", training.model).named_parameters()
-    update = {name: _sample(training.whole(p)) - before[name] for name, p in trained}
+    update = {name: _sample(training.gathered(p)) - before[name] for name, p in trained}
     alive = training.alive.most if training.alive is not None else None
     return held, recorder.phases(), recorder.timelines(SLICES), alive, parameters, update
 

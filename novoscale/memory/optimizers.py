@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from novoscale import presets
 from novoscale.memory import rules
 from novoscale.memory.rules import Rule
+from novoscale.optimizer import presets
+from novoscale.state.formats import FORMATS
 
 LR = 1e-3
 
@@ -87,7 +88,6 @@ def novograd_rule(options: Mapping[str, Any]) -> Rule:
 
 
 def _novograd(**options: Any) -> Candidate:
-    momentum = options.get("momentum_dtype", "float32")
     return Candidate(
         "novoscale:NovoGrad",
         {"lr": LR, **options},
@@ -95,7 +95,7 @@ def _novograd(**options: Any) -> Candidate:
         state=novograd_rule(options),
         timed_on=BOTH,
         moved=(3 if options.get("scale_parameter") else 2, 2, 2),
-        state_bytes={"float32": 4, "bfloat16": 2, "int8": 1 + 2 / 128, "int4": 0.5 + 2 / 128}[momentum],
+        state_bytes=FORMATS[options.get("momentum_dtype", "float32")].bytes,
         clips="max_grad_norm",
         unfused=options.get("fused") is False,
     )

@@ -1,4 +1,4 @@
-"""Bytes on each rank for a model of any size: its shapes, the cut's arithmetic, each optimizer's rule.
+"""Bytes on each rank for a model of any size, from its shapes, the sharding and the rule of each optimizer.
 
 What is planned are the model states: parameters, gradients, optimizer state and float32 master weights.
 Activations, the collectives' buckets and layers that are gathered for a moment are not in it; ``novoscale
@@ -18,7 +18,7 @@ from novoscale.memory import releasing
 from novoscale.memory.rules import FLOAT32, Piece, Rule, Stepped
 
 BFLOAT16 = 2
-# Elements: under stage 3 DeepSpeed keeps smaller parameters whole, beside the shards of all (its default).
+# Elements. Under stage 3 a rank keeps smaller parameters in full, beside its shards (DeepSpeed's default).
 PERSISTENT = 100_000
 LARGEST_WORLD = 1 << 17
 
@@ -56,38 +56,40 @@ class Plan:
         return self.total + self.transient - self.on_host
 
 
-def plan(model: nn.Module, rule: Rule, cut: str, world: int, precision: str, release: bool = False) -> Plan:
+def plan(
+    model: nn.Module, rule: Rule, sharding: str, world: int, precision: str, release: bool = False
+) -> Plan:
     """Plan the memory of the rank that holds most.
 
     Args:
         model: on any device, the meta device included; only the shapes of its parameters are read. All
             are taken to be trained.
         rule: of the optimizer, see ``novoscale.memory.rules``.
-        cut: of ``novoscale.memory.cuts.CUTS``.
+        sharding: of ``novoscale.memory.shardings.SHARDINGS``.
         world: number of ranks.
-        precision: of ``novoscale.memory.cuts.PRECISIONS``.
+        precision: of ``novoscale.memory.shardings.PRECISIONS``.
         release: with ``novoscale.release_gradients``; where ``releasing.why_not`` has nothing against it.
     """
     shapes = [tuple(p.shape) for p in model.parameters()]
-    planned = _CUTS[cut](shapes, rule, world, precision)
+    planned = _SHARDINGS[sharding](shapes, rule, world, precision)
     if release:
-        alive = releasing.alive_at_once(model, cut, world)
+        alive = releasing.alive_at_once(model, sharding, world)
         return replace(planned, gradients=_torch_size(precision) * alive)
     return planned
 
 
 def smallest_world(
-    model: nn.Module, rule: Rule, cut: str, precision: str, device_bytes: float, release: bool = False
+    model: nn.Module, rule: Rule, sharding: str, precision: str, device_bytes: float, release: bool = False
 ) -> int | None:
     """The fewest ranks on which the model states fit the device; None if no number of ranks is enough."""
 
     def fits(world: int) -> bool:
-        return plan(model, rule, cut, world, precision, release).on_device <= device_bytes
+        return plan(model, rule, sharding, world, precision, release).on_device <= device_bytes
 
     low, high = 0, 1  # does not fit, may fit
     while not fits(high):
         low, high = high, 2 * high
-        if high > LARGEST_WORLD or cut in ("none", "ddp"):
+        if high > LARGEST_WORLD or sharding in ("none", "ddp"):
             return None
     while high - low > 1:
         middle = (low + high) // 2
@@ -98,10 +100,10 @@ def smallest_world(
 Shapes = Sequence[tuple[int, ...]]
 
 
-def _uncut(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
+def _unsharded(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
     size = _torch_size(precision)
     weights = size * _elements(shapes)
-    return Plan(weights, weights, rule([whole(shape) for shape in shapes], size))
+    return Plan(weights, weights, rule([full_tensor(shape) for shape in shapes], size))
 
 
 def _fsdp2(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
@@ -138,18 +140,18 @@ def _zero_1_and_2(stage: int, offload: bool) -> Callable[[Shapes, Rule, int, str
 
 
 def _zero_3(shapes: Shapes, rule: Rule, world: int, precision: str) -> Plan:
-    """An equal slice of every parameter, padded, in one flat tensor; small parameters whole besides."""
+    """An equal slice of every parameter, padded, in one flat tensor; and small parameters in full."""
     size, master = _sizes(precision)
     pieces = tuple(Piece(shape, math.ceil(math.prod(shape) / world)) for shape in shapes)
     slices = sum(piece.numel for piece in pieces)
-    persistent = sum(piece.whole for piece in pieces if piece.whole <= PERSISTENT)
+    persistent = sum(piece.unsharded_numel for piece in pieces if piece.unsharded_numel <= PERSISTENT)
     state = rule([Stepped((slices,), pieces)], master)
     return Plan(size * (slices + persistent), size * slices, state, master * slices)
 
 
-_CUTS: dict[str, Callable[[Shapes, Rule, int, str], Plan]] = {
-    "none": _uncut,
-    "ddp": _uncut,
+_SHARDINGS: dict[str, Callable[[Shapes, Rule, int, str], Plan]] = {
+    "none": _unsharded,
+    "ddp": _unsharded,
     "zero1": _zero_1_and_2(1, offload=False),
     "zero2": _zero_1_and_2(2, offload=False),
     "zero3": _zero_3,
@@ -176,13 +178,13 @@ def _elements(shapes: Shapes) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def whole(shape: tuple[int, ...]) -> Stepped:
-    """A tensor that is not cut."""
+def full_tensor(shape: tuple[int, ...]) -> Stepped:
+    """A tensor that is not sharded."""
     return Stepped(shape, (Piece(shape, math.prod(shape)),))
 
 
 def _largest_share(shapes: Shapes, partition: int) -> int:
-    """The most elements of gradients that a rank holds: those of a parameter on its border count whole."""
+    """The most elements of gradients that a rank holds; a parameter on a border counts in full on both."""
     held: defaultdict[int, int] = defaultdict(int)
     start = 0
     for numel in map(math.prod, shapes):

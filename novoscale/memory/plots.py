@@ -8,33 +8,43 @@ from typing import Any
 import matplotlib.pyplot as plt
 
 from novoscale.memory.comparison import Row
-from novoscale.memory.cuts import TITLES
-from novoscale.plotting import COLORS, save
+from novoscale.memory.shardings import TITLES
+from novoscale.tools.plotting import COLORS, save
 
 BASELINE = 8.0  # bytes per parameter: AdamW's, float32
 WRONG = "#c0392b"
 
 
 def memory(report: dict[str, Any], path: Path) -> None:
-    """Bars of state and of the step's transient, or of released gradients; most state under any cut on top.
+    """Bars of the state and of the step's transient memory, or of released gradients.
 
-    Where nothing could be measured it says so; an optimizer of which that holds under every cut is left out.
+    The optimizer with the most state, under whichever sharding, is on top. A cell that could not be measured
+    says so; an optimizer that could not be measured under any sharding is left out.
 
     Args:
         report: what ``novoscale memory`` writes as JSON.
         path: of the files, without suffix.
     """
     rows = [row for row in report["rows"] if "why" not in row]
-    cuts = list(dict.fromkeys((row["cut"], row["ranks"]) for row in report["rows"]))
+    shardings = list(dict.fromkeys((row["sharding"], row["ranks"]) for row in report["rows"]))
     most: dict[str, float] = {}
     for row in rows:
         most[row["optimizer"]] = max(most.get(row["optimizer"], 0.0), _state(row))
     names = sorted(most, key=lambda name: most[name])
-    height = 1.6 + len(names) * (0.1 + 0.17 * len(cuts))
+    height = 1.6 + len(names) * (0.1 + 0.17 * len(shardings))
     figure, axes = plt.subplots(1, 2, figsize=(11, height), sharey=True, width_ratios=(3, 2))
-    for k, cut in enumerate(cuts):
-        found = {row["optimizer"]: row for row in report["rows"] if (row["cut"], row["ranks"]) == cut}
-        _bars(axes, names, found, place=0.4 - 0.8 * (k + 0.5) / len(cuts), height=0.74 / len(cuts), shade=k)
+    for k, sharding in enumerate(shardings):
+        found = {
+            row["optimizer"]: row for row in report["rows"] if (row["sharding"], row["ranks"]) == sharding
+        }
+        _bars(
+            axes,
+            names,
+            found,
+            place=0.4 - 0.8 * (k + 0.5) / len(shardings),
+            height=0.74 / len(shardings),
+            shade=k,
+        )
     state, transient = axes
     released = report.get("release", False)
     on = "a GPU" if any(row["device"] == "cuda" for row in rows) else "a CPU"
@@ -50,7 +60,7 @@ def memory(report: dict[str, Any], path: Path) -> None:
     transient.margins(x=0.25)
     model = f"{report['model']}, {rows[0]['parameters'] / 1e6:.4g}M parameters" if rows else report["model"]
     figure.suptitle(f"{model}, {report['precision']}, measured", size=11)
-    _legend(figure, cuts, any(row.get("same_training") is False for row in rows))
+    _legend(figure, shardings, any(row.get("same_training") is False for row in rows))
     save(figure, path, report["provenance"], bottom=0.45 / height)
 
 
@@ -97,15 +107,17 @@ def _saving(held: float) -> str:
     return f" {held:.2f}" + (f", saves {saved:.0%}" if saved >= 0.005 else "")
 
 
-def _legend(figure: Any, cuts: list[tuple[str, int]], wrong: bool) -> None:
+def _legend(figure: Any, shardings: list[tuple[str, int]], wrong: bool) -> None:
     handles = [
         plt.Rectangle((0, 0), 1, 1, color=COLORS["AdamW"], alpha=1 / (1 + 0.7 * shade))
-        for shade in range(len(cuts))
+        for shade in range(len(shardings))
     ]
-    labels = [TITLES[cut] + (f", {ranks} ranks" if cut != "none" else "") for cut, ranks in cuts]
+    labels = [
+        TITLES[sharding] + (f", {ranks} ranks" if sharding != "none" else "") for sharding, ranks in shardings
+    ]
     if wrong:
         handles.append(plt.Rectangle((0, 0), 1, 1, fc="#cccccc", hatch="////", ec=WRONG, lw=0))
-        labels.append("the cut changes the training")
+        labels.append("the sharding changes the training")
     figure.legend(
         handles, labels, frameon=False, fontsize=8, ncols=6, loc="lower left", bbox_to_anchor=(0, 0.02)
     )

@@ -1,6 +1,6 @@
 """Which trainings can release their gradients in the backward pass, and how many are then alive at once.
 
-With ``novoscale.release_gradients`` a parameter is stepped, and its gradient freed, as soon as that is whole.
+``novoscale.release_gradients`` steps a parameter as soon as its gradient is complete, and frees the gradient.
 """
 
 from __future__ import annotations
@@ -10,29 +10,29 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from novoscale.memory.cuts import CUTS, TITLES
 from novoscale.memory.optimizers import CANDIDATES
-from novoscale.release import stepped_together, tied
+from novoscale.memory.shardings import SHARDINGS, TITLES
+from novoscale.optimizer.release import stepped_together, tied
 from novoscale.verify import runs
 
 
-def why_not(optimizer: str, cut: str) -> str | None:
+def why_not(optimizer: str, sharding: str) -> str | None:
     """Why a training cannot release its gradients; None if it can. Names of the catalogues."""
     if CANDIDATES[optimizer].path != "novoscale:NovoGrad":
         return "not NovoGrad"
-    if cut in ("none", "fsdp2"):
+    if sharding in ("none", "fsdp2"):
         return None
-    return "not under DDP" if CUTS[cut] is None else f"not under {TITLES[cut]}"
+    return "not under DDP" if SHARDINGS[sharding] is None else f"not under {TITLES[sharding]}"
 
 
-def alive_at_once(model: nn.Module, cut: str, world: int) -> int:
+def alive_at_once(model: nn.Module, sharding: str, world: int) -> int:
     """The most elements of gradients on the rank that holds most.
 
     In one process a large parameter, and the small ones that wait for each other then. The gradient of a tied
     parameter comes on top: what autograd has of it waits in the backward pass from the parameter's last use
     in the forward pass to its first. Under FSDP2 the shards of the largest unit.
     """
-    if cut == "fsdp2":
+    if sharding == "fsdp2":
         return max(sum(_shard(p.shape, world) for p in unit) for unit in fsdp2_units(model))
     params = list(model.parameters())
     sizes: dict[int, int] = {id(p): p.numel() for p in params}
@@ -47,9 +47,9 @@ def alive_at_once(model: nn.Module, cut: str, world: int) -> int:
 
 
 def fsdp2_units(model: nn.Module) -> Iterator[list[nn.Parameter]]:
-    """The parameters of each unit that ``runs.cut`` makes: each block of layers; and the rest."""
+    """The parameters of each unit that ``runs.shard`` makes: each block of layers; and the rest."""
     inside: set[int] = set()
-    for block in runs.blocks(model):
+    for block in runs.fsdp2_blocks(model):
         unit = list(block.parameters())
         inside.update(map(id, unit))
         yield unit

@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from novoscale.memory.cuts import TITLES
 from novoscale.memory.planning import Plan
+from novoscale.memory.shardings import TITLES
 
 GIB, MIB = 2**30, 2**20
 NEVER = "never"
@@ -25,7 +25,7 @@ RELEASED = (
 def write(report: dict[str, Any], folder: Path, command: str) -> dict[str, Any]:
     """Write memory.json with its provenance, and the picture of it; return what was written."""
     from novoscale.memory import plots
-    from novoscale.provenance import provenance
+    from novoscale.tools.provenance import provenance
 
     found = {"provenance": provenance(command), **report}
     folder.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def write(report: dict[str, Any], folder: Path, command: str) -> dict[str, Any]:
 
 
 def measured(report: dict[str, Any]) -> Table:
-    """A row for each optimizer and cut."""
+    """A row for each optimizer and sharding."""
     device = next((row["device"] for row in report["rows"] if "device" in row), "cpu")
     table = Table(
         title=f"{report['model']}, {report['precision']}{_how(report)}, measured on {device}",
@@ -45,17 +45,17 @@ def measured(report: dict[str, Any]) -> Table:
         "distance from that of one process, over its length.",
     )
     table.add_column("optimizer")
-    table.add_column("cut")
+    table.add_column("sharding")
     columns = ("state\nB/param", "state\nMiB/rank", "gradients\nMiB/rank", "transient\nB/param")
     for column in (*columns, "peak\nMiB/rank", "RSS\nMiB/rank", "update"):
         table.add_column(column, justify="right")
     for row in report["rows"]:
         if "why" in row:
-            table.add_row(row["optimizer"], _cut(row), *[""] * 6, row["why"], style="dim")
+            table.add_row(row["optimizer"], _sharding(row), *[""] * 6, row["why"], style="dim")
             continue
         table.add_row(
             row["optimizer"],
-            _cut(row),
+            _sharding(row),
             f"{row['state_bytes_per_parameter']:.3f}",
             f"{row['state_bytes_per_rank'] / MIB:.2f}",
             f"{row['gradient_bytes_per_rank'] / MIB:.2f}",
@@ -71,9 +71,9 @@ def _how(report: dict[str, Any]) -> str:
     return ", gradients released in the backward pass" if report.get("release") else ""
 
 
-def _cut(row: dict[str, Any]) -> str:
-    ranks = f", {row['ranks']} ranks" if row["cut"] != "none" else ""
-    return TITLES[row["cut"]] + ranks
+def _sharding(row: dict[str, Any]) -> str:
+    ranks = f", {row['ranks']} ranks" if row["sharding"] != "none" else ""
+    return TITLES[row["sharding"]] + ranks
 
 
 def _update(row: dict[str, Any]) -> str:
@@ -84,10 +84,10 @@ def _update(row: dict[str, Any]) -> str:
     return f"[red]not the same training: {row['deviation']:.0%} off[/]"
 
 
-def plan_row(optimizer: str, cut: str, plan: Plan, smallest: int | None) -> dict[str, Any]:
+def plan_row(optimizer: str, sharding: str, plan: Plan, smallest: int | None) -> dict[str, Any]:
     """A row of a plan, for JSON; bytes."""
     sums = {"total": plan.total, "on_device": plan.on_device}
-    return {"optimizer": optimizer, "cut": cut, **asdict(plan), **sums, "smallest_world": smallest}
+    return {"optimizer": optimizer, "sharding": sharding, **asdict(plan), **sums, "smallest_world": smallest}
 
 
 def answer(report: dict[str, Any]) -> str:
@@ -110,11 +110,11 @@ def answer(report: dict[str, Any]) -> str:
 
 
 def brief_plan(report: dict[str, Any]) -> Table:
-    """A row for each optimizer, under the cut with which it needs the fewest devices."""
-    table = Table(caption=f"{PLANNED} All optimizers and cuts, part by part: --all.")
+    """A row for each optimizer, under the sharding with which it needs the fewest devices."""
+    table = Table(caption=f"{PLANNED} All optimizers and shardings, part by part: --all.")
     released, world = report["release"], report["world"]
     where = "the device" if world == 1 else f"each of {world:,}"
-    for column in ("optimizer", "cut", *(["gradients\nreleased"] if released else [])):
+    for column in ("optimizer", "sharding", *(["gradients\nreleased"] if released else [])):
         table.add_column(column)
     for column in (
         f"fewest devices\nof {report['device_memory_GiB']:g} GiB",
@@ -142,10 +142,10 @@ def plan(report: dict[str, Any]) -> Table:
         title=f"{report['model']}: {_size(report)} parameters on {report['world']} "
         f"ranks, {report['precision']}; on the rank that holds most",
         caption=f"{PLANNED} Transient: gradients that DeepSpeed holds for a moment besides. State by rules "
-        "that are tested against measurement; novoscale memory measures, and shows which optimizers a cut "
-        "changes." + (RELEASED if report["release"] else ""),
+        "that are tested against measurement; novoscale memory measures, and shows which optimizers a "
+        "sharding changes." + (RELEASED if report["release"] else ""),
     )
-    for column in ("optimizer", "cut", *(["gradients\nreleased"] if report["release"] else [])):
+    for column in ("optimizer", "sharding", *(["gradients\nreleased"] if report["release"] else [])):
         table.add_column(column)
     parts = ("parameters", "gradients", "master_weights", "state", "transient", "on_host", "on_device")
     for part in parts:
@@ -173,11 +173,11 @@ def _spoken(row: dict[str, Any]) -> str:
 
 
 def _under(row: dict[str, Any]) -> str:
-    return "in one process" if row["cut"] == "none" else f"under {TITLES[row['cut']]}"
+    return "in one process" if row["sharding"] == "none" else f"under {TITLES[row['sharding']]}"
 
 
 def _names(row: dict[str, Any], release: bool) -> list[str]:
-    return [row["optimizer"], TITLES[row["cut"]], *([_released(row)] if release else [])]
+    return [row["optimizer"], TITLES[row["sharding"]], *([_released(row)] if release else [])]
 
 
 def _fits(row: dict[str, Any]) -> str:

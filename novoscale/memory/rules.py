@@ -10,7 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from novoscale.layout import describe
+from novoscale.sharding.blocks import BLOCK
+from novoscale.sharding.layers import describe
+from novoscale.state.formats import FORMATS
 
 FLOAT32 = 4
 SMALL = 4096  # elements: bitsandbytes, torchao and NovoGrad leave smaller tensors in float32
@@ -18,14 +20,14 @@ SMALL = 4096  # elements: bitsandbytes, torchao and NovoGrad leave smaller tenso
 
 @dataclass(frozen=True)
 class Piece:
-    """What a tensor holds of one parameter: its shape before any cut, and how many elements lie here."""
+    """What a tensor holds of one parameter: its shape before any sharding, and how many elements lie here."""
 
     shape: tuple[int, ...]
     numel: int
 
     @property
-    def whole(self) -> int:
-        """Elements of the parameter before any cut."""
+    def unsharded_numel(self) -> int:
+        """Elements of the parameter before any sharding."""
         return math.prod(self.shape)
 
 
@@ -78,7 +80,7 @@ def bitsandbytes_8bit(states: int) -> Rule:
 
 
 def torchao_adamw(bits: int, block: int) -> Rule:
-    """Codes, a float32 scale for each block and a code book for each state; only of whole blocks."""
+    """Codes, a float32 scale for each block and a code book for each state; in full blocks only."""
 
     def rule(tensors: Sequence[Stepped], size: int) -> int:
         total = 0
@@ -117,9 +119,9 @@ def _second_moments(piece: Piece, granularity: str | int) -> tuple[int, int]:
 
 
 def _first_moment(t: Stepped, momentum: str) -> int:
-    if momentum in ("float32", "bfloat16"):
-        return t.numel * (FLOAT32 if momentum == "float32" else 2)
-    bits = {"int8": 8, "int4": 4}[momentum]
-    small = sum(piece.numel for piece in t.pieces if piece.whole < SMALL)
-    blocks = sum(math.ceil(piece.numel / 128) for piece in t.pieces if piece.whole >= SMALL)
-    return FLOAT32 * small + blocks * (128 * bits // 8 + 2)  # a bfloat16 scale
+    form = FORMATS[momentum]
+    if not form.largest:
+        return t.numel * form.dtype.itemsize
+    small = sum(piece.numel for piece in t.pieces if piece.unsharded_numel < SMALL)
+    blocks = sum(math.ceil(piece.numel / BLOCK) for piece in t.pieces if piece.unsharded_numel >= SMALL)
+    return FLOAT32 * small + round(blocks * BLOCK * form.bytes)

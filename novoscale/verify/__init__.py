@@ -1,13 +1,14 @@
-"""Is the training the same when the model is cut? Runs the user's configuration and finds out.
+"""Is the training the same when the model is sharded? Runs the user's configuration and finds out.
 
 The model is trained for some steps under the given configuration, on ranks of this machine (of its CPU, or of
 its GPUs), and in one process. Two things are found:
 
-- *bits*: the gradients that the cut optimizer was given, recorded at each step, are given to the same
-  optimizer in one process. Its weights end identical, to the bit, or they do not. Only the cut differs.
+- *bits*: the gradients that the sharded optimizer was given, recorded at each step, are given to the same
+  optimizer in one process. Its weights end identical, to the bit, or they do not. Only the sharding differs.
 - *training*: one process computes its own gradients, in float64, and updates float64 copies of the weights.
-  How far the cut run ends from that is compared with what one process changes by itself, with another seed
-  where the optimizer rounds by chance. The cut differs, and the order in which gradients are summed.
+  How far the sharded run ends from that is compared with what one process changes by itself, with another
+  seed where the optimizer rounds by chance. The sharding differs, and the order in which gradients are
+  summed.
 
 *Training* decides what passes, for any torch optimizer. NovoGrad promises bits: for NovoGrad they have to be
 identical too. Those of another optimizer are reported and decide nothing: a norm that is summed in another
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from novoscale.ranks import run_ranks
+from novoscale.tools.local_ranks import run_ranks
 from novoscale.verify import findings, runs
 from novoscale.verify.config import Setup, VerifyError, prepare
 from novoscale.verify.findings import Training, Verdict
@@ -75,17 +76,18 @@ def verify(
     runs.check_model(setup)
     os.environ["DS_ACCELERATOR"] = device
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the ranks
-    if setup.cut == "deepspeed" and device == "cpu":
-        importlib.import_module("novoscale.integrations.deepspeed_operation").build(timeout)
-    where = "novoscale.integrations.deepspeed" if setup.cut == "deepspeed" else "novoscale.verify.torch"
-    train = importlib.import_module(f"{where}_training").train
+    if setup.sharding == "deepspeed" and device == "cpu":
+        importlib.import_module("novoscale.tools.deepspeed_operation").build(timeout)
+    by_deepspeed = setup.sharding == "deepspeed"
+    where = "novoscale.integrations.deepspeed.training" if by_deepspeed else "novoscale.verify.torch_training"
+    train = importlib.import_module(where).train
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run = partial(run_ranks, timeout=timeout, backend=BACKENDS[device])
         run(train, ranks, setup, folder)
         bits, training = run(findings.find, 1, setup, folder, bound)[0]
     passed = findings.passes(setup, bits, training)
-    return Verdict(passed, bits, training, setup.cut, setup.optimizer, ranks, steps, notes)
+    return Verdict(passed, bits, training, setup.sharding, setup.optimizer, ranks, steps, notes)
 
 
 def check_device(device: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from novoscale import configs
+from novoscale.tools import configs
 
-CUTS = ("none", "ddp", "fsdp2")
+SHARDINGS = ("none", "ddp", "fsdp2")
 MICRO_BATCH = 4
 LR = 0.003
 
@@ -26,8 +26,8 @@ class Setup:
     """What every rank needs to know; picklable.
 
     Attributes:
-        cut: "deepspeed", "fsdp2", "ddp" or "none".
-        deepspeed: the DeepSpeed config, ready to use, if the cut is DeepSpeed's.
+        sharding: "deepspeed", "fsdp2", "ddp" or "none".
+        deepspeed: the DeepSpeed config, ready to use, if the sharding is DeepSpeed's.
         model: import path of a function that returns the model and the function ``batch``.
         optimizer: import path of the optimizer's class.
         client: give DeepSpeed the optimizer, rather than let it make one from the config.
@@ -37,7 +37,7 @@ class Setup:
         device: type of the ranks' device, and of the one process's: "cpu" or "cuda".
     """
 
-    cut: str
+    sharding: str
     model: str
     optimizer: str
     options: dict[str, Any]
@@ -68,7 +68,7 @@ def prepare(
     device: str = "cpu",
 ) -> tuple[Setup, list[str]]:
     """Make a :class:`Setup` of the user's configuration; say what was changed in it."""
-    cut, given = read(config)
+    sharding, given = read(config)
     load(model)
     if optimizer is not None:
         load(optimizer)
@@ -76,7 +76,7 @@ def prepare(
     if given is None:
         name = name or "novoscale:NovoGrad"
         kwargs.setdefault("lr", LR)
-        return Setup(cut, model, name, kwargs, steps, ranks, device=device), []
+        return Setup(sharding, model, name, kwargs, steps, ranks, device=device), []
     if "optimizer" in given and name is None:
         name, kwargs, client = *_optimizer_of(given["optimizer"]), False
     else:
@@ -84,7 +84,7 @@ def prepare(
         kwargs.setdefault("lr", LR)
     ds, notes = _runnable(given, ranks, name, kwargs, client)
     setup = Setup(
-        cut,
+        sharding,
         model,
         name,
         kwargs,
@@ -107,14 +107,14 @@ def _has_bfloat16_gradients(ds: dict[str, Any]) -> bool:
 
 
 def read(config: str | Path | dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
-    """The cut, and the DeepSpeed config if it is DeepSpeed's."""
+    """The sharding, and the DeepSpeed config if it is DeepSpeed's."""
     if isinstance(config, dict):
         return "deepspeed", config
-    if config in CUTS:
+    if config in SHARDINGS:
         return str(config), None
     path = Path(config)
     if not path.is_file():
-        raise VerifyError(f"{config}: there is no such file, and it is none of {', '.join(CUTS)}")
+        raise VerifyError(f"{config}: there is no such file, and it is none of {', '.join(SHARDINGS)}")
     try:
         found = configs.read(path)
     except configs.ConfigError as error:
@@ -122,11 +122,11 @@ def read(config: str | Path | dict[str, Any]) -> tuple[str, dict[str, Any] | Non
     if found.deepspeed is not None:
         return "deepspeed", found.deepspeed
     assert found.accelerate is not None  # what is not DeepSpeed's is a YAML
-    return _cut_of(path, found.accelerate), None
+    return _sharding_of(path, found.accelerate), None
 
 
-def _cut_of(path: Path, accelerate: dict[str, Any]) -> str:
-    """The cut that an Accelerate YAML asks for, which is not DeepSpeed's."""
+def _sharding_of(path: Path, accelerate: dict[str, Any]) -> str:
+    """The sharding that an Accelerate YAML asks for, which is not DeepSpeed's."""
     kind = str(accelerate["distributed_type"])
     if kind == "FSDP":
         version = configs.section_of(accelerate, "fsdp_config").get("fsdp_version", 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from novoscale.novograd import NovoGrad
+from novoscale.optimizer.novograd import NovoGrad
 from novoscale.verify import recording, runs
 from novoscale.verify.config import Setup, load
 from novoscale.verify.recording import Bits
@@ -27,7 +27,7 @@ DRAWS, MARGINS = 3, {torch.float32: 4, torch.bfloat16: 1}
 
 @dataclass(frozen=True)
 class Training:
-    """How far the cut run ends from one process.
+    """How far the sharded run ends from one process.
 
     Attributes:
         passed: no parameter deviates by more than ``bound``.
@@ -61,7 +61,7 @@ class Verdict:
     passed: bool
     bits: Bits | None
     training: Training
-    cut: str
+    sharding: str
     optimizer: str
     ranks: int
     steps: int
@@ -78,7 +78,7 @@ class Verdict:
 def passes(setup: Setup, bits: Bits | None, training: Training) -> bool:
     """Whether this is what the optimizer promises.
 
-    An optimizer that is not the same bits when it is cut may still train the same: for those that do not
+    An optimizer that is not the same bits when it is sharded may still train the same: for those that do not
     promise bits they are reported and decide nothing.
     """
     promised = issubclass(load(setup.optimizer), NovoGrad)
@@ -86,7 +86,7 @@ def passes(setup: Setup, bits: Bits | None, training: Training) -> bool:
 
 
 def find(setup: Setup, folder: Path, bound: float | None) -> tuple[Bits | None, Training]:
-    """Do in one process what is to be compared with the cut run that was recorded in ``folder``."""
+    """Do in one process what is to be compared with the sharded run that was recorded in ``folder``."""
     outcome = torch.load(folder / "outcome")
     # As many as a rank had: sums of other optimizers may depend on it, and busy cores wait for each other.
     torch.set_num_threads(outcome["threads"])
@@ -97,7 +97,7 @@ def compare(setup: Setup, found: Mapping[str, Tensor], bound: float | None) -> T
     """Compare weights with those of training in one process.
 
     Args:
-        setup: of the cut run.
+        setup: of the sharded run.
         found: the weights that it ended with.
         bound: the largest deviation that passes; None: see :func:`judged_by`.
     """
@@ -114,11 +114,11 @@ def judged_by(setup: Setup, expected: Mapping[str, Tensor], worst: float) -> tup
 
     A constant for the dtype of the gradients. Where that is too little, what one process changes by itself:
     with another seed, if the optimizer takes one and rounds by chance; with gradients that are rounded
-    otherwise, which Adam enlarges where they are close to zero. A cut that changes no more is the same
+    otherwise, which Adam enlarges where they are close to zero. A sharding that changes no more is the same
     training. Weights that the optimizer rounds to bfloat16 by chance are judged by another seed only.
 
     Args:
-        setup: of the cut run.
+        setup: of the sharded run.
         expected: the weights of one process.
         worst: the deviation that is to be judged; what cannot matter to it is not run.
     """

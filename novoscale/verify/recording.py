@@ -1,8 +1,8 @@
-"""What the optimizer of a cut run is really given; and the same, given to one process.
+"""What the optimizer of a sharded run is really given; and the same, given to one process.
 
-The gradients that reach ``step`` under a cut have been averaged, unscaled and clipped by the wrapper, in
-another order than one process would. Given to one process, they leave one question: does the optimizer
-compute from its parts the numbers that it computes from whole parameters?
+Under a sharding the wrapper has averaged, unscaled and clipped the gradients that reach ``step``, in another
+order than one process does. Given to one process, these gradients leave one question: does the optimizer
+compute from shards what it computes from unsharded parameters?
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from novoscale.layout import Segment
+from novoscale.sharding.layout import Fragment
 from novoscale.verify import runs
 from novoscale.verify.config import Setup
 
-# By id of a tensor that the optimizer steps: where its elements lie. ``Segment.parameter`` is the number of
+# By id of a tensor that the optimizer steps: where its elements lie. ``Fragment.parameter`` is the number of
 # the parameter among the trained ones of the model.
-Where = Mapping[int, Sequence[Segment]]
+Where = Mapping[int, Sequence[Fragment]]
 # Number of the parameter, its first element here, values.
 Pieces = list[tuple[int, int, Tensor]]
 
 
 @dataclass(frozen=True)
 class Bits:
-    """Whether the cut optimizer computes what one process computes, given the same gradients.
+    """Whether the sharded optimizer computes what one process computes, given the same gradients.
 
     Attributes:
         identical: every bit of every weight that the optimizer keeps, on every rank.
@@ -70,7 +70,7 @@ class Recorder:
             for p in group["params"]:
                 self._tensors[id(p)] = p
                 if p.grad is not None:
-                    self._given.append((p, runs.whole(p.grad.detach()).clone()))
+                    self._given.append((p, runs.gathered(p.grad.detach()).clone()))
 
     def end_step(self, where: Where) -> None:
         """What has been given since the last call is one step; if nothing has, it is none."""
@@ -79,9 +79,9 @@ class Recorder:
         self._steps += 1
 
     def end(self, where: Where, weights: dict[str, Tensor]) -> None:
-        """Write down what the optimizer's weights are and the whole model's ``weights``; record no more."""
+        """Write down the optimizer's own weights, and the full ``weights`` of the model; record no more."""
         self._hook.remove()
-        kept = self._pieces([(p, runs.whole(p.detach())) for p in self._tensors.values()], where)
+        kept = self._pieces([(p, runs.gathered(p.detach())) for p in self._tensors.values()], where)
         _save(self._folder, "end", kept)
         if dist.get_rank() == 0:
             weights = {name: weight.cpu() for name, weight in weights.items()}
@@ -89,7 +89,7 @@ class Recorder:
             torch.save(outcome, self._folder / "outcome")
 
     def _pieces(self, tensors: Sequence[tuple[Tensor, Tensor]], where: Where) -> Pieces:
-        """The parts of parameters that tensors consist of, given what to take from each."""
+        """The fragments of parameters that tensors consist of, given what to take from each."""
         return [
             (s.parameter, s.offset, values.reshape(-1)[s.start : s.stop].to("cpu", copy=True))
             for p, values in tensors
@@ -97,16 +97,16 @@ class Recorder:
         ]
 
 
-def whole_tensors(params: Sequence[Tensor]) -> Where:
-    """Where the elements lie if the optimizer is given the parameters themselves."""
-    return {id(p): [Segment(0, p.numel(), number)] for number, p in enumerate(params)}
+def full_tensors(params: Sequence[Tensor]) -> Where:
+    """Where the elements lie if the optimizer is given the model's own parameters."""
+    return {id(p): [Fragment(0, p.numel(), number)] for number, p in enumerate(params)}
 
 
 def replay(setup: Setup, folder: Path) -> Bits | None:
-    """Give one process the gradients that a cut run was given, and compare the optimizer's weights.
+    """Give one process the gradients that a sharded run was given, and compare the optimizer's weights.
 
-    Its weights have the dtype of those of the cut run: float32 masters where there are such. A parameter that
-    was given no gradient is given none.
+    Its weights have the dtype of those of the sharded run: float32 masters where there are such. A parameter
+    that was given no gradient is given none.
 
     Returns:
         None if what the optimizer keeps was not recorded, all of it.

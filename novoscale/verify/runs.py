@@ -60,9 +60,9 @@ def make_model(setup: Setup) -> tuple[nn.Module, Callable[[int], list[dict[str, 
     model, batch = load(setup.model)()
 
     def micro_batches(step: int) -> list[dict[str, Tensor]]:
-        whole = {k: v.to(setup.device) for k, v in batch(step, setup.samples).items()}
+        full = {k: v.to(setup.device) for k, v in batch(step, setup.samples).items()}
         parts = setup.ranks * setup.accumulate
-        return [{k: v.chunk(parts)[i] for k, v in whole.items()} for i in range(parts)]
+        return [{k: v.chunk(parts)[i] for k, v in full.items()} for i in range(parts)]
 
     return model.to(setup.device, setup.dtype).eval(), micro_batches
 
@@ -121,7 +121,7 @@ def one_process(setup: Setup, rounding: int | None = None) -> dict[str, Tensor]:
     updates float32 ones.
 
     Args:
-        setup: of the cut run.
+        setup: of the sharded run.
         rounding: the gradients are those of a model in the ranks' dtype, at weights that are off by one unit
             in the last place at most, drawn by this number: rounded as those of the ranks might be.
     """
@@ -172,10 +172,10 @@ def _round_otherwise(weights: Iterable[Tensor], generator: torch.Generator) -> N
         weight.mul_(1 + torch.finfo(weight.dtype).eps * units)
 
 
-def cut(model: nn.Module, kind: str, **fsdp2: Any) -> nn.Module:
+def shard(model: nn.Module, kind: str, **fsdp2: Any) -> nn.Module:
     """The model under "ddp" or "fsdp2" (with options of ``fully_shard``), or as it is under "none".
 
-    Units of FSDP2 are, as is usual, each block of layers (see ``blocks``), and what is left.
+    As is usual, FSDP2 makes a unit of each block of layers (see ``fsdp2_blocks``), and one of the rest.
     """
     if kind == "ddp":
         return nn.parallel.DistributedDataParallel(model)
@@ -185,22 +185,22 @@ def cut(model: nn.Module, kind: str, **fsdp2: Any) -> nn.Module:
 
         device = next(model.parameters()).device.type
         mesh = init_device_mesh(device, (dist.get_world_size(),))
-        for unit in (*blocks(model), model):
+        for unit in (*fsdp2_blocks(model), model):
             fully_shard(unit, mesh=mesh, **fsdp2)
     return model
 
 
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The modules of each ``nn.ModuleList`` that is in no other."""
+def fsdp2_blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The blocks of layers, each a unit of FSDP2: the modules of every outermost ``nn.ModuleList``."""
     for child in model.children():
-        yield from child if isinstance(child, nn.ModuleList) else blocks(child)
+        yield from child if isinstance(child, nn.ModuleList) else fsdp2_blocks(child)
 
 
-def whole(weight: Tensor) -> Tensor:
+def gathered(weight: Tensor) -> Tensor:
     """A weight, gathered from all ranks if it is a DTensor."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
-def mine(setup: Setup, batches: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def of_this_rank(setup: Setup, batches: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
     """This rank's micro-batches of a step."""
     yield from batches[dist.get_rank() :: setup.ranks]

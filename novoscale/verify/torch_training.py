@@ -6,21 +6,21 @@ from pathlib import Path
 
 from novoscale.verify import runs
 from novoscale.verify.config import Setup
-from novoscale.verify.recording import Recorder, whole_tensors
+from novoscale.verify.recording import Recorder, full_tensors
 
 
 def train(setup: Setup, folder: Path) -> None:
-    """Train on this rank under ``setup.cut``; record it in ``folder``."""
+    """Train on this rank under ``setup.sharding``; record it in ``folder``."""
     model, micro_batches = runs.make_model(setup)
-    trained = runs.cut(model, setup.cut)
+    trained = runs.shard(model, setup.sharding)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     params = list(named.values())
     optimizer = runs.make_optimizer(setup, params)
-    recorder, where = Recorder(folder), whole_tensors(params)
+    recorder, where = Recorder(folder), full_tensors(params)
     for step in range(setup.steps):
         optimizer.zero_grad()
-        for batch in runs.mine(setup, micro_batches(step)):
+        for batch in runs.of_this_rank(setup, micro_batches(step)):
             runs.loss_of(trained, batch, setup.dtype).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         recorder.end_step(where)
-    recorder.end(where, {name: runs.whole(p.detach()) for name, p in named.items()})
+    recorder.end(where, {name: runs.gathered(p.detach()) for name, p in named.items()})

@@ -12,10 +12,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.runtime import interpreter
 
 from benchmarks import chip, speed
-from benchmarks.on_chip import bits, cuts, graphs, kernel_tests, memory, passes, steps, training
+from benchmarks.on_chip import bits, graphs, kernel_tests, memory, passes, shardings, steps, training
 from benchmarks.on_chip.gpu import Gpu
 from benchmarks.shapes import CATALOGUE
 from novoscale import NovoGrad, kernels
+from novoscale.kernels import dispatch
 from novoscale.kernels import triton as triton_kernels
 
 pytestmark = [
@@ -78,7 +79,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(graphs, "SHAPES", [(9, 20), (5,)])
     monkeypatch.setattr(graphs, "FEATURES", (4, 6, 3))
     monkeypatch.setattr(graphs, "REPLAYS", 2)
-    monkeypatch.setattr(cuts, "CASES", {name: cuts.CASES[name] for name in ("FSDP2", "stage 2, bf16")})
+    monkeypatch.setattr(
+        shardings, "CASES", {name: shardings.CASES[name] for name in ("FSDP2", "stage 2, bf16")}
+    )
     monkeypatch.setattr(passes, "WARM", 1)
     monkeypatch.setattr(passes, "PROFILED", 1)
     monkeypatch.setattr(steps, "ROUNDS", 1)
@@ -91,9 +94,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(training, "FORMS", {k: training.FORMS[k] for k in ("float32", "adamw, int8")})
     monkeypatch.setitem(kernels.FUSED_DEVICES, "cpu", "triton")
     monkeypatch.setattr(triton_kernels, "load", lambda: None)
-    kernels._load.cache_clear()
+    dispatch._load.cache_clear()
     yield stand_in
-    kernels._load.cache_clear()
+    dispatch._load.cache_clear()
 
 
 def test_without_a_gpu_it_says_so_at_once(capsys):
@@ -120,7 +123,7 @@ def test_every_part_finds_what_it_is_for(gpu, tmp_path, capsys):
         (dtype, form, 0, 0) for dtype in ("float32", "bfloat16") for form in training.FORMS
     ]
     assert [r["captured"] for r in parts["graphs"]] == [way for way in graphs.WAYS for _ in graphs.FORMS]
-    assert [(r["ranks"], r["differ"]) for r in parts["cuts"]] == [(3, 0), (2, 0)]
+    assert [(r["ranks"], r["differ"]) for r in parts["shardings"]] == [(3, 0), (2, 0)]
     assert "not installed" in next(r["why"] for r in parts["steps"] if r["optimizer"].startswith("Apex"))
     assert next(r for r in parts["steps"] if r["optimizer"] == "torch AdamW, fused")["of AdamW fused"] == 1
     copy, read, *forms = parts["passes"]
@@ -181,13 +184,15 @@ def test_the_kernels_tests_are_counted():
 @pytest.mark.parametrize("code", [None, 1])
 def test_the_kernels_tests_that_fail_are_named(monkeypatch, code):
     lines = [
-        "[gw0] [ 50%] PASSED tests/kernels/test_triton.py::test_rows[int8-2-7] ",
-        "[gw1] [ 99%] FAILED tests/kernels/test_triton_check.py::test_a_triton_that_works_passes ",
+        "[gw0] [ 50%] PASSED tests/kernels/triton/test_triton_elements.py::test_rows[int8-2-7] ",
+        "[gw1] [ 99%] FAILED tests/kernels/triton/test_triton_check.py::test_a_triton_that_works_passes ",
     ]
     monkeypatch.setattr(kernel_tests, "ended", lambda command, seconds: (code, "\n".join(lines)))
     (row,) = kernel_tests.run(StandIn(), 100)
     assert (row["passed"], row["failed_tests"]) == (1, 1)
-    assert row["failed"].endswith(", tests/kernels/test_triton_check.py::test_a_triton_that_works_passes")
+    assert row["failed"].endswith(
+        ", tests/kernels/triton/test_triton_check.py::test_a_triton_that_works_passes"
+    )
 
 
 def test_the_kernels_tests_that_do_not_end_are_stopped():

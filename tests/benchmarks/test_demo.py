@@ -44,14 +44,15 @@ def test_trains_three_optimizers_and_writes_what_it_measured(tmp_path):
         assert all(rank["peak_rss_bytes"] > 2**27 for rank in r["ranks"])
     held = {name: sum(k["state_bytes"] for k in r["ranks"]) / r["parameters"] for name, r in runs.items()}
     novograd = runs["novograd"]  # int8, factored: on rows of 128 the second moments show
-    uncut = novograd["state_bytes_uncut"] / novograd["parameters"]
-    assert 1 + 2 / 128 < uncut < 1.13
+    unsharded = novograd["state_bytes_unsharded"] / novograd["parameters"]
+    assert 1 + 2 / 128 < unsharded < 1.13
     assert held == {
         "adamw": pytest.approx(8, rel=1e-3),
         "adafactor": pytest.approx(4, rel=1e-3),
-        "novograd": pytest.approx(uncut, rel=0.01),  # both ranks keep the columns of a matrix that is cut
+        # Both ranks keep the columns of a matrix that is sharded.
+        "novograd": pytest.approx(unsharded, rel=0.01),
     }
-    assert runs["adafactor"]["state_bytes_uncut"] < 0.1 * runs["adafactor"]["parameters"]
+    assert runs["adafactor"]["state_bytes_unsharded"] < 0.1 * runs["adafactor"]["parameters"]
     for name in ("demo.png", "demo.svg"):
         assert (tmp_path / "out" / name).stat().st_size > 5000
     assert "AdamW" in done.stdout

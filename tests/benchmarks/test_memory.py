@@ -10,12 +10,12 @@ from benchmarks import memory
 STOPS = "RuntimeError: got mixed torch.Tensor and DTensor"
 
 
-def row(optimizer, cut, ranks, held=2.0, **more):
+def row(optimizer, sharding, ranks, held=2.0, **more):
     """What ``compare`` yields for a model of 100 parameters."""
     state = {"total": int(100 * held / ranks), "by_key": {"exp_avg": int(100 * held / ranks)}}
     return {
         "optimizer": optimizer,
-        "cut": cut,
+        "sharding": sharding,
         "ranks": ranks,
         "device": "cpu",
         "parameters": 100,
@@ -30,15 +30,15 @@ def measured(monkeypatch, *, stop_after=None):
     """Have nothing trained; returns what is asked for, and interrupts after so many rows."""
     asked = []
 
-    def compare(model, optimizers, cuts, precision, timeout):
+    def compare(model, optimizers, shardings, precision, timeout):
         for name in optimizers:
-            for cut, ranks in cuts:
+            for sharding, ranks in shardings:
                 if len(asked) == stop_after:
                     raise KeyboardInterrupt
-                asked.append((name, cut, ranks))
-                stops = name == "torch Adafactor" and cut == "fsdp2"
+                asked.append((name, sharding, ranks))
+                stops = name == "torch Adafactor" and sharding == "fsdp2"
                 yield (
-                    {"optimizer": name, "cut": cut, "ranks": ranks, "why": STOPS}
+                    {"optimizer": name, "sharding": sharding, "ranks": ranks, "why": STOPS}
                     if stops
                     else row(*asked[-1])
                 )
@@ -58,12 +58,14 @@ def test_an_interrupted_run_keeps_each_row_and_measures_only_what_is_missing(tmp
     rest = measured(monkeypatch)
     memory.main(out=tmp_path)
     assert not set(first) & set(rest)
-    assert len(first) + len(rest) == len(memory.CUTS) * len(memory.ORDER)
+    assert len(first) + len(rest) == len(memory.SHARDINGS) * len(memory.ORDER)
     again = measured(monkeypatch)
     memory.main(out=tmp_path)  # what could not be measured is tried again, and takes the place of its row
     assert again == [("torch Adafactor", "fsdp2", 2), ("torch Adafactor", "fsdp2", 4)]
     rows = json.loads((tmp_path / "memory.json").read_text())["rows"]
-    assert list(map(memory.key, rows)) == [(name, *cut) for name in memory.ORDER for cut in memory.CUTS]
+    assert list(map(memory.key, rows)) == [
+        (name, *sharding) for name in memory.ORDER for sharding in memory.SHARDINGS
+    ]
     for name in ("memory.md", "memory.png", "memory.svg"):
         assert (tmp_path / name).stat().st_size > 500
 
@@ -71,12 +73,12 @@ def test_an_interrupted_run_keeps_each_row_and_measures_only_what_is_missing(tmp
 def test_what_is_asked_first_is_measured_first(tmp_path, monkeypatch):
     asked = measured(monkeypatch)
     memory.main(out=tmp_path)
-    first = len(memory.ASKED) * len(memory.CUTS)
+    first = len(memory.ASKED) * len(memory.SHARDINGS)
     assert {name for name, _, _ in asked[:first]} == set(memory.ASKED)
-    others = [cut for _, *cut in asked[first:]]
-    for cuts in (2, 4):  # of all others, before any of them goes on
-        done = len(memory.OTHERS) * cuts
-        assert all(tuple(cut) in memory.CUTS[:cuts] for cut in others[:done])
+    others = [sharding for _, *sharding in asked[first:]]
+    for shardings in (2, 4):  # of all others, before any of them goes on
+        done = len(memory.OTHERS) * shardings
+        assert all(tuple(sharding) in memory.SHARDINGS[:shardings] for sharding in others[:done])
 
 
 def test_a_row_keeps_the_state_of_the_rank_that_holds_most(tmp_path, monkeypatch):
@@ -103,15 +105,15 @@ def test_tables_answer_how_much_less_and_say_what_stops_or_is_not_measured():
             row("torch AdamW, fused", "none", 1, 8.0),
             row("torch Adafactor", "none", 1, 0.02),
             row("torch Adafactor", "zero2", 4, 4.0, **other),
-            {"optimizer": "torch Adafactor", "cut": "fsdp2", "ranks": 2, "why": STOPS},
-            {"optimizer": "torch Adafactor", "cut": "fsdp2", "ranks": 4, "why": STOPS},
+            {"optimizer": "torch Adafactor", "sharding": "fsdp2", "ranks": 2, "why": STOPS},
+            {"optimizer": "torch Adafactor", "sharding": "fsdp2", "ranks": 4, "why": STOPS},
             row(memory.OURS, "none", 1, 1.0),
             row(memory.OURS, "zero2", 4, 1.0),
         ]
     ).splitlines()
     assert "| torch AdamW, fused | 8.0 (8.00) | not measured | not measured | not measured |" in table
     assert "| torch Adafactor | 0.02 (0.02) | 4.0 (4.00, 97% off) | not measured | stops |" in table
-    whole = "| 0.02 | not measured | not measured | stops | 4.00, 97% off | not measured | stops | 0.50 |"
-    assert f"| torch Adafactor {whole}" in table
+    cells = "| 0.02 | not measured | not measured | stops | 4.00, 97% off | not measured | stops | 0.50 |"
+    assert f"| torch Adafactor {cells}" in table
     assert table[-1].startswith("- Not measured: bitsandbytes AdamW8bit; torchao AdamW8bit; ")
     assert table[-2] == f"- torch Adafactor under FSDP2, 2 ranks and FSDP2, 4 ranks: `{STOPS}`"

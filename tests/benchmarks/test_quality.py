@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks import quality
+from benchmarks import quality, tables
 from benchmarks.quality import DECAY, LONG, Case, Run, missing
 
 
@@ -53,6 +53,16 @@ def test_a_run_that_diverged_is_the_worst(cases):
     results = results_of(missing([], cases), 0.001)
     next(r for r in results if r["lr"] == 0.001)["loss"] = None
     assert quality.best_rate(cases[0], quality.by_run(results)) == 0.0005
+
+
+def test_the_table_has_a_row_for_each_case_that_was_run(cases, capsys):
+    results = results_of(missing([], cases), 0.002)
+    quality.show({"runs": results}, tables.console(200))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    a, b = ([cell.strip() for cell in line.split("│")[1:-1]] for line in lines)
+    assert a[1].endswith("0.001: 0.001 0.002: 0.000 0.004: 0.002")
+    assert a[:1] + a[2:] == ["a", "0.002", "0.000", "0.000", "0.000", "1", "-", "-"]
+    assert b == ["b", "-", "0.002", "-", "-", "-", "0", "-", "-"]
 
 
 def test_a_run_is_the_same_each_time_and_another_with_another_seed(cases):

@@ -200,7 +200,7 @@ def test_every_optimizer_can_be_made_and_decays_matrices_only(method):
 
 @pytest.mark.usefixtures("small_data")
 @pytest.mark.parametrize("task", ["translation", "language-bytes"])
-def test_adam_mini_cuts_by_the_heads_of_the_model(task):
+def test_adam_mini_goes_by_the_heads_of_the_model(task):
     pytest.importorskip("pytorch_optimizer")
     assert train(Run(task, "Adam-mini", 0.001), 20)["loss"] < 10
 

@@ -2,15 +2,17 @@
 
 import math
 
+import checkpoint_ranks
 import fixed_gradients
 import pytest
+import sharded_models
 import torch
 import torch_ranks
 from kept_ranks import run_ranks
 from oracle import deviation
 from training import OddModel, reference
 
-from novoscale.ranks import run_ranks as run_new_ranks
+from novoscale.tools.local_ranks import run_ranks as run_new_ranks
 
 BOUND = 2e-5  # float32, relative, after 10 steps
 
@@ -27,7 +29,7 @@ def test_fsdp2_and_hsdp(shape, clip):
     for n in shape:
         world *= n
     for weights in run_ranks(torch_ranks.fsdp2, world, shape, {"max_grad_norm": clip}):
-        assert worst(weights, reference(torch_ranks.LR, clip=clip)) < BOUND
+        assert worst(weights, reference(sharded_models.LR, clip=clip)) < BOUND
 
 
 @pytest.mark.parametrize(("world", "data_world"), [(2, 1), (3, 1), (4, 1), (4, 2)])
@@ -50,7 +52,7 @@ ROWS = {"granularity": "row", "normalize": "rms"}
 
 @pytest.mark.parametrize("shape", [(2,), (3,), (4,), (2, 2)], ids=str)
 def test_rows_under_fsdp2_and_hsdp(shape):
-    expected = reference(torch_ranks.LR, rows=True, normalize="rms", clip=0.3)
+    expected = reference(sharded_models.LR, rows=True, normalize="rms", clip=0.3)
     for weights in run_ranks(torch_ranks.fsdp2, math.prod(shape), shape, {**ROWS, "max_grad_norm": 0.3}):
         assert worst(weights, expected) < BOUND
 
@@ -58,7 +60,7 @@ def test_rows_under_fsdp2_and_hsdp(shape):
 @pytest.mark.parametrize("options", [ROWS, {"granularity": 2}], ids=str)
 @pytest.mark.parametrize(("world", "data_world"), [(3, 1), (4, 2)])
 def test_rows_and_splits_under_tensor_parallelism(options, world, data_world):
-    # Of one matrix the rows are on different ranks, of the other every row is cut.
+    # Of one matrix the rows are on different ranks, of the other every row is sharded.
     for deviations, _ in run_ranks(torch_ranks.tensor_parallel, world, data_world, options):
         assert max(deviations.values()) < BOUND, deviations
 
@@ -72,7 +74,7 @@ EVERYTHING = {"clip_threshold": 0.5, "scale_parameter": True, "weight_decay": 0.
 def test_factored_under_fsdp2_and_hsdp(shape, options):
     clip = 0.3 if options else 0.0
     expected = reference(
-        torch_ranks.LR,
+        sharded_models.LR,
         clip=clip,
         weight_decay=options.get("weight_decay", 0.0),
         adamw={k: v for k, v in options.items() if k != "weight_decay"},
@@ -97,15 +99,15 @@ def test_factored_parameters_of_any_dimensions_placed_in_any_way(options):
 
 @pytest.mark.parametrize("options", [{**ADAMW, "momentum_dtype": "int8"}, ROWS], ids=str)
 def test_a_state_dict_under_fsdp2_can_be_saved_and_copied(options, tmp_path):
-    for found in run_ranks(torch_ranks.carried, 2, options, str(tmp_path)):
+    for found in run_ranks(checkpoint_ranks.carried, 2, options, str(tmp_path)):
         assert found == dict.fromkeys(["deepcopy", "pickle", "torch.save"], True)
 
 
 @pytest.mark.parametrize("options", [ADAMW, {**ROWS, "bias_correction": True}], ids=str)
 def test_second_moments_of_a_distributed_checkpoint_load_on_any_number_of_ranks(options, tmp_path):
-    saved = run_ranks(torch_ranks.second_moments, 2, options, str(tmp_path), True)[0]
+    saved = run_ranks(checkpoint_ranks.second_moments, 2, options, str(tmp_path), True)[0]
     for world in (1, 3, 4):
-        for loaded in run_ranks(torch_ranks.second_moments, world, options, str(tmp_path), False):
+        for loaded in run_ranks(checkpoint_ranks.second_moments, world, options, str(tmp_path), False):
             assert loaded.keys() == saved.keys()
             assert all((loaded[name] == saved[name]).all() for name in saved)
 
@@ -125,9 +127,9 @@ FORMATS = [
 @pytest.mark.parametrize("options", FORMATS, ids=str)
 def test_same_bits_in_every_format(options, bfloat16):
     options = {"lr": 0.05, "weight_decay": 0.1, **options}
-    expected = fixed_gradients.uncut(options, torch.bfloat16 if bfloat16 else torch.float32)
+    expected = fixed_gradients.unsharded(options, torch.bfloat16 if bfloat16 else torch.float32)
     for shape in [(3,), (2, 2)] if bfloat16 else [(1,), (2,), (3,), (4,), (2, 2)]:
-        ranks = run_ranks(torch_ranks.fixed_pieces, math.prod(shape), options, shape, bfloat16)
+        ranks = run_ranks(checkpoint_ranks.fixed_pieces, math.prod(shape), options, shape, bfloat16)
         assert fixed_gradients.differing(ranks, expected) == set()
 
 
@@ -142,19 +144,19 @@ def assert_loaded(loaded, saved):
 
 @pytest.mark.parametrize("options", FORMATS[1:4], ids=str)
 @pytest.mark.parametrize(
-    "shapes", [torch_ranks.WHOLE_BLOCKS, torch_ranks.OTHERS], ids=["whole blocks", "others"]
+    "shapes", [checkpoint_ranks.WHOLE_BLOCKS, checkpoint_ranks.OTHERS], ids=["whole blocks", "others"]
 )
 def test_distributed_checkpoint_loads_on_any_number_of_ranks(options, shapes, tmp_path):
     arguments = (options, str(tmp_path))
-    saved = run_ranks(torch_ranks.fixed_checkpoint, 2, *arguments, "save", shapes)
+    saved = run_ranks(checkpoint_ranks.fixed_checkpoint, 2, *arguments, "save", shapes)
     for world in (2, 3, 4):  # on four, the last one has none of three rows
-        assert_loaded(run_ranks(torch_ranks.fixed_checkpoint, world, *arguments, "load", shapes), saved)
+        assert_loaded(run_ranks(checkpoint_ranks.fixed_checkpoint, world, *arguments, "load", shapes), saved)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "zero redundancy"])
 def test_data_parallel(kind):
     for weights in run_ranks(torch_ranks.data_parallel, 3, kind):
-        assert worst(weights, reference(torch_ranks.LR)) < BOUND
+        assert worst(weights, reference(sharded_models.LR)) < BOUND
 
 
 def test_zero_redundancy_rounds_as_ddp_once_it_is_told_the_numbers():
@@ -166,10 +168,10 @@ def test_zero_redundancy_rounds_as_ddp_once_it_is_told_the_numbers():
 
 
 def test_same_gradients_give_the_same_bits_however_cut():
-    uncut = run_ranks(torch_ranks.fixed_gradients_bits, 1, "plain")[0]
+    unsharded = run_ranks(torch_ranks.fixed_gradients_bits, 1, "plain")[0]
     for world in (2, 3, 4):
         for weights in run_ranks(torch_ranks.fixed_gradients_bits, world, "fsdp2"):
-            assert all((a == b).all() for a, b in zip(weights, uncut, strict=True))
+            assert all((a == b).all() for a, b in zip(weights, unsharded, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -196,8 +198,8 @@ def test_overflow_that_one_rank_has_seen_stops_all():
 
 
 def test_distributed_checkpoint_resumes_on_another_number_of_ranks(tmp_path):
-    saved = run_ranks(torch_ranks.reshard, 2, str(tmp_path), True)[0]
-    for weights in run_ranks(torch_ranks.reshard, 3, str(tmp_path), False):
+    saved = run_ranks(checkpoint_ranks.reshard, 2, str(tmp_path), True)[0]
+    for weights in run_ranks(checkpoint_ranks.reshard, 3, str(tmp_path), False):
         assert worst(weights, saved) < BOUND
 
 
@@ -208,6 +210,6 @@ def test_fsdp1_is_refused_with_advice():
 
 def test_accelerate_with_fsdp2(tmp_path):
     for result in run_new_ranks(torch_ranks.accelerate_fsdp2, 2, str(tmp_path)):
-        assert worst(result["weights"], reference(torch_ranks.LR)) < BOUND
+        assert worst(result["weights"], reference(sharded_models.LR)) < BOUND
         assert result["dtensors"]
         assert result["names"] == sorted(n for n, _ in OddModel().named_parameters())

@@ -1,59 +1,22 @@
-"""What each rank runs for the tests of torch.distributed's ways to cut a model."""
+"""What each rank runs for the tests of torch.distributed's ways to shard a model."""
 
 from __future__ import annotations
 
 import copy
-import io
 import itertools
-import pickle
 from typing import Any
 from unittest import mock
 
-import fixed_gradients
 import torch
 import torch.distributed as dist
 from oracle import FactoredOracle, Oracle, RowOracle, clipped, deviation
+from sharded_models import LR, Block, block_input, fsdp_model, full, loss_of, tensor_parallel_model, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    PrepareModuleInput,
-    RowwiseParallel,
-    SequenceParallel,
-    parallelize_module,
-)
-from training import STEPS, OddModel, data
+from training import STEPS, OddModel
 
 from novoscale import NovoGrad
-
-LR = 0.02
-
-
-def full(p: torch.Tensor) -> Any:
-    p = p.detach()
-    return (p.full_tensor() if isinstance(p, DTensor) else p).double().numpy()
-
-
-def loss_of(model: nn.Module, step: int, data_rank: int, data_world: int) -> torch.Tensor:
-    x, y = (t.float().chunk(data_world)[data_rank] for t in data(step))
-    return nn.functional.mse_loss(model(x), y)
-
-
-def train(
-    model: nn.Module, optimizer: Any, data_rank: int, data_world: int, steps: int = STEPS, first: int = 0
-) -> None:
-    for step in range(first, first + steps):
-        optimizer.zero_grad()
-        loss_of(model, step, data_rank, data_world).backward()
-        optimizer.step()
-
-
-def fsdp_model(mesh: Any) -> nn.Module:
-    model = OddModel()
-    fully_shard(model.first, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def fsdp2(shape: tuple[int, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -63,34 +26,6 @@ def fsdp2(shape: tuple[int, ...], options: dict[str, Any]) -> dict[str, Any]:
     optimizer = NovoGrad(model.named_parameters(), lr=LR, **options)
     train(model, optimizer, dist.get_rank(), dist.get_world_size())
     return {n: full(p) for n, p in model.named_parameters()}
-
-
-class Block(nn.Module):
-    """For tensor parallelism: a column-wise and a row-wise matrix, and a norm under sequence parallelism."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(11)
-        self.norm = nn.LayerNorm(12)
-        self.up = nn.Linear(12, 24)
-        self.down = nn.Linear(24, 12)
-        with torch.no_grad():
-            for p in self.parameters():
-                p.add_(0.3 * torch.randn_like(p))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.tanh(self.up(self.norm(x))))
-
-
-def block_input(step: int, rank: int = 0) -> torch.Tensor:
-    return torch.randn(2, 12, 12, generator=torch.Generator().manual_seed(100 * step + rank))
-
-
-PLAN = {
-    "norm": SequenceParallel(),
-    "up": ColwiseParallel(input_layouts=Shard(1)),
-    "down": RowwiseParallel(output_layouts=Replicate()),
-}
 
 
 def block_reference(
@@ -128,20 +63,6 @@ def block_reference(
             for p, w in zip(named.values(), weights, strict=True):
                 p.copy_(torch.from_numpy(w))
     return dict(zip(named, weights, strict=True))
-
-
-def tensor_parallel_model(data_world: int) -> tuple[nn.Module, Any]:
-    """A block under tensor parallelism, with FSDP2 over the other dimension of the mesh if there is one."""
-    world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (data_world, world // data_world), mesh_dim_names=("dp", "tp"))
-    model = Block()
-    parallelize_module(model, mesh["tp"], PLAN)
-    PrepareModuleInput(
-        input_layouts=(Replicate(),), desired_input_layouts=(Shard(1),), use_local_output=True
-    )._apply(model, mesh["tp"])
-    if data_world > 1:
-        fully_shard(model, mesh=mesh["dp"])
-    return model, mesh
 
 
 def tensor_parallel(
@@ -197,24 +118,24 @@ def any_placement() -> float:
 
 
 def any_placement_factored(options: dict[str, Any]) -> dict[str, float]:
-    """Parameters of two to four dimensions, cut along any of them, against the oracle; several at a time."""
+    """Parameters of two to four dimensions, sharded along any of them, against the oracle."""
     mesh = init_device_mesh("cpu", (2, 2))
     shapes = ((5, 7), (3, 2, 4), (5, 3, 2, 3), (9,), (1, 6), (4, 6, 2))
     found = {}
-    for cut in itertools.product([None, 0, 1, 2, 3], repeat=2):
-        placements = [Replicate() if dim is None else Shard(dim) for dim in cut]
+    for sharding in itertools.product([None, 0, 1, 2, 3], repeat=2):
+        placements = [Replicate() if dim is None else Shard(dim) for dim in sharding]
         torch.manual_seed(1)
-        wholes = [
+        full_weights = [
             torch.randn(shape)
             for shape in shapes
-            if len(shape) > max((d for d in cut if d is not None), default=0)
+            if len(shape) > max((d for d in sharding if d is not None), default=0)
         ]
-        params = [nn.Parameter(distribute_tensor(w, mesh, placements)) for w in wholes]
-        oracle = FactoredOracle([w.numpy() for w in wholes], lr=LR, **options)
+        params = [nn.Parameter(distribute_tensor(w, mesh, placements)) for w in full_weights]
+        oracle = FactoredOracle([w.numpy() for w in full_weights], lr=LR, **options)
         optimizer = NovoGrad(params, lr=LR, preset="adamw", max_grad_norm=2.0, **options)
         for step in range(4):
             generator = torch.Generator().manual_seed(step)
-            grads = [torch.randn(w.shape, generator=generator) for w in wholes]
+            grads = [torch.randn(w.shape, generator=generator) for w in full_weights]
             for g in grads if step < 2 else ():  # on some ranks all zero, at first
                 g[: len(g) // 2] = 0
             for p, g in zip(params, grads, strict=True):
@@ -222,7 +143,7 @@ def any_placement_factored(options: dict[str, Any]) -> dict[str, float]:
             oracle.step(clipped([g.double().numpy() for g in grads], 2.0))
             optimizer.step()
         rows = zip(params, oracle.weights, strict=True)
-        found[str(cut)] = max(deviation(full(p), w) for p, w in rows)
+        found[str(sharding)] = max(deviation(full(p), w) for p, w in rows)
     return found
 
 
@@ -243,130 +164,24 @@ def partial_sum_where_the_gradient_was() -> float:
     return deviation(full(p), oracle.weights[0])
 
 
-# ---- what is promised beside the trajectory ------------------------------------------------------------
-
-
 def fixed_gradients_bits(kind: str) -> Any:
-    """Weights after steps with the same gradients, whatever the cut."""
+    """Weights after steps with the same gradients, whatever the sharding."""
     world = dist.get_world_size()
     torch.manual_seed(0)
-    wholes = [torch.randn(shape) for shape in ((13, 7), (5,), (1, 3), (300, 401))]
+    full_weights = [torch.randn(shape) for shape in ((13, 7), (5,), (1, 3), (300, 401))]
     if kind == "fsdp2":
         mesh = init_device_mesh("cpu", (world,))
-        params = [nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in wholes]
+        params = [nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in full_weights]
     else:
-        params = [nn.Parameter(w) for w in wholes]
+        params = [nn.Parameter(w) for w in full_weights]
     optimizer = NovoGrad(params, lr=LR, weight_decay=0.1, max_grad_norm=1.0)
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
-        for p, w in zip(params, wholes, strict=True):
+        for p, w in zip(params, full_weights, strict=True):
             grad = torch.randn(w.shape, generator=generator)
             p.grad = distribute_tensor(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
         optimizer.step()
     return [full(p) for p in params]
-
-
-def fixed_pieces(options: dict[str, Any], shape: tuple[int, ...], bfloat16: bool) -> Any:
-    """What this rank holds after steps with gradients that do not depend on the weights."""
-    names = ("shard",) if len(shape) == 1 else ("replicate", "shard")
-    model = fixed_gradients.FixedGradients().to(torch.bfloat16 if bfloat16 else torch.float32)
-    fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
-    optimizer = NovoGrad(model.named_parameters(), **options)
-    for step in range(fixed_gradients.STEPS):
-        optimizer.zero_grad()
-        model(torch.tensor(step)).backward()
-        optimizer.step()
-    return fixed_gradients.pieces(optimizer)
-
-
-WHOLE_BLOCKS = {"a": (36, 256), "b": (33,), "c": (7, 8, 128), "d": (40, 128), "e": (3, 1536)}
-OTHERS = {"a": (37, 130), "b": (33,), "c": (5000,)}
-
-
-def fixed_checkpoint(
-    options: dict[str, Any], folder: str, what: str, shapes: dict[str, tuple[int, ...]] = WHOLE_BLOCKS
-) -> Any:
-    """First moments saved as a distributed checkpoint, or loaded from it."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    model = fixed_gradients.FixedGradients(shapes)
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = NovoGrad(model.named_parameters(), lr=LR, **options)
-    for step in range(2 if what == "save" else 0):
-        optimizer.zero_grad()
-        model(torch.tensor(step)).backward()
-        optimizer.step()
-    m, o = get_state_dict(model, optimizer)
-    if what == "save":
-        dcp.save({"model": m, "optimizer": o}, checkpoint_id=folder)
-    else:
-        dcp.load({"model": m, "optimizer": o}, checkpoint_id=folder)
-        set_state_dict(model, optimizer, model_state_dict=m, optim_state_dict=o)
-    return fixed_gradients.pieces(optimizer)
-
-
-def carried(options: dict[str, Any], folder: str) -> dict[str, bool]:
-    """Whether a state dict survives what users do with it, and the training goes on to the same bits."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-
-    def made() -> tuple[nn.Module, Any]:
-        model = fsdp_model(init_device_mesh("cpu", (world,)))
-        return model, NovoGrad(model.named_parameters(), lr=LR, **options)
-
-    model, optimizer = made()
-    train(model, optimizer, rank, world, 2)
-    weights = copy.deepcopy(model.state_dict())
-    saved = optimizer.state_dict()
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    carriers = {
-        "deepcopy": copy.deepcopy(saved),
-        "pickle": pickle.loads(pickle.dumps(saved)),
-        "torch.save": torch.load(file, weights_only=False),
-    }
-    dcp.async_save(get_optimizer_state_dict(model, optimizer), checkpoint_id=folder).result()
-    train(model, optimizer, rank, world, 2, first=2)
-    found = {}
-    for name, state in carriers.items():
-        other, fresh = made()
-        other.load_state_dict(weights)
-        fresh.load_state_dict(state)
-        train(other, fresh, rank, world, 2, first=2)
-        rows = zip(model.parameters(), other.parameters(), strict=True)
-        found[name] = all((full(p) == full(q)).all() for p, q in rows)
-    return found
-
-
-def second_moments(options: dict[str, Any], folder: str, save: bool) -> dict[str, Any]:
-    """Every second moment, whole, saved as a distributed checkpoint or loaded from it on any mesh."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    shapes = {"a": (36, 256), "b": (33,), "c": (7, 8, 128), "d": (5, 3, 2, 3)}
-    model = fixed_gradients.FixedGradients(shapes)
-    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = NovoGrad(model.named_parameters(), lr=LR, **options)
-    for step in range(2 if save else 0):
-        optimizer.zero_grad()
-        model(torch.tensor(step)).backward()
-        optimizer.step()
-    m, o = get_state_dict(model, optimizer)
-    if save:
-        dcp.save({"model": m, "optimizer": o}, checkpoint_id=folder)
-    else:
-        dcp.load({"model": m, "optimizer": o}, checkpoint_id=folder)
-        set_state_dict(model, optimizer, model_state_dict=m, optim_state_dict=o)
-    return {
-        f"{name}.{key}": full(value)
-        for name, p in model.named_parameters()
-        for key, value in optimizer.state[p].items()
-        if key.startswith("exp_avg_sq") or key == "step"
-    }
 
 
 def collectives(kind: str) -> int:
@@ -470,26 +285,6 @@ def overflow_on_one_rank() -> bool:
     optimizer.step()
     same = all((full(p) == w).all() for p, w in zip(model.parameters(), before, strict=True))
     return same and optimizer.skipped_steps == 1
-
-
-def reshard(folder: str, save: bool) -> dict[str, Any]:
-    """Three steps and a distributed checkpoint; or loading it, on any number of ranks, and three more."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    rank, world = dist.get_rank(), dist.get_world_size()
-    model = fsdp_model(init_device_mesh("cpu", (world,)))
-    optimizer = NovoGrad(model.parameters(), lr=LR)
-    if save:
-        train(model, optimizer, rank, world, 3)
-        m, o = get_state_dict(model, optimizer)
-        dcp.save({"model": m, "optimizer": o}, checkpoint_id=folder)
-    else:
-        m, o = get_state_dict(model, optimizer)
-        dcp.load({"model": m, "optimizer": o}, checkpoint_id=folder)
-        set_state_dict(model, optimizer, model_state_dict=m, optim_state_dict=o)
-    train(model, optimizer, rank, world, 3, first=3)
-    return {n: full(p) for n, p in model.named_parameters()}
 
 
 def fsdp1() -> str:

@@ -49,7 +49,7 @@ def test_writes_the_config_and_says_what_was_left_out(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("section", "cut"),
+    ("section", "sharding"),
     [
         ({"stage": 0}, "ddp"),
         ({"stage": 1}, "zero1"),
@@ -58,13 +58,13 @@ def test_writes_the_config_and_says_what_was_left_out(config, tmp_path):
         ({"stage": 2, "offload_optimizer": {"device": "cpu"}}, "offload"),
     ],
 )
-def test_memory_is_that_of_the_plan(config, section, cut):
+def test_memory_is_that_of_the_plan(config, section, sharding):
     config.write_text(json.dumps({**ADAMW, "zero_optimization": section}))
     done = run(config, "--model", "builtin", "--ranks", 4, "--json")
     assert done.exit_code == 0, done.stderr
     found = json.loads(done.stdout)["memory"]
-    expected = plan(builtin_model()[0], elementwise(2), cut, 4, "bf16-mixed")
-    assert (found["cut"], found["precision"], found["ranks"]) == (cut, "bf16-mixed", 4)
+    expected = plan(builtin_model()[0], elementwise(2), sharding, 4, "bf16-mixed")
+    assert (found["sharding"], found["precision"], found["ranks"]) == (sharding, "bf16-mixed", 4)
     assert found["before_plan"]["on_device"] == expected.on_device
     assert found["before_plan"]["state"] == expected.state
     assert found["novograd_plan"]["state"] < 0.3 * expected.state

@@ -7,7 +7,7 @@ import pytest
 import trainer_ranks
 
 from novoscale import NovoGrad
-from novoscale.ranks import preload, run_ranks
+from novoscale.tools.local_ranks import preload, run_ranks
 
 preload("transformers.trainer", "transformers.models.gpt2.modeling_gpt2")
 
@@ -41,7 +41,7 @@ def test_trainer_with_a_deepspeed_json(betas, tmp_path):
     }
     results = run_ranks(trainer_ranks.trainer, 2, str(tmp_path), ds, {})
     for result in results:
-        assert result["optimizer"] == "novoscale.novograd.NovoGrad"
+        assert result["optimizer"] == "novoscale.optimizer.novograd.NovoGrad"
         assert result["betas"] == [(0.95, 0.98)]
         assert result["ranks"] == 2
     assert results[0]["losses"][-1] < results[0]["losses"][0]
@@ -96,6 +96,6 @@ def test_trainer_does_not_replace_novograd_silently(route, optimizer, says, tmp_
 def test_trainer_without_deepspeed(tmp_path):
     route = {"optimizer_cls_and_kwargs": (NovoGrad, {"lr": 0.02, "weight_decay": 0.01})}
     result = trainer_ranks.trainer(str(tmp_path), None, route)
-    assert result["optimizer"] == "novoscale.novograd.NovoGrad"
+    assert result["optimizer"] == "novoscale.optimizer.novograd.NovoGrad"
     assert len(result["betas"]) == 2  # decay and no decay
     assert result["losses"][-1] < result["losses"][0]

@@ -13,8 +13,8 @@ from oracle import Oracle, deviation
 from training import STEPS, data, reference
 from zero_ranks import config
 
-from novoscale.ranks import RankError
-from novoscale.ranks import run_ranks as run_new_ranks
+from novoscale.tools.local_ranks import RankError
+from novoscale.tools.local_ranks import run_ranks as run_new_ranks
 
 BOUND = 2e-5  # float32, relative, after 10 steps
 
@@ -174,9 +174,9 @@ def test_deepspeed_finds_the_state_of_every_parameter(stage, zero):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_same_gradients_give_the_same_bits_at_every_stage(stage, world_size):
     """Each rank trains on the same data: averaging 2 or 4 equal gradients rounds nothing."""
-    uncut = zero_ranks.uncut_on_equal_data()
+    unsharded = zero_ranks.unsharded_on_equal_data()
     for weights in run_ranks(zero_ranks.trained_on_equal_data, world_size, config(stage, world_size)):
-        assert all((weights[name] == uncut[name]).all() for name in uncut)
+        assert all((weights[name] == unsharded[name]).all() for name in unsharded)
 
 
 def test_rank_that_dies_ends_the_run_with_an_error():
@@ -195,7 +195,7 @@ def test_ranks_with_different_models_are_refused():
 
 def test_one_small_collective_for_each_group():
     for sizes in run_ranks(zero_ranks.collectives_of_a_step, 3, config(2, 3)):
-        # Two groups; each has at most as many cut layers as boundaries, and the verdict.
+        # Two groups; each has at most as many sharded layers as boundaries, and the verdict.
         assert len(sizes) == 2
         assert all(size <= 3 for size in sizes)
 

@@ -49,7 +49,7 @@ ADAMW = {"preset": "adamw", "clip_threshold": 0.5, "scale_parameter": True}
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_same_bits_in_every_block_on_any_number_of_ranks(stage, options):
     options = {"lr": 0.05, "weight_decay": 0.1, **options}
-    expected = fixed_gradients.uncut(options)
+    expected = fixed_gradients.unsharded(options)
     for world_size in (1, 2, 3, 4) if options["momentum_dtype"] == "int4" else (3,):
         ranks = run_ranks(
             zero_ranks.fixed_pieces, world_size, with_options(config(stage, world_size), **options), False
@@ -62,14 +62,14 @@ def test_same_bits_in_every_block_with_offload(stage):
     options = {"lr": 0.05, "weight_decay": 0.1, "momentum_dtype": "int8", **ADAMW}
     ds = with_options(config(stage, 3, offload_optimizer={"device": "cpu"}), **options)
     ranks = run_ranks(zero_ranks.fixed_pieces, 3, ds, False)
-    assert fixed_gradients.differing(ranks, fixed_gradients.uncut(options)) == set()
+    assert fixed_gradients.differing(ranks, fixed_gradients.unsharded(options)) == set()
 
 
 def test_same_bits_in_every_block_under_the_bf16_optimizer():
     options = {"lr": 0.05, "weight_decay": 0.1, "momentum_dtype": "int4", **ADAMW}
     ds = {**config(1, 3), "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     ranks = run_ranks(zero_ranks.fixed_pieces, 3, with_options(ds, **options), True)
-    expected = fixed_gradients.uncut(options, torch.bfloat16, master=torch.float32)
+    expected = fixed_gradients.unsharded(options, torch.bfloat16, master=torch.float32)
     assert fixed_gradients.differing(ranks, expected) == set()
 
 
@@ -77,7 +77,7 @@ def test_same_bits_in_every_block_under_the_bf16_optimizer():
 @pytest.mark.parametrize("stage", [1, 3])
 def test_same_bits_in_formats_without_blocks(stage, options):
     options = {"lr": 0.05, "weight_decay": 0.1, **options}
-    expected = fixed_gradients.uncut(options)
+    expected = fixed_gradients.unsharded(options)
     ranks = run_ranks(zero_ranks.fixed_pieces, 3, with_options(config(stage, 3), **options), False)
     assert fixed_gradients.differing(ranks, expected) == set()
 
@@ -85,7 +85,7 @@ def test_same_bits_in_formats_without_blocks(stage, options):
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bfloat16_master_weights_are_rounded_as_in_one_process(stage):
     options = {"lr": 0.05, "momentum_dtype": "int8"}
-    expected = fixed_gradients.uncut(options, torch.bfloat16)
+    expected = fixed_gradients.unsharded(options, torch.bfloat16)
     ds = with_options({**config(stage, 2), "bf16": BF16_MASTER}, **options)
     ranks = run_ranks(zero_ranks.fixed_pieces, 2, ds, True)
     assert fixed_gradients.differing(ranks, expected) == set()

@@ -35,7 +35,7 @@ WRAPPERS = [
 ]
 
 
-def uncut(options, bfloat16):
+def unsharded(options, bfloat16):
     """exp_avg and exp_avg_sq by elements of a training in one process, after three steps."""
     model = fixed_gradients.FixedGradients()
     model = model.bfloat16().float() if bfloat16 else model
@@ -62,7 +62,7 @@ def uncut(options, bfloat16):
 @pytest.mark.parametrize("momentum_dtype", OPTIONS)
 def test_full_states_are_those_of_one_process(momentum_dtype, stage, zero, more, groups):
     options = OPTIONS[momentum_dtype]
-    moments, squares = uncut(options, more is not None)
+    moments, squares = unsharded(options, more is not None)
     ranks = run_ranks(tools_ranks.states, 3, ds(stage, 3, options, more, **zero), groups)
     for exp_avg, exp_avg_sq, _ in ranks:
         for name, shape in fixed_gradients.SHAPES.items():
@@ -77,7 +77,7 @@ def test_full_states_are_those_of_one_process(momentum_dtype, stage, zero, more,
 @pytest.mark.parametrize(("stage", "zero", "more", "groups"), WRAPPERS, ids=str)
 @pytest.mark.parametrize("momentum_dtype", OPTIONS)
 def test_moments_are_set_through_the_format(momentum_dtype, stage, zero, more, groups):
-    """The codes are the nearest, and pieces of a block have one scale: as of uncut parameters."""
+    """The codes are the nearest, and pieces of a block have one scale: as of unsharded parameters."""
     options = OPTIONS[momentum_dtype]
     ranks = run_ranks(tools_ranks.moments_set, 3, ds(stage, 3, options, more, **zero), groups)
     for name, shape in fixed_gradients.SHAPES.items():
@@ -117,13 +117,13 @@ def test_local_moments_are_set_or_refused_on_every_rank(world_size, momentum_dty
     assert all(other == first for other in others)
     refused = {n for n, result in first.items() if isinstance(result, str)}
     blocks = momentum_dtype in ("int8", "int4")
-    cut = {"vector", "few", "wide"} | ({"blocks"} if world_size == 3 else set())
-    assert refused == ({n for n in cut if _cut(n, world_size)} if blocks else set())
+    sharding = {"vector", "few", "wide"} | ({"blocks"} if world_size == 3 else set())
+    assert refused == ({n for n in sharding if _sharding(n, world_size)} if blocks else set())
     assert all("safe_set_full_optimizer_state" in first[n] and n in first[n] for n in refused)
     assert all(result is True for n, result in first.items() if n not in refused)
 
 
-def _cut(name, world_size):
+def _sharding(name, world_size):
     numel = torch.Size(fixed_gradients.SHAPES[name]).numel()
     return numel >= 4096 and -(-numel // world_size) % 128 > 0
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 import universal_ranks
 from kept_ranks import run_ranks
-from novoscale.integrations.deepspeed_checkpoint import CheckpointError, to_state_dict, to_universal
 from typer.testing import CliRunner
 from zero_ranks import config
 
+from novoscale.checkpoint.deepspeed import to_state_dict, to_universal
+from novoscale.checkpoint.errors import CheckpointError
 from novoscale.cli import app
 
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
@@ -40,7 +41,7 @@ def resume(folder, first, second, options, *, stages=(2, 2), bfloat16=False, gro
 
 
 def assert_uninterrupted(found, options, dtype=torch.float32, master=None):
-    expected = fixed_gradients.uncut({"lr": 0.05, "weight_decay": 0.1, **options}, dtype, master=master)
+    expected = fixed_gradients.unsharded({"lr": 0.05, "weight_decay": 0.1, **options}, dtype, master=master)
     assert not any(isinstance(rank, str) for rank in found), found
     assert fixed_gradients.differing([pieces for pieces, _ in found], expected) == set()
 

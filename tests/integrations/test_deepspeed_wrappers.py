@@ -9,7 +9,7 @@ from oracle import deviation
 from training import reference
 from zero_ranks import config
 
-from novoscale.ranks import run_ranks as run_new_ranks
+from novoscale.tools.local_ranks import run_ranks as run_new_ranks
 
 BOUND = 2e-5  # float32, relative, after 10 steps
 BF16 = {"bf16": {"enabled": True}}

@@ -9,7 +9,7 @@ import doctor_ranks
 import pytest
 
 from novoscale.doctor import diagnose
-from novoscale.ranks import preload, run_ranks
+from novoscale.tools.local_ranks import preload, run_ranks
 
 preload("transformers.trainer", "transformers.models.gpt2.modeling_gpt2")
 

@@ -13,8 +13,8 @@ from test_deepspeed_tools import ds
 from test_latest_good import latest_good
 
 from novoscale import NovoGrad
-from novoscale.ranks import RankError
-from novoscale.ranks import run_ranks as run_new_ranks
+from novoscale.tools.local_ranks import RankError
+from novoscale.tools.local_ranks import run_ranks as run_new_ranks
 
 INT4 = {"momentum_dtype": "int4"}
 TRAININGS = {
@@ -68,9 +68,7 @@ def test_rank_that_cannot_write_ends_saving_on_every_rank(stage, rank, limit, tm
     results = run_ranks(fault_ranks.disk_full, 2, ds(stage, 2, INT4), str(tmp_path), rank, limit, timeout=60)
     for error, latest, again in results:
         assert error == results[0][0]
-        assert error.startswith(
-            f"CheckpointFilesError: save_checkpoint('{tmp_path}', 'step2'): rank {rank}: "
-        )
+        assert error.startswith(f"CheckpointError: save_checkpoint('{tmp_path}', 'step2'): rank {rank}: ")
         assert "cannot be written" in error
         assert latest == "step1"
         assert again
@@ -90,12 +88,12 @@ def test_distributed_checkpoint_that_cannot_be_written(rank, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_checkpoint_that_is_not_whole_is_refused_on_every_rank(stage, tmp_path):
+def test_checkpoint_that_is_not_complete_is_refused_on_every_rank(stage, tmp_path):
     """By itself DeepSpeed raises on the rank whose file it is: the other goes on, or waits for it."""
     case = ds(stage, 2, INT4)
     run_ranks(fault_ranks.saved_once, 2, case, str(tmp_path / "good"))
     for number, name in enumerate(sorted(file.name for file in (tmp_path / "good" / "step1").iterdir())):
-        for how in ("missing", "cut off"):
+        for how in ("missing", "truncated"):
             folder = shutil.copytree(tmp_path / "good", tmp_path / f"{how} {number}")
             file = folder / "step1" / name
             if how == "missing":
@@ -104,12 +102,12 @@ def test_checkpoint_that_is_not_whole_is_refused_on_every_rank(stage, tmp_path):
                 file.write_bytes(file.read_bytes()[:-100])
             results = run_ranks(fault_ranks.loading_error, 2, case, str(folder), None, timeout=60)
             for error, unchanged in results:
-                assert error.startswith("CheckpointFilesError: load_checkpoint(")
+                assert error.startswith("CheckpointError: load_checkpoint(")
                 assert f"{name} is {how}" in error or "says how many ranks" in error
                 assert "novoscale latest-good" in error
                 assert unchanged
     for error, unchanged in run_ranks(fault_ranks.loading_error, 2, case, str(tmp_path / "good"), "step7"):
-        assert error.startswith("CheckpointFilesError")
+        assert error.startswith("CheckpointError")
         assert "there is no folder" in error
         assert unchanged
 
@@ -129,7 +127,7 @@ def test_checkpoint_of_another_model_is_refused_on_every_rank(stage, change, tmp
         "name": "renamed is not in step1",
     }
     for error, unchanged in run_ranks(fault_ranks.loading_error, 2, case, str(tmp_path), None, other):
-        assert error.startswith("CheckpointFilesError: ")
+        assert error.startswith("CheckpointError: ")
         assert says[change] in error
         assert unchanged
 

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from novoscale import NovoGrad, release_gradients
-from novoscale.ranks import preload, run_ranks
+from novoscale.tools.local_ranks import preload, run_ranks
 
 preload("transformers.trainer", "transformers.models.gpt2.modeling_gpt2", "deepspeed")
 

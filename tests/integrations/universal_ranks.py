@@ -172,7 +172,8 @@ def saved_under_fsdp2(path: str, options: dict[str, Any]) -> None:
 
 def taken_over(universal: Path, options: dict[str, Any]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Weights and first moments after the other half in one process, from an Adam's universal checkpoint."""
-    from novoscale import NovoGrad, foreign, from_adam
+    from novoscale import NovoGrad
+    from novoscale.checkpoint.imported import from_adam, state_dicts
 
     made = fixed_gradients.FixedGradients()
     optimizer = NovoGrad(made.named_parameters(), **options)
@@ -189,7 +190,7 @@ def taken_over(universal: Path, options: dict[str, Any]) -> dict[str, tuple[torc
         states[index] = from_adam.novograd_state(name, {**found, "step": HALF}, adam, group, p.detach())
     held = optimizer.state_dict()
     optimizer.load_state_dict({**held, "state": states})
-    for option, value in foreign.options_from_adam({"params": [], **adam}, group).items():
+    for option, value in state_dicts.options_from_adam({"params": [], **adam}, group).items():
         if option != "params":
             optimizer.param_groups[0][option] = value
     for step in range(HALF, fixed_gradients.STEPS):

@@ -135,24 +135,24 @@ def experts_against_oracle(ds: dict[str, Any]) -> dict[str, float]:
 
 
 def experts_with_other_bits(ds: dict[str, Any]) -> list[str]:
-    """Parameters that do not end with the bits of uncut ones that were given the same gradients."""
+    """Parameters that do not end with the bits of unsharded ones that were given the same gradients."""
     deepspeed.init_distributed("gloo")
     e = engine(ds, model=Experts(2 if dist.get_world_size() % 2 == 0 else 3, hidden=601))  # matrices of 4808
     names = {p: name for name, p in e.module.named_parameters()}
     ordered = [p for group in e.optimizer.bit16_groups for p in group]  # as the optimizer numbers them
-    uncut = {p: nn.Parameter(safe_get_full_fp32_param(p).clone()) for p in ordered}
-    optimizer = NovoGrad([(names[p], w) for p, w in uncut.items()], **ds["optimizer"]["params"])
+    unsharded = {p: nn.Parameter(safe_get_full_fp32_param(p).clone()) for p in ordered}
+    optimizer = NovoGrad([(names[p], w) for p, w in unsharded.items()], **ds["optimizer"]["params"])
     backward = e.backward
 
     def recorded(loss: torch.Tensor) -> None:
         backward(loss)
-        for p, w in uncut.items():
+        for p, w in unsharded.items():
             w.grad = safe_get_full_grad(p).clone()
         optimizer.step()
 
     e.backward = recorded
     train(e, STEPS)
-    return [names[p] for p, w in uncut.items() if not torch.equal(safe_get_full_fp32_param(p), w)]
+    return [names[p] for p, w in unsharded.items() if not torch.equal(safe_get_full_fp32_param(p), w)]
 
 
 # ---- tensor parallelism --------------------------------------------------------------------------------
@@ -192,9 +192,9 @@ class ModelParallel:
 
 
 class Sharded(nn.Module):
-    """One rank's part of two matrices that are cut over the model-parallel group, and a replicated bias.
+    """One rank's part of two matrices that are sharded over the model-parallel group, and a replicated bias.
 
-    ``rows`` is cut along its rows; ``columns``, if it is there, along its columns.
+    ``rows`` is sharded along its rows; ``columns``, if it is there, along its columns.
     """
 
     def __init__(self, part: int, parts: int, columns: bool = False) -> None:

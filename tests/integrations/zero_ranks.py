@@ -76,7 +76,7 @@ def trained_in_recommended_groups(ds: dict[str, Any]) -> dict[str, Any]:
 
 def trained_by(ds: dict[str, Any], route: str, clip: float = 0.0) -> tuple[str, dict[str, Any]]:
     """Train with the optimizer given to DeepSpeed by one of its three routes."""
-    from benchmarks.cuts import PlainNovoGrad
+    from benchmarks.sharding import PlainNovoGrad
     from novoscale import NovoGrad
 
     del ds["optimizer"]
@@ -143,11 +143,11 @@ def bytes_of_gpt2(ds: dict[str, Any]) -> tuple[int, int]:
     from novoscale.memory import optimizer_state_bytes
 
     model = small_gpt2()
-    uncut = NovoGrad(model.parameters(), **ds["optimizer"]["params"])
+    unsharded = NovoGrad(model.parameters(), **ds["optimizer"]["params"])
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    uncut.step()
-    whole = optimizer_state_bytes(uncut).total
+    unsharded.step()
+    whole = optimizer_state_bytes(unsharded).total
     return optimizer_state_bytes(engine(ds, model=small_gpt2()).basic_optimizer).total, whole
 
 
@@ -247,7 +247,7 @@ def collectives_of_a_step(ds: dict[str, Any]) -> list[int]:
     """Elements of each all-reduce that NovoGrad makes in one step."""
     from unittest import mock
 
-    from novoscale import collectives
+    from novoscale.sharding import collectives
 
     e = engine(ds, groups=True)
     train(e, 1)
@@ -337,7 +337,7 @@ def trained_on_equal_data(ds: dict[str, Any]) -> dict[str, Any]:
     return weights(e)
 
 
-def uncut_on_equal_data() -> dict[str, Any]:
+def unsharded_on_equal_data() -> dict[str, Any]:
     from novoscale import NovoGrad
 
     model = OddModel()

@@ -17,9 +17,11 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
-from novoscale.blocks import BLOCK
-from novoscale.kernels import Coefficients, Shard, reference
-from novoscale.momentum import FORMATS
+from novoscale.kernels import Coefficients, Shard
+from novoscale.kernels.interface import VectorSizes
+from novoscale.kernels.reference import elements as reference
+from novoscale.sharding.blocks import BLOCK
+from novoscale.state.formats import FORMATS
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -54,7 +56,7 @@ class Part(NamedTuple):
     """Elements start..stop of a tensor are those from ``offset`` on of a parameter.
 
     Its layers have ``size`` elements each; ``layer`` is the first of them. ``column``: the first of its
-    columns, if its second moment is factored. ``cut``: of the cut blocks, its first and its last one.
+    columns, if its second moment is factored. ``sharded``: of the sharded blocks, its first and its last one.
     """
 
     start: int
@@ -63,10 +65,10 @@ class Part(NamedTuple):
     offset: int = 0
     size: int = 2**40
     column: int = -1
-    cut: tuple[int, int] = (-1, -1)
+    sharded: tuple[int, int] = (-1, -1)
 
 
-CUT_BLOCKS = 3  # as many as there are
+SHARDED_BLOCKS = 3  # as many as there are
 
 
 def shard(
@@ -90,7 +92,7 @@ def shard(
         in_order = scale is not None or (exp_avg is not None and exp_avg.numel() != param.numel())
         layer = first + p.layer + p.offset // p.size
         rows.append(
-            (p.start, p.stop, layer, p.offset, p.size, place if in_order else p.start, p.column, *p.cut)
+            (p.start, p.stop, layer, p.offset, p.size, place if in_order else p.start, p.column, *p.sharded)
         )
         place += blocks(p) if scale is not None else p.stop - p.start
     table = torch.tensor(rows, dtype=torch.int64).view(-1, 9)
@@ -144,7 +146,7 @@ def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], t
     pieces: list[list[Part]] = [[] for _ in norm_types]
     first = columns = 0
     for _ in range(draw(st.integers(0, 4))):
-        # A parameter: its layers, cut anywhere, parts of it in any tensor of one norm type, or elsewhere.
+        # A parameter: its layers, sharded anywhere, parts of it in any tensor of one norm type, or elsewhere.
         size, layers = draw(st.sampled_from(sizes)), draw(st.sampled_from([1, 1, 1, 2, 5]))
         norm_type = draw(st.sampled_from(norm_types))
         factored = norm_type == 2 and draw(st.booleans())
@@ -176,7 +178,7 @@ def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], t
             form, parts, numel, generator, draw(st.sampled_from([0, 0, 1, 8, 3])), special
         )
         if scale is not None:
-            parts = [p._replace(cut=draw_cut(draw, p)) for p in parts]
+            parts = [p._replace(sharded=draw_sharding(draw, p)) for p in parts]
         options = {
             "norm_type": norm_type,
             "group": draw(st.integers(0, len(OPTIONS) - 1)),
@@ -189,9 +191,9 @@ def steps(draw: Any, sizes: Sequence[int], tensors: int) -> tuple[list[Shard], t
     return shards, (first, columns), random_coefficients(first, generator, columns)
 
 
-def draw_cut(draw: Any, part: Part) -> tuple[int, int]:
-    """Which cut blocks a part begins and ends in. Parts may be of the same: of another rank, or run."""
-    first, last = draw(st.tuples(*[st.sampled_from([-1, -1, *range(CUT_BLOCKS)])] * 2))
+def draw_sharding(draw: Any, part: Part) -> tuple[int, int]:
+    """Which sharded blocks a part begins and ends in. Parts may be of the same: of another rank, or run."""
+    first, last = draw(st.tuples(*[st.sampled_from([-1, -1, *range(SHARDED_BLOCKS)])] * 2))
     return (first, first if blocks(part) == 1 else last)
 
 
@@ -240,14 +242,14 @@ def bits(tensor: Tensor) -> Tensor:
 
 
 def assert_same_bits(shards: Sequence[Shard], expected: Sequence[Shard]) -> None:
-    """Of the whole memory, so that a write beside the segments shows."""
+    """Of the whole memory, so that a write beside the fragments shows."""
     for shard, other in zip(shards, expected, strict=True):
         for mine, its in zip(shard.tensors, other.tensors, strict=True):
             assert torch.equal(bits(whole(mine)), bits(whole(its)))
 
 
 def assert_same_statistic(statistic: Tensor, shards: Sequence[Shard], layers: int, columns: int = 0) -> None:
-    expected = reference.sum_of_squares(shards, CPU, layers, columns)
+    expected = reference.sum_of_squares(shards, CPU, VectorSizes(layers, columns))
     assert (statistic.dtype, statistic.shape) == (torch.float64, (layers + columns,))
     numel, largest = (torch.zeros(layers + columns, dtype=t) for t in (torch.float64, torch.bool))
     for s in shards:
@@ -277,33 +279,35 @@ def assert_as_reference(
     """
     mine, expected = copied(shards, device), copied(shards, CPU)
     layers, columns = counts if isinstance(counts, tuple) else (counts, 0)
-    kernels = module.Kernels(mine, device, layers, columns, CUT_BLOCKS)
+    kernels = module.Kernels(mine, device, VectorSizes(layers, columns, SHARDED_BLOCKS))
     assert_same_statistic(kernels.sum_of_squares(), shards, layers, columns)
-    largest = reference.largest(expected, coefficients, CUT_BLOCKS)
+    largest = reference.largest(expected, coefficients, SHARDED_BLOCKS)
     infinity = 0x7F800000  # of a NaN only that it is above that
     found = kernels.largest(coefficients.to(device)).cpu()
     assert torch.equal(found.clamp(max=infinity), largest.clamp(max=infinity))
     assert_same_bits(mine, shards)
-    coefficients = replace(coefficients, cut=torch.maximum(largest, of_others(layers)))
+    coefficients = replace(coefficients, sharded=torch.maximum(largest, of_others(layers)))
     reference.update(expected, coefficients)
     kernels.update(coefficients.to(device))
     assert_same_bits(mine, expected)
 
 
 def of_others(seed: int) -> Tensor:
-    """What other ranks have found of the cut blocks."""
+    """What other ranks have found of the sharded blocks."""
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(6, (CUT_BLOCKS,), generator=generator)
+    chosen = torch.randint(6, (SHARDED_BLOCKS,), generator=generator)
     magnitudes = torch.tensor([0.0, 0.0, 1e-40, 1e-3, 1e3, torch.nan])[chosen].view(torch.int32)
-    return torch.stack((magnitudes, torch.randint(2, (CUT_BLOCKS,), generator=generator).int()))
+    return torch.stack((magnitudes, torch.randint(2, (SHARDED_BLOCKS,), generator=generator).int()))
 
 
 def assert_follows_gradients(module: ModuleType, shards: Sequence[Shard], device: torch.device = CPU) -> None:
-    """After ``moved`` the tables are those of gradients at other addresses."""
+    """After ``move_gradients`` the tables are those of gradients at other addresses."""
     mine = copied(shards, device)
     layers = 1 + max(int(s.pieces[:, 2].max()) for s in mine if len(s.pieces))
-    kernels = module.Kernels([replace(s, grad=torch.zeros_like(s.grad)) for s in mine], device, layers)
-    kernels.moved([s.grad.data_ptr() for s in mine])
+    kernels = module.Kernels(
+        [replace(s, grad=torch.zeros_like(s.grad)) for s in mine], device, VectorSizes(layers)
+    )
+    kernels.move_gradients([s.grad.data_ptr() for s in mine])
     coefficients = random_coefficients(layers, torch.Generator().manual_seed(0))
     expected = copied(shards, CPU)
     assert_same_statistic(kernels.sum_of_squares(), shards, layers)

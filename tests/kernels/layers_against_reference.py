@@ -10,13 +10,14 @@ import hypothesis.strategies as st
 import torch
 from torch import Tensor
 
-from novoscale.kernels import reference_layers
+from novoscale.kernels.interface import AdvanceInputs, States
 from novoscale.kernels.layers import NEEDED, RECORD, SUMS, LayerTable, OptionTable
+from novoscale.kernels.reference import layers as reference_layers
 
 LAYERS = [1, 2, 3, 7, 64, 130]
 
 
-class Held(NamedTuple):
+class LocalParameter(NamedTuple):
     """A parameter: how many of its layers are here, how many columns it has, and what else is known of it."""
 
     group: int
@@ -30,7 +31,7 @@ class Case(NamedTuple):
     """The layers of some steps."""
 
     groups: list[dict[str, Any]]
-    held: list[Held]
+    parameters: list[LocalParameter]
     sums: bool
     scale: float | None
     one_verdict: bool
@@ -85,17 +86,17 @@ def plain_group(**options: Any) -> dict[str, Any]:
 def cases(draw: Any) -> Case:
     limit = draw(st.sampled_from([None, 0.5, 1e6]))
     groups = [group(draw, draw(st.booleans()), limit) for _ in range(draw(st.integers(1, 3)))]
-    held = []
+    parameters = []
     for index, of in enumerate(groups):
         for _ in range(draw(st.integers(1, 3))):
             count = draw(st.sampled_from([*LAYERS, 0]))
             width = draw(st.sampled_from(LAYERS)) if of["factored"] and draw(st.booleans()) else 0
             numel = width or draw(st.sampled_from([1, 5, 4096]))
-            held.append(Held(index, count, width, numel, draw(st.booleans())))
+            parameters.append(LocalParameter(index, count, width, numel, draw(st.booleans())))
     adds_up = any(g["factored"] or g["clip_threshold"] or g["scale_parameter"] for g in groups)
     return Case(
         groups,
-        held,
+        parameters,
         adds_up,
         draw(st.sampled_from([None, 1024.0])),
         draw(st.booleans()),
@@ -110,8 +111,8 @@ class Tensors(NamedTuple):
     columns: list[Tensor]
     steps: list[Tensor]
 
-    def states(self) -> reference_layers.States:
-        return reference_layers.States(*([t for t in of if t.ndim] for of in self))
+    def states(self) -> States:
+        return States(*([t for t in of if t.ndim] for of in self))
 
     def copied(self, device: torch.device) -> Tensors:
         return Tensors(*([t.clone().to(device) for t in of] for of in self))
@@ -125,7 +126,7 @@ def numbers(generator: torch.Generator, *shape: int) -> Tensor:
 
 def tensors(case: Case, generator: torch.Generator) -> Tensors:
     v, columns, steps = [], [], []
-    for h in case.held:
+    for h in case.parameters:
         of = case.groups[h.group]
         counts = h.count if not of["factored"] else 1
         counted = of["counted"] or of["bias_correction"] or of["rounds"]
@@ -138,7 +139,7 @@ def tensors(case: Case, generator: torch.Generator) -> Tensors:
 
 def table(case: Case, known: Tensors, generator: torch.Generator) -> LayerTable:
     records, layer, column = [], 0, 0
-    for i, h in enumerate(case.held):
+    for i, h in enumerate(case.parameters):
         of = case.groups[h.group]
         steps = known.steps[i].data_ptr() if known.steps[i].ndim else 0
         columns = known.columns[i].data_ptr() if h.width else 0
@@ -162,11 +163,11 @@ def run(module: Any, case: Case, device: torch.device, steps: int = 2) -> dict[s
     found: dict[str, Tensor] = {}
     for step in range(steps):
         options.take(case.groups)
-        statistic = torch.zeros(made.layers + made.columns + SUMS * case.sums * len(case.held)).double()
+        statistic = torch.zeros(made.layers + made.columns + SUMS * case.sums * len(case.parameters)).double()
         statistic[: made.layers + made.columns] = numbers(generator, made.layers + made.columns)
         if case.sums:
-            statistic[-len(case.held) :] = numbers(generator, len(case.held))
-        verdicts = torch.rand(len(case.held), generator=generator) < 0.8
+            statistic[-len(case.parameters) :] = numbers(generator, len(case.parameters))
+        verdicts = torch.rand(len(case.parameters), generator=generator) < 0.8
         finite = verdicts[0] if case.one_verdict else verdicts
         total = statistic[: made.layers].sum().to(device)
         statistic, finite = statistic.to(device), finite.to(device)
@@ -174,7 +175,7 @@ def run(module: Any, case: Case, device: torch.device, steps: int = 2) -> dict[s
         kernel.hold(known.states)
         kernel.begin(options, statistic, scale)
         found[f"statistic {step}"] = statistic.clone()
-        c = kernel.advance(options, statistic, finite, total, scale, lambda x: x * 2)
+        c = kernel.advance(AdvanceInputs(options, statistic, finite, total, scale, lambda x: x * 2))
         kernel.release()
         found |= {f"{f.name} {step}": t for f in fields(c) if (t := getattr(c, f.name)) is not None}
         found |= {f"{n} {step} {i}": t.clone() for n, of in known._asdict().items() for i, t in enumerate(of)}

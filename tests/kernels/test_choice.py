@@ -10,7 +10,9 @@ from against_reference import shard
 from torch import nn
 
 from novoscale import NovoGrad, kernels
-from novoscale.kernels import reference
+from novoscale.kernels import dispatch
+from novoscale.kernels.interface import VectorSizes
+from novoscale.kernels.reference import elements as reference
 
 needs_compiler = pytest.mark.skipif(kernels.fused("cpu") is None, reason="no C++ compiler")
 
@@ -19,7 +21,7 @@ needs_compiler = pytest.mark.skipif(kernels.fused("cpu") is None, reason="no C++
 def no_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    caches = (kernels._load, kernels._say_once)
+    caches = (dispatch._load, dispatch._warn_once)
     if kernels.fused("cpu") is not None:
         caches += (kernels.fused("cpu").load,)
     for cache in caches:
@@ -40,8 +42,8 @@ def used(p, **options):
     """The modules that a step used."""
     optimizer = NovoGrad([p], lr=0.1, **options)
     optimizer.step()
-    ready = next(iter(optimizer._prepared.values()))
-    return {module.__name__.split(".")[-1] for module, _ in ready.kernels._places}
+    ready = next(iter(optimizer._step_tables.values()))
+    return {part.module.__name__.split(".")[-1] for part in ready.kernels.parts}
 
 
 @needs_compiler
@@ -111,7 +113,7 @@ def test_without_a_compiler_the_reference_serves_and_that_is_said_once(no_compil
 @pytest.fixture
 def asked_anew():
     """Whether there is a fused kernel is asked once: here, and after the test, again."""
-    caches = (kernels._load, kernels._say_once)
+    caches = (dispatch._load, dispatch._warn_once)
     for cache in caches:
         cache.cache_clear()
     yield
@@ -125,7 +127,7 @@ def asked_anew():
 )
 def test_however_a_kernel_fails_to_load_the_reference_serves(error, asked_anew, monkeypatch):
     monkeypatch.setattr(kernels.fused("cpu"), "load", mock.Mock(side_effect=error))
-    kernels._load.cache_clear()
+    dispatch._load.cache_clear()
     with pytest.warns(UserWarning, match=f"cannot be used: {type(error).__name__}: .*"):
         assert used(parameter()) == {"reference"}
 
@@ -165,5 +167,5 @@ def test_the_statistics_of_parts_are_put_together():
     a, b = parameter(), parameter(torch.float64)
     shards = [shard(p, p.grad, None, first=first) for first, p in enumerate((a, b))]
     device = torch.device("cpu")
-    found = kernels.Kernels(shards, device, 2).sum_of_squares()
-    assert torch.equal(found, reference.sum_of_squares(shards, device, 2))
+    found = kernels.Kernels(shards, device, VectorSizes(2)).sum_of_squares()
+    assert torch.equal(found, reference.sum_of_squares(shards, device, VectorSizes(2)))

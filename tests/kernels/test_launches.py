@@ -10,12 +10,12 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from novoscale import NovoGrad, kernels
+from novoscale import NovoGrad
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from novoscale.kernels import triton
-from novoscale.kernels import triton_passes as passes
+from novoscale.kernels import dispatch, triton
+from novoscale.kernels.triton import update as triton_update
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
@@ -45,7 +45,7 @@ class Counted(TorchDispatchMode):
 def launches(monkeypatch):
     """Counts the kernels and collectives by name, where Triton is taken for a CPU's tensors."""
     found = Counter()
-    monkeypatch.setattr(kernels, "fused", lambda device_type: triton)
+    monkeypatch.setattr(dispatch, "fused", lambda device_type: triton)
     reduce = dist.all_reduce
 
     def collective(*args, **kwargs):
@@ -53,7 +53,9 @@ def launches(monkeypatch):
         with torch.utils._python_dispatch._disable_current_modes():
             return reduce(*args, **kwargs)
 
-    monkeypatch.setattr(type(passes.update), "run", lambda self, *_, **__: found.update([self.fn.__name__]))
+    monkeypatch.setattr(
+        type(triton_update.update), "run", lambda self, *_, **__: found.update([self.fn.__name__])
+    )
     monkeypatch.setattr(dist, "all_reduce", collective)
     return found
 

@@ -5,18 +5,20 @@ import torch
 from against_reference import Part, shard, steps
 from hypothesis import given, settings
 
-from novoscale.blocks import BLOCK
 from novoscale.kernels.shards import COLUMN, chunks, panels
+from novoscale.sharding.blocks import BLOCK
 
 
-def elements(start, stop, layer, position, size, place, column, first_cut, last_cut, index, in_blocks):
+def elements(
+    start, stop, layer, position, size, place, column, first_sharded, last_sharded, index, in_blocks
+):
     """What a row of a table says of each element: where it and its moment lie, and of what layer it is."""
     for n in range(stop - start):
         at = place + ((position + n) // BLOCK - position // BLOCK if in_blocks else n)
         first = (position + n) // BLOCK == position // BLOCK
         last = (position + n) // BLOCK == (position + stop - start - 1) // BLOCK
-        cut = first_cut if first else last_cut if last else -1
-        yield index, start + n, layer + (position % size + n) // size, position + n, size, at, cut, column
+        sharded = first_sharded if first else last_sharded if last else -1
+        yield index, start + n, layer + (position % size + n) // size, position + n, size, at, sharded, column
 
 
 def of_pieces(shards):
@@ -31,12 +33,14 @@ def test_chunks_are_the_pieces_cut_at_multiples_of_the_size_and_sorted_by_layer(
     shards, _, _ = case
     rows = chunks(shards, size, BLOCK).tolist()
     in_blocks = [s.exp_avg_scale is not None for s in shards]
-    found = [e for *row, cut, index in rows for e in elements(*row, cut, cut, index, in_blocks[index])]
+    found = [
+        e for *row, sharded, index in rows for e in elements(*row, sharded, sharded, index, in_blocks[index])
+    ]
     assert sorted(found) == sorted(of_pieces(shards))
     order = [(layer, position) for _, _, layer, position, *_ in rows]
     assert order == sorted(order)
-    for start, stop, _, position, _, _, _, cut, index in rows:
-        assert cut < 0 or position // BLOCK == (position + stop - start - 1) // BLOCK
+    for start, stop, _, position, _, _, _, sharded, index in rows:
+        assert sharded < 0 or position // BLOCK == (position + stop - start - 1) // BLOCK
         first = position if in_blocks[index] else start
         assert first // size == (first + stop - start - 1) // size
 

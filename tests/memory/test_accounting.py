@@ -8,7 +8,7 @@ from torch import nn
 
 from novoscale import NovoGrad
 from novoscale.memory import account, optimizer_state_bytes
-from novoscale.ranks import run_ranks as run_new_ranks
+from novoscale.tools.local_ranks import run_ranks as run_new_ranks
 
 ELEMENTS = 4 * accounting_ranks.WIDTH**2
 
@@ -31,7 +31,7 @@ def test_counts_what_each_optimizer_holds(make, per_parameter, rest):
     assert optimizer_state_bytes(optimizer).total == per_parameter * (37 * 1000 + 37) + rest
 
 
-def test_shared_storages_count_once_and_whole():
+def test_shared_storages_count_once_and_in_full():
     p = nn.Parameter(torch.ones(4))
     optimizer = torch.optim.SGD([p], lr=0.1)
     buffer = torch.zeros(100)
@@ -90,16 +90,16 @@ def test_deepspeed(stage, dtype):
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
-    size, cut = dtype.itemsize, 1 if stage == 0 else 2
+    size, partitions = dtype.itemsize, 1 if stage == 0 else 2
     master = 0 if stage == 0 and size == 4 else 4
     for found in run_ranks(accounting_ranks.under_deepspeed, 2, ds, dtype):
         assert found.parameters == size * ELEMENTS // (2 if stage == 3 else 1)
-        assert found.master_weights == master * ELEMENTS // cut
-        assert found.state.by_key["exp_avg"] == found.state.by_key["exp_avg_sq"] == 4 * ELEMENTS // cut
+        assert found.master_weights == master * ELEMENTS // partitions
+        assert found.state.by_key["exp_avg"] == found.state.by_key["exp_avg_sq"] == 4 * ELEMENTS // partitions
         if stage == "offload":  # float32 on the host, and two buffers as large as the largest parameter
             assert found.gradients == pytest.approx((4 / 2 + 2 * size / 4) * ELEMENTS, rel=1e-3)
         else:
-            assert found.gradients == pytest.approx(size * ELEMENTS // cut, rel=1e-3)
+            assert found.gradients == pytest.approx(size * ELEMENTS // partitions, rel=1e-3)
 
 
 @pytest.mark.parametrize(

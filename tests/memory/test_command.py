@@ -13,7 +13,16 @@ def run(*arguments):
 
 
 def test_memory_measures_and_writes(tmp_path):
-    arguments = ["--optimizer", "adamw-fused", "--optimizer", "novograd", "--cut", "none", "--cut", "ddp"]
+    arguments = [
+        "--optimizer",
+        "adamw-fused",
+        "--optimizer",
+        "novograd",
+        "--sharding",
+        "none",
+        "--sharding",
+        "ddp",
+    ]
     done = run("memory", "builtin", *arguments, "--ranks", 2, "--out", tmp_path / "runs")
     assert done.exit_code == 0, done.stderr
     assert "there is no GPU" in done.stderr or "fewer GPUs" in done.stderr
@@ -29,7 +38,7 @@ def test_memory_measures_and_writes(tmp_path):
 def test_memory_of_a_config_file_as_json(tmp_path):
     config = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options = ["--optimizer", "novograd", "--cut", "none", "--json", "--out", tmp_path / "runs"]
+    options = ["--optimizer", "novograd", "--sharding", "none", "--json", "--out", tmp_path / "runs"]
     done = run("memory", tmp_path / "config.json", *options)
     assert done.exit_code == 0, done.stderr
     (row,) = json.loads(done.stdout)["rows"]
@@ -37,7 +46,7 @@ def test_memory_of_a_config_file_as_json(tmp_path):
 
 
 def test_memory_with_released_gradients_says_so_in_table_picture_and_json(tmp_path):
-    arguments = ["--release", "--optimizer", "novograd", "--cut", "none", "--out", tmp_path]
+    arguments = ["--release", "--optimizer", "novograd", "--sharding", "none", "--out", tmp_path]
     done = run("memory", "builtin", *arguments)
     assert done.exit_code == 0, done.stderr
     assert "gradients released in the backward pass" in done.stdout
@@ -69,14 +78,17 @@ def test_plan_answers_with_a_sentence_and_a_row_for_each_optimizer():
     ("chosen", "says"),
     [
         (
-            ["--cut", "none", "--device-memory", 64],
+            ["--sharding", "none", "--device-memory", 64],
             "int4) in one process; with torch AdamW (fused) it does not.",
         ),
         (
-            ["--cut", "ddp", "--device-memory", 16],
+            ["--sharding", "ddp", "--device-memory", 16],
             "does not fit on devices of 16 GiB with NovoGrad (adamw, int4)",
         ),
-        (["--optimizer", "lion", "--cut", "zero3"], "fits on 2 devices of 80 GiB with Lion under ZeRO-3."),
+        (
+            ["--optimizer", "lion", "--sharding", "zero3"],
+            "fits on 2 devices of 80 GiB with Lion under ZeRO-3.",
+        ),
     ],
     ids=["AdamW does not", "neither does", "another optimizer alone"],
 )
@@ -87,7 +99,7 @@ def test_plan_says_what_does_not_fit_and_what_was_chosen(chosen, says):
 
 
 def test_plan_of_all_shows_each_part_and_the_smallest_world():
-    arguments = ["--world", 64, "--optimizer", "novograd", "--cut", "zero3", "--device-memory", 80]
+    arguments = ["--world", 64, "--optimizer", "novograd", "--sharding", "zero3", "--device-memory", 80]
     done = run("plan", "llama-70b", *arguments, "--all")
     assert done.exit_code == 0, done.stderr
     assert "70.55 billion parameters on 64 ranks" in done.stdout
@@ -96,16 +108,31 @@ def test_plan_of_all_shows_each_part_and_the_smallest_world():
     assert done.stdout.count("(GiB)") == 7
 
 
-def test_plan_has_every_optimizer_and_cut_with_all_and_in_json():
+def test_plan_has_every_optimizer_and_sharding_with_all_and_in_json():
     rows = json.loads(run("plan", "builtin", "--json").stdout)["rows"]
     optimizers = {row["optimizer"] for row in rows}
-    assert [row["cut"] for row in rows] == [c for c in ("zero2", "zero3", "fsdp2") for _ in optimizers]
+    assert [row["sharding"] for row in rows] == [c for c in ("zero2", "zero3", "fsdp2") for _ in optimizers]
     shown = run("plan", "builtin", "--all").stdout
     assert sum(line.startswith("│") for line in shown.splitlines()) == len(rows)
 
 
+def test_the_option_goes_by_its_former_name_too():
+    named, formerly = (run("plan", "builtin", option, "zero3").stdout for option in ("--sharding", "--cut"))
+    assert "ZeRO-3" in named
+    assert formerly == named
+
+
 def test_plan_of_released_gradients_says_which_rows_it_holds_for():
-    chosen = ["--optimizer", "novograd-int4", "--optimizer", "adamw-fused", "--cut", "none", "--cut", "zero2"]
+    chosen = [
+        "--optimizer",
+        "novograd-int4",
+        "--optimizer",
+        "adamw-fused",
+        "--sharding",
+        "none",
+        "--sharding",
+        "zero2",
+    ]
     arguments = ["plan", "gpt2-1m", *chosen, "--precision", "bfloat16", "--release"]
     assert "no: not NovoGrad" in run(*arguments).stdout
     done = run(*arguments, "--all")
@@ -115,7 +142,7 @@ def test_plan_of_released_gradients_says_which_rows_it_holds_for():
     assert "no: not NovoGrad" in says
     report = json.loads(run(*arguments, "--json").stdout)
     assert report["release"] is True
-    rows = {(row["optimizer"], row["cut"]): row for row in report["rows"]}
+    rows = {(row["optimizer"], row["sharding"]): row for row in report["rows"]}
     assert [row["why_not_released"] for row in rows.values()] == [
         *(None, "not NovoGrad"),
         *("not under ZeRO-2", "not NovoGrad"),
@@ -136,8 +163,8 @@ def test_plan_of_released_gradients_says_which_rows_it_holds_for():
         (["plan", "llama-8b", "--optimizer", "adam"], "no optimizer 'adam'; there are: novograd,"),
         (["memory", "lama"], "no model 'lama'; did you mean: llama"),
         (
-            ["memory", "--cut", "zero4"],
-            "no cut 'zero4'; there are: none, ddp, zero1, zero2, zero3, offload, fsdp2",
+            ["memory", "--sharding", "zero4"],
+            "no sharding 'zero4'; there are: none, ddp, zero1, zero2, zero3, offload, fsdp2",
         ),
         (["plan", "llama-8b", "--precision", "fp16"], "no precision 'fp16'; there are: float32, bf16-mixed"),
         (["plan", "llama-8b", "--optimizer", "gefen-x"], "gefen-x: no rule gives its state"),

@@ -1,4 +1,4 @@
-"""A cell is measured, or says why not; an optimizer that a cut changes is marked."""
+"""A cell is measured, or says why not; an optimizer that a sharding changes is marked."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from novoscale.memory.comparison import compare
 from novoscale.memory.measuring import Job, measure
 from novoscale.memory.models import MemoryToolError
 from novoscale.memory.optimizers import CANDIDATES
-from novoscale.ranks import RankError
+from novoscale.tools.local_ranks import RankError
 
 
 def test_phases_of_two_steps_and_accounts_of_every_rank():
@@ -23,9 +23,9 @@ def test_phases_of_two_steps_and_accounts_of_every_rank():
     assert found.to_dict()["transient_bytes"] < 0.1 * found.parameters  # of NovoGrad, not of its wrapper
 
 
-def test_an_optimizer_that_a_cut_changes_is_marked_by_its_update():
+def test_an_optimizer_that_a_sharding_changes_is_marked_by_its_update():
     rows = list(compare("builtin", ["NovoGrad", "torch Adafactor"], [("none", 1), ("zero2", 2)], "float32"))
-    assert [(r["optimizer"], r["cut"], r["ranks"]) for r in rows] == [
+    assert [(r["optimizer"], r["sharding"], r["ranks"]) for r in rows] == [
         ("NovoGrad", "none", 1),
         ("NovoGrad", "zero2", 2),
         ("torch Adafactor", "none", 1),

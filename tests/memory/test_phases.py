@@ -5,7 +5,7 @@ import itertools
 import phases_ranks
 import pytest
 
-from novoscale.ranks import run_ranks
+from novoscale.tools.local_ranks import run_ranks
 
 MIB = 2**20
 

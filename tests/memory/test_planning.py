@@ -21,7 +21,7 @@ LIMIT = 0.01
 
 def planned(job):
     model = build(job.model, "meta")
-    return plan(model, CANDIDATES[job.optimizer].state, job.cut, job.ranks, job.precision)
+    return plan(model, CANDIDATES[job.optimizer].state, job.sharding, job.ranks, job.precision)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def planned(job):
         Job("gpt2-1m", "NovoGrad, adamw, int4", "fsdp2", 2),
         Job("gpt2-1m", "NovoGrad, int8", "none", 1, "bfloat16"),
     ],
-    ids=lambda job: f"{job.model}-{job.optimizer}-{job.cut}-{job.ranks}-{job.precision}",
+    ids=lambda job: f"{job.model}-{job.optimizer}-{job.sharding}-{job.ranks}-{job.precision}",
 )
 def test_plan_agrees_with_measurement(job):
     if not CANDIDATES[job.optimizer].installed():
@@ -133,10 +133,10 @@ def test_partitions_within_one_parameter_are_counted_once_and_no_other_is_left_o
 
 def test_smallest_world_is_the_first_that_fits():
     model, rule = build("llama-8b", "meta"), CANDIDATES["torch AdamW"].state
-    for cut in ("zero3", "fsdp2", "offload"):
-        world = smallest_world(model, rule, cut, "bf16-mixed", 20 * 2**30)
-        assert plan(model, rule, cut, world, "bf16-mixed").on_device <= 20 * 2**30
-        assert world == 1 or plan(model, rule, cut, world - 1, "bf16-mixed").on_device > 20 * 2**30
+    for sharding in ("zero3", "fsdp2", "offload"):
+        world = smallest_world(model, rule, sharding, "bf16-mixed", 20 * 2**30)
+        assert plan(model, rule, sharding, world, "bf16-mixed").on_device <= 20 * 2**30
+        assert world == 1 or plan(model, rule, sharding, world - 1, "bf16-mixed").on_device > 20 * 2**30
     assert smallest_world(model, rule, "zero2", "bf16-mixed", 10 * 2**30) is None  # 15 GiB of weights
     assert smallest_world(model, rule, "ddp", "bf16-mixed", 10 * 2**30) is None
 
@@ -169,5 +169,7 @@ def test_llama_70b_on_64_ranks_is_planned_in_30_seconds_and_4_gib():
     assert seconds < 30
     assert kib < 4 * 2**20
     found = json.loads(done.stdout)
-    adamw = next(r for r in found["rows"] if (r["optimizer"], r["cut"]) == ("torch AdamW, fused", "zero3"))
+    adamw = next(
+        r for r in found["rows"] if (r["optimizer"], r["sharding"]) == ("torch AdamW, fused", "zero3")
+    )
     assert adamw["total"] == pytest.approx(16 * 70_553_706_496 / 64, rel=LIMIT)

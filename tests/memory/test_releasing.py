@@ -12,7 +12,7 @@ from novoscale.memory.measuring import Job, measure
 from novoscale.memory.optimizers import CANDIDATES
 from novoscale.memory.planning import plan
 from novoscale.memory.releasing import alive_at_once, why_not
-from novoscale.ranks import run_ranks
+from novoscale.tools.local_ranks import run_ranks
 
 
 def linear(rows, columns):
@@ -34,7 +34,7 @@ class Blocks(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "cut", "world", "elements"),
+    ("model", "sharding", "world", "elements"),
     [
         (nn.ModuleList([linear(1, 5), linear(30, 30), linear(5, 5)]), "none", 1, 900 + 25),  # 25 wait for 5
         (nn.ModuleList([linear(30, 30), linear(30, 3)]), "none", 1, 900),
@@ -48,12 +48,12 @@ class Blocks(nn.Module):
         (nn.ModuleList([linear(30, 30), linear(5, 5)]), "fsdp2", 2, 15 * 30 + 3 * 5),  # no blocks
     ],
 )
-def test_elements_alive_at_once(model, cut, world, elements):
-    assert alive_at_once(model, cut, world) == elements
+def test_elements_alive_at_once(model, sharding, world, elements):
+    assert alive_at_once(model, sharding, world) == elements
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "cut", "why"),
+    ("optimizer", "sharding", "why"),
     [
         ("NovoGrad, int4", "none", None),
         ("NovoGrad, adamw, int8", "fsdp2", None),
@@ -63,15 +63,15 @@ def test_elements_alive_at_once(model, cut, world, elements):
         ("NovoGrad (pytorch_optimizer)", "none", "not NovoGrad"),
     ],
 )
-def test_what_can_release_and_why_not(optimizer, cut, why):
-    assert why_not(optimizer, cut) == why
+def test_what_can_release_and_why_not(optimizer, sharding, why):
+    assert why_not(optimizer, sharding) == why
 
 
 def test_a_plan_of_llama_8b_in_one_process():
     model, rule = models.build("llama-8b", "meta"), CANDIDATES["NovoGrad, int4"].state
-    whole, released = (plan(model, rule, "none", 1, "bfloat16", release) for release in (False, True))
-    assert (released.parameters, released.state) == (whole.parameters, whole.state)
-    assert whole.gradients == whole.parameters
+    kept, released = (plan(model, rule, "none", 1, "bfloat16", release) for release in (False, True))
+    assert (released.parameters, released.state) == (kept.parameters, kept.state)
+    assert kept.gradients == kept.parameters
     assert released.gradients == 2 * 128256 * 4096  # the embedding's
     assert 19 < released.on_device / 2**30 < 20
 
@@ -84,15 +84,17 @@ def test_a_plan_of_llama_8b_in_one_process():
         Job("gpt2-1m", "NovoGrad, int4", "none", 1, "bfloat16", release=True),
         Job("gpt2-1m", "NovoGrad, adamw, int8", "fsdp2", 2, "bf16-mixed", release=True),
     ],
-    ids=lambda job: f"{job.model}-{job.cut}-{job.precision}",
+    ids=lambda job: f"{job.model}-{job.sharding}-{job.precision}",
 )
 def test_plan_agrees_with_measurement(job):
     model = models.build(job.model, "meta")
-    expected = plan(model, CANDIDATES[job.optimizer].state, job.cut, job.ranks, job.precision, release=True)
+    expected = plan(
+        model, CANDIDATES[job.optimizer].state, job.sharding, job.ranks, job.precision, release=True
+    )
     found = measure(job, timeout=200)
     assert [account.gradients for account in found.accounts] == [0] * job.ranks  # none waits for the step
     # The gradient of a tied parameter is not seen before all of it is there.
-    unseen = 2 * 256 * 128 if (job.model, job.cut) == ("gpt2-1m", "none") else 0
+    unseen = 2 * 256 * 128 if (job.model, job.sharding) == ("gpt2-1m", "none") else 0
     assert 0.99 * (expected.gradients - unseen) < max(found.alive) < 1.01 * expected.gradients
     for kind in ("parameters", "state"):
         held = [getattr(a, kind) if kind != "state" else a.state.total for a in found.accounts]
@@ -105,8 +107,8 @@ def test_the_gradient_of_a_tied_parameter_waits_for_its_first_use():
 
 
 def test_released_rows_have_the_same_update_and_others_say_why_not():
-    cuts = [("none", 1), ("fsdp2", 2), ("ddp", 2)]
-    rows = list(compare("builtin", ["NovoGrad, int8", "torch AdamW"], cuts, "float32", release=True))
+    shardings = [("none", 1), ("fsdp2", 2), ("ddp", 2)]
+    rows = list(compare("builtin", ["NovoGrad, int8", "torch AdamW"], shardings, "float32", release=True))
     none, fsdp2, ddp, *adamw = rows
     assert [row["release"] for row in rows] == [True] * 6
     assert none["deviation"] == 0

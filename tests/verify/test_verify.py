@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from benchmarks.cuts import PlainNovoGrad
+from benchmarks.sharding import PlainNovoGrad
 from novoscale import NovoGrad
 from novoscale.cli import app
-from novoscale.ranks import RankError, run_ranks
+from novoscale.tools.local_ranks import RankError, run_ranks
 from novoscale.verify import Bits, Training, VerifyError, findings, torch_training, verify
 from novoscale.verify.config import prepare, read
 from novoscale.verify.recording import replay
@@ -21,7 +21,7 @@ from novoscale.verify.runs import builtin_model, one_process
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = sorted((ROOT / "configs").iterdir())
-PLAIN = "benchmarks.cuts:PlainNovoGrad"
+PLAIN = "benchmarks.sharding:PlainNovoGrad"
 BUILTIN = "novoscale.verify.runs:builtin_model"
 BF16 = {"bf16": {"enabled": True}}
 # The optimizer's own weights are bfloat16: no float32 masters.
@@ -126,7 +126,7 @@ def test_an_optimizer_that_takes_a_partition_for_a_layer_fails(config):
     ("optimizer", "passed"), [("NearlySGD", True), ("NearlyNovoGrad", False)], ids=["other", "NovoGrad"]
 )
 def test_bits_decide_for_those_that_promise_them(optimizer, passed):
-    """The last digits depend on the cut, which is no other training."""
+    """The last digits depend on the sharding, which is no other training."""
     verdict = verify(ds(2), ranks=3, steps=3, optimizer=f"test_verify:{optimizer}", options={"lr": 0.003})
     assert not verdict.bits.identical
     assert verdict.training.passed
@@ -383,7 +383,7 @@ def test_what_accelerate_config_writes_without_a_json_is_verified(tmp_path):
         "  gradient_accumulation_steps: 2\n  offload_optimizer_device: cpu\n"
     )
     verdict = verify(path, steps=3)
-    assert (verdict.cut, verdict.optimizer, verdict.passed) == ("deepspeed", "novoscale:NovoGrad", True)
+    assert (verdict.sharding, verdict.optimizer, verdict.passed) == ("deepspeed", "novoscale:NovoGrad", True)
 
 
 def test_a_config_with_comments_is_read_as_deepspeed_reads_it(tmp_path):

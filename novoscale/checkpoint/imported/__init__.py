@@ -1,0 +1,1 @@
+"""States of other optimizers: Adam's, and other NovoGrads'."""

@@ -1,0 +1,1 @@
+"""NovoGrad: its options, presets, param groups, the tables of a step, telemetry, gradient release."""

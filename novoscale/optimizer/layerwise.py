@@ -1,0 +1,268 @@
+"""Which layers the tensors of an optimizer hold, and the tables of the sets that are stepped together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from novoscale.kernels.uploads import capturing
+from novoscale.optimizer import options, step_tables, tensor_checks
+from novoscale.optimizer.layer_table import Group, Groups
+from novoscale.optimizer.step_tables import StepTables, StepTensors
+from novoscale.sharding.dtensors import sharded
+from novoscale.sharding.layers import describe
+from novoscale.sharding.layout import Layout, unsharded
+from novoscale.state import momentum, second_moment, step_counts
+from novoscale.state.step_counts import counts_steps
+
+# Of how many sets of tensors the tables are kept, beside one for each tensor: a model has many sets if each
+# step gives gradients to other parts of it.
+MAX_CACHED_TABLES = 256
+
+
+class LayerwiseOptimizer(Optimizer):
+    """An optimizer that knows which layers the tensors of its param groups hold, however they are sharded."""
+
+    # Caches: private, not copied, rebuilt from param_groups.
+    _layouts: dict[int, Layout]  # by id(tensor)
+    _dtensor_layouts: dict[int, tuple[DeviceMesh, Any, Layout]]  # mesh, placements; by id(tensor)
+    _step_tables: dict[Any, StepTables]  # by step_tables.tables_key(), last used last
+    _captured: list[StepTables]  # those that CUDA graphs read at each replay: never freed, never written to
+    _wrapper: str | None  # what replaced the parameters, if anything did; copied
+    _released: object | None  # the handle of release_gradients, if it is in use
+    _full_param_groups: Sequence[Group] | None  # of the unsharded model, see number_as()
+
+    def _clear_caches(self) -> None:
+        """Start with empty caches."""
+        self._layouts, self._dtensor_layouts, self._step_tables, self._captured = {}, {}, {}, []
+        self._wrapper = self._released = self._full_param_groups = None
+
+    # ---- a set of tensors ---------------------------------------------------------------------------
+
+    def _with_gradients(self, tensors: Iterable[tuple[int, Sequence[Tensor]]]) -> Groups:
+        """The tensors to step, by param group."""
+        found: Groups = []
+        for index, members in tensors:
+            group = self.param_groups[index]
+            options.check_options(group, f"param group {index}")
+            params = [p for p in members if p.grad is not None]
+            if params:
+                found.append((group, params))
+        return found
+
+    def _tables_for(self, groups: Groups) -> StepTables:
+        """The tables of a set of tensors; made anew if anything but the gradients has moved.
+
+        Refuses by name what cannot be stepped, before anything is changed.
+        """
+        try:
+            tensors = StepTensors(groups, self.state)
+        except RuntimeError:  # a sparse gradient has no address
+            self._check(groups)
+            raise
+        per_parameter = self._released is not None
+        key = step_tables.tables_key(groups, per_parameter)
+        ready = self._step_tables.pop(key, None)
+        if ready is None or not ready.serves(tensors):
+            ready = self._build_tables(groups, tensors, ready, per_parameter)
+        if capturing() and not ready.captured:
+            ready.captured = True
+            self._captured.append(ready)
+        self._step_tables[key] = ready
+        if len(self._step_tables) > MAX_CACHED_TABLES + sum(
+            len(group["params"]) for group in self.param_groups
+        ):
+            del self._step_tables[next(iter(self._step_tables))]
+        ready.hold(tensors)
+        return ready
+
+    def _build_tables(
+        self, groups: Groups, tensors: StepTensors, before: StepTables | None, per_parameter: bool
+    ) -> StepTables:
+        """New tables of a set of tensors, which get a state if they have none."""
+        layouts = self._check(groups)
+        if capturing():
+            raise RuntimeError(tensor_checks.captured(before is not None))
+        for (group, params), known in zip(groups, layouts, strict=True):
+            counted = counts_steps(group)
+            for p, layout in zip(params, known, strict=True):
+                self._init_state(p, layout, group, counted)
+        tensors.look_up(self.state)
+        return step_tables.build(tensors, layouts, before, per_parameter)
+
+    def _check(self, groups: Groups) -> list[list[Layout]]:
+        """The layouts of the tensors of a step, by param group; raises if one cannot be stepped."""
+        stepped = {id(group): set(map(id, params)) for group, params in groups}
+        layouts: list[list[Layout]] = [[] for _ in self.param_groups]
+        for index, position, number, p in self._numbered_tensors():
+            if id(p) in stepped.get(id(self.param_groups[index]), ()):
+                name, group = self._name_of(index, position), self.param_groups[index]
+                if group["fused"]:
+                    tensor_checks.check_has_fused(p, name)
+                tensor_checks.check_gradient(name, p)
+                layout = self._find_layout(index, position, number, p)
+                if self._wrapper is None:  # a wrapper's tensors have not the parameters' shapes
+                    tensor_checks.check_structure(name, self.state.get(p, {}), p.shape, layout, group)
+                layouts[index].append(layout)
+        return [known for known in layouts if known]
+
+    def _find_layout(self, index: int, position: int, number: int, p: Tensor) -> Layout:
+        """The layout of a tensor of ``param_groups``; raises if its layers are not known."""
+        if isinstance(p, DTensor):
+            # It says itself how it is sharded. Accelerate puts DTensors in place of the given parameters.
+            mesh, placements, layout = self._dtensor_layouts.get(id(p), (None, None, None))
+            placed = (p.device_mesh, p.placements)
+            if (
+                layout is None
+                or (mesh, placements) != placed
+                or layout.local_shards[0].parameter.numel != p.numel()
+            ):
+                name = self._name_of(index, position)
+                granularity = self.param_groups[index]["granularity"]
+                layout = sharded(describe(name, p.shape, granularity, number), p)
+                self._dtensor_layouts[id(p)] = (*placed, layout)
+                self._step_tables.clear()  # they know layouts by id
+            return layout
+        known = self._layouts.get(id(p))
+        if known is None or known.numel != p.numel() or _is_fsdp1(p):
+            name = self._name_of(index, position)
+            raise RuntimeError(tensor_checks.unknown_layers(name, p, known, self._wrapper))
+        return known
+
+    def _init_state(self, p: Tensor, layout: Layout, group: Group, counted: bool) -> None:
+        state = self.state[p]
+        if "exp_avg_sq" not in state and "exp_avg_sq_row" not in state:
+            state.update(second_moment.allocate(p, layout))
+        if "exp_avg" not in state and group["betas"][0] != 0:
+            state.update(momentum.allocate(p, layout, group["momentum_dtype"]))
+        if "step" not in state and counted:
+            state["step"] = step_counts.allocate(p, layout)
+
+    def _numbered_tensors(self) -> Iterator[tuple[int, int, int, Tensor]]:
+        """Every tensor of ``param_groups``: index of the group, position in it, number, tensor.
+
+        The number is that of the trainable parameters before it, the same however parameters are sharded.
+        """
+        numbers: dict[int, int] = {}
+        number = 0
+        for group in self._full_param_groups or self.param_groups:
+            for p in group["params"]:
+                numbers[id(p)] = number
+                number += p.requires_grad
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                if id(p) not in numbers:
+                    raise ValueError(tensor_checks.not_in_full_param_groups(self._name_of(index, position)))
+                yield index, position, numbers[id(p)], p
+
+    def _name_of(self, group: int, position: int) -> str:
+        """The name of a parameter for an error message."""
+        names = self.param_groups[group].get("param_names")
+        if names is not None and position < len(names):
+            return str(names[position])
+        return f"parameter {position} of param group {group}"
+
+    def _note_layouts(self, group: int) -> None:
+        """Note the layouts of the tensors of a param group, each of which is unsharded, or a DTensor."""
+        granularity = self.param_groups[group]["granularity"]
+        for index, position, number, p in self._numbered_tensors():
+            if index == group:
+                name = self._name_of(index, position)
+                parameter = describe(name, p.shape, granularity, number)
+                if not isinstance(p, DTensor):
+                    self._layouts[id(p)] = unsharded(parameter)
+        self._step_tables = {}
+
+    # ---- for wrappers that give each rank parameters ------------------------------------------------
+
+    def number_as(self, param_groups: Sequence[Group]) -> None:
+        """Number the parameters as an optimizer of the full model does, of which this one has a part.
+
+        The random bits for rounding depend on a parameter's number. ``ZeroRedundancyOptimizer`` makes an
+        optimizer of each rank's own parameters, which can only count these. Told once, before the first step,
+        it has the bits of DDP: ``optimizer.optim.number_as(optimizer.param_groups)``. A copy has to be told
+        again.
+
+        Args:
+            param_groups: of the full model. Kept, and looked at again when a param group is added.
+
+        Raises:
+            ValueError: a parameter of this optimizer is not in them, or a wrapper has sharded the parameters.
+        """
+        if self._wrapper is not None:
+            raise ValueError(f"number_as: {self._wrapper} has numbered the parameters. Leave the call out")
+        before, self._full_param_groups = self._full_param_groups, param_groups
+        try:
+            for index in range(len(self.param_groups)):
+                self._note_layouts(index)
+        except ValueError:
+            self._full_param_groups = before
+            raise
+        self._dtensor_layouts.clear()
+
+    # ---- for wrappers that shard parameters ----------------------------------------------------------
+
+    def bind(self, wrapper: str, layouts: Sequence[tuple[int, Tensor, Layout]]) -> None:
+        """Tell the optimizer that a wrapper has replaced the parameters by tensors sharded otherwise.
+
+        From here on only these tensors are accepted; their state is allocated at once (a wrapper may
+        step them one by one and link their states after the first).
+
+        Args:
+            wrapper: the wrapper's name, for messages.
+            layouts: for every tensor that will be stepped, the index of its param group, the tensor
+                and its layout.
+
+        Raises:
+            ValueError: a layout of another size than its tensor, a tensor of ``param_groups``
+                without a layout, or ``max_grad_norm`` in use: a wrapper that steps its groups one by
+                one never shows the norm of the whole gradient.
+        """
+        given = {id(tensor): layout for _, tensor, layout in layouts}
+        self.refuse_clipping(wrapper)
+        if self._released is not None:
+            raise ValueError(options.wrapped_and_released(wrapper))
+        for index, group in enumerate(self.param_groups):
+            for position, p in enumerate(group["params"]):
+                if id(p) not in given or given[id(p)].numel != p.numel():
+                    raise ValueError(f"{wrapper}: no layout of {self._name_of(index, position)}")
+        self._wrapper = wrapper
+        self._layouts = given
+        self._step_tables = {}
+        counted = [*map(counts_steps, self.param_groups)]
+        for index, tensor, layout in layouts:
+            self._init_state(tensor, layout, self.param_groups[index], counted[index])
+
+    def refuse_clipping(self, wrapper: str) -> None:
+        """Raise ValueError if ``max_grad_norm`` is in use, for a wrapper under which it cannot be right."""
+        for index, group in enumerate(self.param_groups):
+            if group["max_grad_norm"]:
+                raise ValueError(
+                    f"param group {index}: max_grad_norm={group['max_grad_norm']} cannot be used under "
+                    f"{wrapper}, which clips by itself: set gradient_clipping in the DeepSpeed config and "
+                    "leave max_grad_norm out"
+                )
+
+    def released_by(self, handle: object | None) -> None:
+        """Note that :func:`novoscale.release_gradients` steps parameters in the backward pass; None: no more.
+
+        A gradient that is not finite then keeps its own parameter from a step, and no other.
+
+        Raises:
+            RuntimeError: it does already.
+            ValueError: a wrapper steps the parameters.
+        """
+        if handle is not None and self._wrapper is not None:
+            raise ValueError(options.wrapped_and_released(self._wrapper))
+        if handle is not None and self._released is not None:
+            raise RuntimeError("release_gradients is in use for this optimizer: remove() that handle first")
+        self._released = handle
+
+
+def _is_fsdp1(tensor: Tensor) -> bool:
+    return getattr(tensor, "_fsdp_flattened", False) or hasattr(tensor, "_fqns")

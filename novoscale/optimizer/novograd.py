@@ -1,0 +1,445 @@
+"""NovoGrad: Algorithm 1 of arXiv 1905.11286, the same however the parameters are sharded."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from novoscale.checkpoint import reshard
+from novoscale.checkpoint.imported import state_dicts
+from novoscale.checkpoint.imported.from_adam import Target
+from novoscale.checkpoint.state_dict import (
+    keep_structural_options,
+    loaded_state,
+    recorded_load,
+    saved_state,
+)
+from novoscale.optimizer import options, presets, tensor_checks
+from novoscale.optimizer.layerwise import LayerwiseOptimizer
+from novoscale.optimizer.telemetry import Telemetry
+from novoscale.sharding.plan import Plan
+
+
+class NovoGrad(LayerwiseOptimizer):
+    r"""Stochastic gradients normalised by one second moment per layer.
+
+    For each layer (by default one parameter tensor), with gradient g and weight w:
+
+        S = sum(g**2)
+        v = S if v == 0 else beta2*v + (1 - beta2)*S
+        m = beta1*m + (g / (sqrt(v) + eps) + weight_decay*w)
+        w = w - lr*m
+
+    A layer whose gradient has been zero since the start (v == 0 and S == 0) is left as it is. A step
+    in which any layer's gradient is not finite, on any rank, changes nothing on any rank: see
+    ``skipped_steps``. Gradients are never written to, and a step does not wait for the device.
+
+    State, per parameter tensor: ``exp_avg`` (m; as ``momentum_dtype`` says, see ``novoscale.state.formats``;
+    float64 for a float64 parameter instead of float32; absent if beta1 is 0) and ``exp_avg_sq`` (v;
+    float32, one element per layer that this rank holds): 4 bytes per element plus 4 per layer. A factored
+    parameter has ``exp_avg_sq_row`` and ``exp_avg_sq_col`` instead, see ``second_moment.allocate``. With
+    ``bias_correction``, and where anything is rounded stochastically, also ``step`` (float32, one element
+    per layer, or per parameter where it is factored). They keep their dtype through ``load_state_dict``.
+
+    Option names are those of ``apex.optimizers.FusedNovoGrad`` and Adafactor; the defaults are the
+    paper's. The arguments that reproduce other implementations are in ``docs/coming-from.md``. ``print``
+    shows the options of each param group and where they come from.
+
+    Args:
+        params: parameters, named parameters or param groups; float32, bfloat16, float16 or float64.
+        lr: learning rate; a number or a tensor of one element. A tensor on another device than the CPU is not
+            read, which would wait for the device: nothing refuses it if it is below 0 or NaN.
+        betas: decay of the first moment and of the second. With beta1 = 0 no first moment is kept. None, as
+            with every option that a preset has: the preset's. Tensors are read, once: to change betas later
+            put others into the param group.
+        eps: added to the square root of the second moment.
+        weight_decay: times the weight, added to the normalised gradient.
+        preset: a word for a set of options, of which each that is given wins: "paper" (Algorithm 1, the
+            default) or "adamw" (learns as AdamW does, at its learning rates: factored second moments, AdamW's
+            averages, Nesterov). A param group may have its own. See ``novoscale.optimizer.presets``.
+        bias_correction: divide m by ``1 - beta1**t`` and sqrt(v) by ``sqrt(1 - beta2**t)``, t counting the
+            layer's own steps (as Apex; the paper has none).
+        grad_averaging: weight the new term of the first moment with 1 - beta1.
+        norm_type: 2, or 0: v then averages the largest magnitude instead of the sum of squares.
+        init_zero: start v at 0 instead of at the first S.
+        reg_inside_moment: True (the paper): m accumulates the normalised gradient and the decay.
+            False (Apex's default): m accumulates the plain gradient; it is normalised, and the
+            decay added, when the weight is changed.
+        max_grad_norm: clip the gradient of all param groups together to this Euclidean norm, as
+            ``torch.nn.utils.clip_grad_norm_`` would, without a pass of its own and without writing
+            to the gradients. None or 0: no clipping.
+        maximize: ascend.
+        momentum_dtype: how the first moment is stored: "float32"; "bfloat16"; "int8" and "int4" in blocks of
+            128 elements with one bfloat16 scale each. About 4, 2, 1.02 and 0.52 bytes per element. All but
+            float32 are rounded stochastically. Parameters of fewer than 4096 elements (of all ranks) keep
+            float32 where others are in blocks. A torch dtype will do.
+        granularity: what a layer is: "tensor" (the paper): a parameter; "row": an index of the first
+            dimension of a parameter of two dimensions or more; a number n: one of n equal slices along the
+            first dimension, such as 3 for a fused QKV weight. "factored": a parameter of two dimensions or
+            more is a matrix, by the split of its dimensions with the fewest rows and columns, and the second
+            moment of an element is that of its row times that of its column (Adafactor, arXiv 1804.04235); a
+            vector has one for each element. "element": that, for vectors only.
+        normalize: "norm" (the paper): divide the gradient by the norm of its layer; "rms": by the root mean
+            square, so that a learning rate means the same for every size and AdamW's values carry over.
+        nesterov: move the weight along the new term of the first moment too, as NAdam with a constant beta1
+            (Dozat 2016); costs no state.
+        clip_threshold: divide the normalised gradient u of a parameter by max(1, rms(u) / clip_threshold)
+            (Adafactor's option). rms(u) is taken from the sums that are known: the mean of S/v over the
+            layers, of factored parameters over the rows. None: no clipping.
+        scale_parameter: multiply u by max(1e-3, rms(w)) of the full parameter (Adafactor's option), so that
+            the learning rate is relative to the weights; the decay is not. Reads the weights once more.
+        stochastic_rounding: of the weights where they are bfloat16 (and have no float32 master: a wrapper
+            that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost.
+        seed: of the random bits for rounding; they do not depend on how the model is sharded, nor on the
+            rank. (Under ``ZeroRedundancyOptimizer`` they do, unless it is told by ``number_as``.)
+        allow_lossy_load: let ``load_state_dict`` round a first moment to a ``momentum_dtype`` that cannot
+            hold it, a collective where that is in blocks that are sharded; and take over the state of an
+            Adam.
+        foreach: True: torch's own operations (``kernels/reference``), as with ``fused=False``.
+        fused: True: a fused kernel (Triton on a GPU, C++ on the CPU), or an error; False: torch's own
+            operations. None: the fused kernel where there is one. All give the same bits.
+
+    A number may be of any kind that ``float`` takes, such as NumPy's; param groups have it as a float.
+    ``capturable`` and ``differentiable``, which torch's optimizers have, may stay in ported code: a step can
+    always be captured in a CUDA graph (let ``lr`` be a tensor on the device there, if it changes), and
+    ``differentiable=True`` is refused.
+
+    Under ``torch.amp.GradScaler`` leave ``scaler.unscale_`` out: the step divides by the scale itself.
+
+    Raises:
+        ValueError: an option out of range, or a parameter that cannot be optimised.
+        RuntimeError: ``fused=True`` where there is no fused kernel. (On the device meta: at the step.)
+        TypeError: an option that NovoGrad does not have, or one of the wrong kind.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves the scale to the step
+
+    # Private, not copied.
+    _telemetry: Telemetry
+    _veto: Tensor | None  # see veto()
+    _loading: dict[str, Any] | None  # the state dict, while it is loaded
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        preset: str = presets.DEFAULT,
+        bias_correction: bool | None = None,
+        grad_averaging: bool | None = None,
+        norm_type: int = 2,
+        init_zero: bool | None = None,
+        reg_inside_moment: bool = True,
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        momentum_dtype: str | torch.dtype = "float32",
+        granularity: str | int | None = None,
+        normalize: str | None = None,
+        nesterov: bool | None = None,
+        clip_threshold: float | None = None,
+        scale_parameter: bool = False,
+        stochastic_rounding: bool = True,
+        seed: int = 0,
+        allow_lossy_load: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **unknown: Any,
+    ) -> None:
+        defaults: dict[str, Any] = {
+            "lr": lr,
+            "preset": preset,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": bias_correction,
+            "grad_averaging": grad_averaging,
+            "norm_type": norm_type,
+            "init_zero": init_zero,
+            "reg_inside_moment": reg_inside_moment,
+            "max_grad_norm": max_grad_norm,
+            "maximize": maximize,
+            "momentum_dtype": momentum_dtype,
+            "granularity": granularity,
+            "normalize": normalize,
+            "nesterov": nesterov,
+            "clip_threshold": clip_threshold,
+            "scale_parameter": scale_parameter,
+            "stochastic_rounding": stochastic_rounding,
+            "seed": seed,
+            "allow_lossy_load": allow_lossy_load,
+            "foreach": foreach,
+            "fused": fused,
+        }
+        options.refuse_unknown_options(unknown, defaults)
+        presets.complete(defaults, "NovoGrad")
+        options.check_options(defaults, "NovoGrad")
+        self._clear_caches()
+        super().__init__(params, defaults)
+
+    # ---- the step -----------------------------------------------------------------------------
+
+    # A compiled training step breaks its graph here: addresses cannot be traced. (torch.compiler.disable does
+    # the same, and imports dynamo at once, which takes seconds.)
+    @_disable_dynamo
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of Algorithm 1 on every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model and returns the loss.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            RuntimeError: a sparse or complex gradient, or a tensor that is not one of those given to
+                this optimizer. Nothing has been changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.step_some((index, group["params"]) for index, group in enumerate(self.param_groups))
+        self._telemetry.end_step(by_groups=self._wrapper is not None)
+        return loss
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def step_some(self, tensors: Iterable[tuple[int, Sequence[Tensor]]]) -> None:
+        """Step some of the tensors of ``param_groups``, if they have a gradient; ``step`` ends the step.
+
+        Args:
+            tensors: by the index of their param group.
+
+        Raises:
+            RuntimeError: see ``step``.
+        """
+        groups = self._with_gradients(tensors)
+        limit = options.one_max_grad_norm(self.param_groups)
+        if limit and self._released is not None:
+            raise RuntimeError(options.clipped_and_released(limit))
+        if groups:
+            ready = self._tables_for(groups)
+            scale, veto = self._amp(ready.plan.device)
+            statistic = ready.statistic(scale)
+            finite, total = ready.complete(statistic, veto, self._telemetry)
+            ready.update(ready.second_moments(statistic, finite, total, scale))
+            ready.release()
+
+    # ---- mixed precision ------------------------------------------------------------------------
+
+    def _amp(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """What ``torch.amp.GradScaler`` left here: the scale of the loss, and whether to skip the step.
+
+        The scale is where the loss is, which need not be where the parameters are.
+        """
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        veto = self._veto if found_inf is None else found_inf.reshape(()) > 0
+        return None if scale is None else scale.to(device).reshape(()), veto
+
+    # ---- param groups -----------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``.
+
+        Raises:
+            ValueError: ``set_to_none=False`` where gradients are released, which has parameters without a
+                gradient stepped as if it were zero.
+        """
+        if self._released is not None and not set_to_none:
+            raise ValueError(
+                "zero_grad(set_to_none=False): released gradients are None. Use set_to_none=True"
+            )
+        super().zero_grad(set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.add_param_group``; refuses by name what cannot be optimised.
+
+        Raises:
+            ValueError: a parameter that is not a leaf or not of a floating-point dtype that NovoGrad
+                supports, or an option out of range.
+        """
+        index = len(self.param_groups)
+        if isinstance(param_group, dict):
+            params = param_group["params"]
+            if not isinstance(params, (Tensor, set)):
+                param_group["params"] = params = list(params)
+            for position, entry in enumerate([params] if isinstance(params, Tensor) else params):
+                name, p = entry if isinstance(entry, tuple) else (None, entry)
+                tensor_checks.check_parameter(name or f"parameter {position} of param group {index}", p)
+            presets.of_group(param_group, self.defaults, f"param group {index}")
+            options.check_options(param_group, f"param group {index}")
+            options.one_max_grad_norm([*self.param_groups, param_group])
+        super().add_param_group(param_group)
+        try:
+            options.check_fused(self.param_groups[-1], f"param group {index}")
+            self._note_layouts(index)
+        except (RuntimeError, TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def veto(self, skip: Tensor | None) -> None:
+        """Have the coming steps changed nothing, on any rank that shares a layer's process group.
+
+        For a wrapper that steps its groups one by one and knows that a later group's gradient is not
+        finite: no group may step then.
+
+        Args:
+            skip: 0-dim bool, read on the device at each step until it is replaced; None lifts it.
+        """
+        self._veto = skip
+
+    def squares_of_gradients(self) -> Tensor | None:
+        """The sum of the squares of the gradients that ``step_some`` has used in this step; 0-dim."""
+        return self._telemetry.squares
+
+    # ---- what a step has shown ------------------------------------------------------------------
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps changed nothing because a gradient was not finite; under
+        ``novoscale.release_gradients`` how many left out some parameters. Waits for the device.
+        """
+        return self._telemetry.skipped_steps(by_groups=self._wrapper is not None)
+
+    def skipped_layers(self) -> list[str]:
+        """Names of the layers, among those this rank holds, that had the last skipped step skipped.
+
+        Waits for the device.
+        """
+        return self._telemetry.skipped_layers(self._plans())
+
+    def layer_norms(self) -> dict[str, float]:
+        """The gradient norm of each layer of which this rank holds a part, before clipping, at its last step.
+
+        It is that of the full layer; with ``norm_type=0`` the largest magnitude. Waits for the device.
+        """
+        return {name: norm for plan in self._plans() for name, norm in plan.norms().items()}
+
+    def _plans(self) -> list[Plan]:
+        return [ready.plan for ready in self._step_tables.values()]
+
+    # ---- state in and out -----------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        common = {name: parameter.default for name, parameter in _OPTIONS.items()}
+        groups = (
+            f"  param group {index}, {len(group['params'])} parameters\n{presets.described(group, common)}"
+            for index, group in enumerate(self.param_groups)
+        )
+        return "NovoGrad (\n" + "\n".join(groups) + "\n)"
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Optimizer.state_dict``, in a form that does not depend on how parameters are
+        sharded.
+
+        Of moments in blocks that are sharded, or whose rows are no whole blocks, it has copies. Where tensor
+        parallelism shards such rows, it is a collective. Under a wrapper it says what each tensor holds.
+        """
+        for group in self.param_groups:
+            options.plain_numbers(group)
+        kept = self.state
+        self.state = defaultdict(dict, kept)
+        for index, position, number, p in self._numbered_tensors():
+            state = kept.get(p, {})
+            if state and self._wrapper is not None:
+                self.state[p] = reshard.flat_state(state, self._find_layout(index, position, number, p))
+            elif "exp_avg_scale" in state:
+                layout = self._find_layout(index, position, number, p)
+                self.state[p] = saved_state(p, state, layout)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = kept
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.load_state_dict``, but every state keeps the bits that were saved.
+
+        (torch casts state to the parameter's dtype: a float32 v of a bfloat16 parameter would lose
+        half its digits.) Options come from the state dict, but for ``momentum_dtype`` and ``granularity``,
+        which stay what they are: a first moment in another format is converted where that loses nothing, or
+        with ``allow_lossy_load``. Load and save hooks run as usual.
+
+        Takes the state of an Adam too, with ``allow_lossy_load``, and that of another NovoGrad: see
+        ``checkpoint.imported`` and ``docs/coming-from.md``. A collective then, where layers are sharded.
+
+        Raises:
+            ValueError: a state that is not NovoGrad's, that belongs to other shapes or layers, or that would
+                lose digits. Nothing has been changed then.
+        """
+        said: list[str] = []
+        with recorded_load(self, partial(self._converted, said=said)) as record:
+            self._loading = record
+            try:
+                super().load_state_dict(state_dict)
+            finally:
+                self._loading = None
+        if said and not (dist.is_initialized() and dist.get_rank()):
+            warnings.warn(said[0], stacklevel=2)
+
+    def _converted(self, state_dict: dict[str, Any], said: list[str]) -> dict[str, Any]:
+        """A state dict as it is, if it is this NovoGrad's; else as one, and what to say of it."""
+        state_dicts.check_groups(state_dict, self.param_groups)
+        if state_dicts.is_own(state_dict):
+            return state_dict
+        targets = [
+            Target(
+                self._name_of(index, position),
+                p,
+                self._find_layout(index, position, number, p),
+                self.param_groups[index],
+            )
+            for index, position, number, p in self._numbered_tensors()
+        ]
+        found, line = state_dicts.converted(state_dict, self.param_groups, targets)
+        said += [line] if line else []
+        return found
+
+    def _load(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
+        """Put the saved tensors in place of those that torch has cast to the parameters' dtypes."""
+        keep_structural_options(state["param_groups"], self.param_groups)
+        keys = [key for group in saved["param_groups"] for key in group["params"]]
+        for (index, position, number, p), key in zip(self._numbered_tensors(), keys, strict=True):
+            if key in saved["state"]:
+                name, layout = (
+                    self._name_of(index, position),
+                    self._find_layout(index, position, number, p),
+                )
+                group = state["param_groups"][index]
+                state["state"][p] = loaded_state(name, saved["state"][key], p, layout, group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_wrapper": self._wrapper}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        loading = self.__dict__.get("_loading")
+        if loading is not None:  # from load_state_dict
+            self._load(state, loading)
+        for group in state["param_groups"]:
+            for option, default in state.get("defaults", self.__dict__.get("defaults", {})).items():
+                group.setdefault(option, default)
+        super().__setstate__(state)
+        if "_layouts" not in self.__dict__:  # from deepcopy or pickle: a new object
+            self._clear_caches()
+            self._wrapper = state.get("_wrapper")
+            for index in range(len(self.param_groups) if self._wrapper is None else 0):
+                self._note_layouts(index)
+
+    def _clear_caches(self) -> None:
+        super()._clear_caches()
+        self._telemetry, self._veto, self._loading = Telemetry(), None, None
+
+
+_OPTIONS = inspect.signature(NovoGrad.__init__).parameters

@@ -1,0 +1,146 @@
+"""Which parameters, gradients and states NovoGrad can step, and what it says of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from novoscale import kernels
+from novoscale.sharding.layers import describe
+from novoscale.sharding.layout import Layout
+from novoscale.state import momentum
+from novoscale.state.formats import FORMATS, format_of
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_parameter(name: str, p: Any) -> None:
+    """Raise ValueError, with the parameter's name, for one that cannot be optimised."""
+    if not isinstance(p, Tensor):
+        return  # torch says it
+    if not (p.is_leaf or p.retains_grad):
+        raise ValueError(
+            f"{name}: can't optimize a non-leaf Tensor; give NovoGrad the parameter that it was computed from"
+        )
+    if p.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} has dtype {p.dtype}; NovoGrad optimises "
+            f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)}. Set requires_grad=False on it and "
+            "leave it out"
+        )
+    if p.layout != torch.strided:
+        raise ValueError(f"{name} is not a dense tensor ({p.layout}); NovoGrad optimises dense ones only")
+
+
+def check_gradient(name: str, p: Tensor) -> None:
+    """Raise RuntimeError, with the parameter's name, for a gradient that cannot be used."""
+    grad = p.grad
+    assert grad is not None
+    if p.is_meta:
+        raise RuntimeError(
+            f"{name} is on the device meta: it has no memory, and cannot be stepped. Use "
+            "model.to_empty(device=...), initialise the model, and make NovoGrad from its parameters then"
+        )
+    if grad.is_complex():
+        raise RuntimeError(f"{name}: NovoGrad does not support complex gradients")
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{name}: NovoGrad does not support sparse gradients; use nn.Embedding(sparse=False), or give "
+            "this parameter to another optimizer"
+        )
+    if grad.shape != p.shape or grad.device != p.device or grad.dtype not in DTYPES:
+        raise RuntimeError(
+            f"{name}: its gradient ({grad.dtype}, shape {tuple(grad.shape)}, on {grad.device}) does not fit "
+            f"the parameter ({p.dtype}, shape {tuple(p.shape)}, on {p.device})"
+        )
+
+
+def check_structure(
+    name: str, state: Mapping[str, Any], shape: Sequence[int], layout: Layout, group: Mapping[str, Any]
+) -> None:
+    """Raise RuntimeError where an option that says what the state is was changed while it is in use.
+
+    Args:
+        name: of the parameter.
+        state: of the parameter, maybe empty.
+        shape: of the parameter.
+        layout: that it had when NovoGrad was given it.
+        group: its param group.
+    """
+    was: dict[str, Any] = {}
+    if "exp_avg" in state:
+        kept = format_of(state["exp_avg"], state.get("exp_avg_scale")).name
+        in_blocks = momentum.stored(layout, group["momentum_dtype"])[0].in_blocks
+        small = FORMATS[group["momentum_dtype"]].largest and not in_blocks
+        if kept != ("float32" if small else group["momentum_dtype"]):
+            was["momentum_dtype"] = kept
+    if layout.local_shards:
+        had, has = layout.local_shards[0].parameter, describe(name, shape, group["granularity"])
+        if (had.layers, had.factored) != (has.layers, has.factored):
+            was["granularity"] = f"one of {had.layers} layers{' and of columns' if had.factored else ''}"
+    for option, value in was.items():
+        raise RuntimeError(
+            f"{name}: the {option} of its param group was {value!r} and is {group[option]!r} now: the state "
+            f"is still what it was. Make a new optimizer with that {option}, and give it the old one's state "
+            "with load_state_dict"
+        )
+
+
+def unknown_layers(name: str, tensor: Tensor, known: Layout | None, wrapper: str | None) -> str:
+    """What to say of a tensor whose layers are not known.
+
+    Args:
+        name: of the parameter.
+        tensor: in its place in ``param_groups``.
+        known: the layout that was noted of it, if any.
+        wrapper: what replaced the parameters, if anything did.
+    """
+    if known is not None and known.numel != tensor.numel():
+        what = f"had {known.numel} elements when NovoGrad was given it and has {tensor.numel()} now"
+    else:
+        what = f"({tensor.numel()} elements) is not what NovoGrad was given"
+    return (
+        f"{name}: the tensor in param_groups {what}{f' by {wrapper}' if wrapper else ''}. "
+        "Which layers its elements belong to is not known, and a norm taken over it would be wrong. "
+        "If a framework flattened the parameters: under DeepSpeed, "
+        "`import novoscale.integrations.deepspeed` before deepspeed.initialize; FSDP1 is not "
+        "supported, use FSDP2 (fully_shard). If the model was changed, or the optimizer copied after it "
+        "was wrapped: make a new optimizer from the model's present parameters."
+    )
+
+
+def not_in_full_param_groups(name: str) -> str:
+    """What to say of a parameter that is not among those of ``number_as``."""
+    return (
+        f"{name} is not in the param groups that number_as was given. Give it those of the full model: with "
+        "ZeroRedundancyOptimizer, optimizer.optim.number_as(optimizer.param_groups)"
+    )
+
+
+def check_has_fused(p: Tensor, where: str) -> None:
+    """Raise RuntimeError where there is no fused kernel for a parameter."""
+    device = p.device.type
+    if device not in kernels.FUSED_DEVICES or p.dtype == torch.float64:
+        raise RuntimeError(
+            f"{where}: `fused=True` requires all the params to be float32, bfloat16 or float16 Tensors "
+            f"of supported devices: {list(kernels.FUSED_DEVICES)}, got {p.dtype} on {device}"
+        )
+    if kernels.fused(device) is None:
+        raise RuntimeError(f"{where}: `fused=True`: {kernels.unfused_reason(device)}")
+
+
+def captured(again: bool) -> str:
+    """What is wrong with a step in a CUDA graph for which the tables of the kernels would have to be made."""
+    if not again:
+        return (
+            "NovoGrad has never stepped these tensors, and a CUDA graph is being captured: nothing can be "
+            "allocated and compiled now. Make three steps before the capture, as torch's documentation says"
+        )
+    return (
+        "a tensor, a state or an option of NovoGrad is not what it was at its last step, or an earlier CUDA "
+        "graph has its tables, and a graph is being captured: they cannot be made anew now. Make one step "
+        "with what is to be captured, outside of the graph, before each capture"
+    )

@@ -1,0 +1,1 @@
+"""Where parameters lie: layers, fragments, quantisation blocks, DTensors, and the collectives of a step."""

@@ -1,0 +1,1 @@
+"""What the optimizer keeps: the first moment in its formats, the second moments, stochastic rounding."""

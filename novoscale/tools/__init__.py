@@ -1,0 +1,1 @@
+"""What the commands share: local ranks, configs, plots, provenance."""
