@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from novoscale.kernels.uploads import capturing
-from novoscale.optimizer import options, step_tables, tensor_checks
+from novoscale.optimizer import options, presets, step_tables, tensor_checks
 from novoscale.optimizer.layer_table import Group, Groups
 from novoscale.optimizer.step_tables import StepTables, StepTensors
 from novoscale.sharding.dtensors import sharded
-from novoscale.sharding.layers import describe
+from novoscale.sharding.layers import LayoutError, Parameter, describe
 from novoscale.sharding.layout import Layout, unsharded
 from novoscale.state import momentum, second_moment, step_counts
 from novoscale.state.step_counts import counts_steps
@@ -30,6 +32,8 @@ class LayerwiseOptimizer(Optimizer):
 
     # Caches: private, not copied, rebuilt from param_groups.
     _layouts: dict[int, Layout]  # by id(tensor)
+    _presets: dict[int, tuple[Group, dict[str, Any]]]  # presets.chosen(group), by index of the group
+    _untrained: bool  # whether no parameter has had a gradient, and nothing was said of it
     _dtensor_layouts: dict[int, tuple[DeviceMesh, Any, Layout]]  # mesh, placements; by id(tensor)
     _step_tables: dict[Any, StepTables]  # by step_tables.tables_key(), last used last
     _captured: list[StepTables]  # those that CUDA graphs read at each replay: never freed, never written to
@@ -40,7 +44,59 @@ class LayerwiseOptimizer(Optimizer):
     def _clear_caches(self) -> None:
         """Start with empty caches."""
         self._layouts, self._dtensor_layouts, self._step_tables, self._captured = {}, {}, {}, []
+        self._presets, self._untrained = {}, True
         self._wrapper = self._released = self._full_param_groups = None
+
+    # ---- what is said ---------------------------------------------------------------------------------
+
+    def _note_training(self, groups: Groups) -> None:
+        """Note that parameters have gradients.
+
+        Not so of a step at the learning rate 0, such as that with which ``torch.distributed.checkpoint``
+        makes the state, with gradients of its own.
+        """
+        if self._untrained:
+            rates = [group["lr"] for group, _ in groups]
+            self._untrained = all(getattr(lr, "is_cpu", True) and not lr for lr in rates)
+
+    def _say_untrained(self) -> None:
+        """Warn, once, where a step has found no gradient at all, and none has ever come.
+
+        No error: the optimizer of a network whose turn comes later may be stepped without gradients, and so
+        may be one that has trained. A warning that says what is so is never wrong. A wrapper steps its own
+        tensors, group by group; released gradients are gone at the step; frozen parameters need none.
+        """
+        params = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        in_use = self._wrapper is not None or self._released is not None
+        if params and not in_use and not any(p.grad is not None for p in params):
+            self._untrained = False
+            tensor_checks.warn_of_no_gradient(params)
+
+    def _note_presets(self) -> None:
+        """Note the preset of each param group, and the options that it has chosen."""
+        self._presets = {i: (group, presets.chosen(group)) for i, group in enumerate(self.param_groups)}
+
+    def _check_preset(self, index: int) -> None:
+        """Raise RuntimeError where the preset of a param group was changed without its options."""
+        group = self.param_groups[index]
+        of, chosen = self._presets.get(index, (None, {}))
+        if of is not group or group["preset"] != chosen["preset"]:
+            if of is group:
+                presets.check_effect(group, chosen, f"param group {index}")
+            self._presets[index] = group, presets.chosen(group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``.
+
+        Raises:
+            ValueError: ``set_to_none=False`` where gradients are released, which has parameters without a
+                gradient stepped as if it were zero.
+        """
+        if self._released is not None and not set_to_none:
+            raise ValueError(
+                "zero_grad(set_to_none=False): released gradients are None. Use set_to_none=True"
+            )
+        super().zero_grad(set_to_none)
 
     # ---- a set of tensors ---------------------------------------------------------------------------
 
@@ -50,6 +106,7 @@ class LayerwiseOptimizer(Optimizer):
         for index, members in tensors:
             group = self.param_groups[index]
             options.check_options(group, f"param group {index}")
+            self._check_preset(index)
             params = [p for p in members if p.grad is not None]
             if params:
                 found.append((group, params))
@@ -108,6 +165,8 @@ class LayerwiseOptimizer(Optimizer):
                 layout = self._find_layout(index, position, number, p)
                 if self._wrapper is None:  # a wrapper's tensors have not the parameters' shapes
                     tensor_checks.check_structure(name, self.state.get(p, {}), p.shape, layout, group)
+                    if p.dtype == torch.float16 and group["stochastic_rounding"]:
+                        tensor_checks.warn_of_float16(name)
                 layouts[index].append(layout)
         return [known for known in layouts if known]
 
@@ -121,6 +180,7 @@ class LayerwiseOptimizer(Optimizer):
                 layout is None
                 or (mesh, placements) != placed
                 or layout.local_shards[0].parameter.numel != p.numel()
+                or layout.local_shards[0].parameter.number != number
             ):
                 name = self._name_of(index, position)
                 granularity = self.param_groups[index]["granularity"]
@@ -128,9 +188,16 @@ class LayerwiseOptimizer(Optimizer):
                 self._dtensor_layouts[id(p)] = (*placed, layout)
                 self._step_tables.clear()  # they know layouts by id
             return layout
-        known = self._layouts.get(id(p))
-        if known is None or known.numel != p.numel() or _is_fsdp1(p):
-            name = self._name_of(index, position)
+        known = self._noted_layout(number, p)
+        name = self._name_of(index, position)
+        if known is None and self._wrapper is None and type(p) is nn.Parameter:
+            # It has come into param_groups without add_param_group, as where Lightning resumes.
+            tensor_checks.check_parameter(name, p)
+            if not tensor_checks.is_fsdp1(p):
+                known = self._note_layout(
+                    p, describe(name, p.shape, self.param_groups[index]["granularity"], number)
+                )
+        if known is None or known.numel != p.numel() or tensor_checks.is_fsdp1(p):
             raise RuntimeError(tensor_checks.unknown_layers(name, p, known, self._wrapper))
         return known
 
@@ -146,14 +213,14 @@ class LayerwiseOptimizer(Optimizer):
     def _numbered_tensors(self) -> Iterator[tuple[int, int, int, Tensor]]:
         """Every tensor of ``param_groups``: index of the group, position in it, number, tensor.
 
-        The number is that of the trainable parameters before it, the same however parameters are sharded.
+        The number is that of the parameters before it, frozen ones too, the same however they are sharded.
         """
         numbers: dict[int, int] = {}
         number = 0
         for group in self._full_param_groups or self.param_groups:
             for p in group["params"]:
                 numbers[id(p)] = number
-                number += p.requires_grad
+                number += 1
         for index, group in enumerate(self.param_groups):
             for position, p in enumerate(group["params"]):
                 if id(p) not in numbers:
@@ -173,10 +240,35 @@ class LayerwiseOptimizer(Optimizer):
         for index, position, number, p in self._numbered_tensors():
             if index == group:
                 name = self._name_of(index, position)
-                parameter = describe(name, p.shape, granularity, number)
+                try:
+                    parameter = describe(name, p.shape, granularity, number)
+                except LayoutError:
+                    if p.requires_grad:
+                        raise
+                    continue  # frozen: codes of quantised weights may have any shape
                 if not isinstance(p, DTensor):
-                    self._layouts[id(p)] = unsharded(parameter)
+                    self._note_layout(p, parameter)
         self._step_tables = {}
+
+    def _note_layout(self, p: Tensor, parameter: Parameter) -> Layout:
+        """Note that a tensor is a full parameter."""
+        self._layouts[id(p)] = layout = unsharded(parameter)
+        self._step_tables = {}  # they know layouts by id
+        return layout
+
+    def _noted_layout(self, number: int, p: Tensor) -> Layout | None:
+        """What was noted of a tensor; with the number that it has now, where no wrapper has given it one."""
+        known = self._layouts.get(id(p))
+        if known is None or self._wrapper is not None:
+            return known
+        parameter = known.local_shards[0].parameter
+        return (
+            known if parameter.number == number else self._note_layout(p, replace(parameter, number=number))
+        )
+
+    def numbers(self) -> dict[int, int]:
+        """The numbers of the tensors of ``param_groups``, by id, for a wrapper that will replace them."""
+        return {id(p): number for _, _, number, p in self._numbered_tensors()}
 
     # ---- for wrappers that give each rank parameters ------------------------------------------------
 
@@ -262,7 +354,3 @@ class LayerwiseOptimizer(Optimizer):
         if handle is not None and self._released is not None:
             raise RuntimeError("release_gradients is in use for this optimizer: remove() that handle first")
         self._released = handle
-
-
-def _is_fsdp1(tensor: Tensor) -> bool:
-    return getattr(tensor, "_fsdp_flattened", False) or hasattr(tensor, "_fqns")

@@ -98,7 +98,8 @@ class NovoGrad(LayerwiseOptimizer):
         scale_parameter: multiply u by max(1e-3, rms(w)) of the full parameter (Adafactor's option), so that
             the learning rate is relative to the weights; the decay is not. Reads the weights once more.
         stochastic_rounding: of the weights where they are bfloat16 (and have no float32 master: a wrapper
-            that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost.
+            that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost; of
+            float16 weights it always is, which is said once.
         seed: of the random bits for rounding; they do not depend on how the model is sharded, nor on the
             rank. (Under ``ZeroRedundancyOptimizer`` they do, unless it is told by ``number_as``.)
         allow_lossy_load: let ``load_state_dict`` round a first moment to a ``momentum_dtype`` that cannot
@@ -186,7 +187,7 @@ class NovoGrad(LayerwiseOptimizer):
         presets.complete(defaults, "NovoGrad")
         options.check_options(defaults, "NovoGrad")
         self._clear_caches()
-        super().__init__(params, defaults)
+        super().__init__(tensor_checks.listed(params), defaults)
 
     # ---- the step -----------------------------------------------------------------------------
 
@@ -213,6 +214,8 @@ class NovoGrad(LayerwiseOptimizer):
                 loss = closure()
         self.step_some((index, group["params"]) for index, group in enumerate(self.param_groups))
         self._telemetry.end_step(by_groups=self._wrapper is not None)
+        if self._untrained:
+            self._say_untrained()
         return loss
 
     @_disable_dynamo
@@ -231,6 +234,7 @@ class NovoGrad(LayerwiseOptimizer):
         if limit and self._released is not None:
             raise RuntimeError(options.clipped_and_released(limit))
         if groups:
+            self._note_training(groups)
             ready = self._tables_for(groups)
             scale, veto = self._amp(ready.plan.device)
             statistic = ready.statistic(scale)
@@ -251,29 +255,19 @@ class NovoGrad(LayerwiseOptimizer):
 
     # ---- param groups -----------------------------------------------------------------------------
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As ``torch.optim.Optimizer.zero_grad``.
-
-        Raises:
-            ValueError: ``set_to_none=False`` where gradients are released, which has parameters without a
-                gradient stepped as if it were zero.
-        """
-        if self._released is not None and not set_to_none:
-            raise ValueError(
-                "zero_grad(set_to_none=False): released gradients are None. Use set_to_none=True"
-            )
-        super().zero_grad(set_to_none)
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As ``torch.optim.Optimizer.add_param_group``; refuses by name what cannot be optimised.
 
         Raises:
             ValueError: a parameter that is not a leaf or not of a floating-point dtype that NovoGrad
                 supports, or an option out of range.
+            TypeError: an option of the wrong kind, or a key that is an option misspelt.
         """
         index = len(self.param_groups)
         if isinstance(param_group, dict):
+            options.refuse_misspelt_keys(param_group, [*self.defaults, "params"], f"param group {index}")
             params = param_group["params"]
+            tensor_checks.refuse_used_up(params, f"param group {index}")
             if not isinstance(params, (Tensor, set)):
                 param_group["params"] = params = list(params)
             for position, entry in enumerate([params] if isinstance(params, Tensor) else params):
@@ -286,6 +280,7 @@ class NovoGrad(LayerwiseOptimizer):
         try:
             options.check_fused(self.param_groups[-1], f"param group {index}")
             self._note_layouts(index)
+            self._check_preset(index)
         except (RuntimeError, TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -436,6 +431,7 @@ class NovoGrad(LayerwiseOptimizer):
             self._wrapper = state.get("_wrapper")
             for index in range(len(self.param_groups) if self._wrapper is None else 0):
                 self._note_layouts(index)
+        self._note_presets()
 
     def _clear_caches(self) -> None:
         super()._clear_caches()

@@ -38,7 +38,14 @@ _ELSEWHERE = {
     "momentum": "use betas=(momentum, ...)",
     "block_size": "the blocks of int8 and int4 momenta have 128 elements: leave the option out",
     "bf16_stochastic_round": "use stochastic_rounding",
+    "learning_rate": "use lr",
+    "epsilon": "use eps",
 }
+
+# Keys of other optimizers' param groups, and words of people's own, that look like an option misspelt.
+_NOT_MISSPELT = ("etas", "grad_norm", "normalized", "used")
+# How much a key of a param group is like an option that it is taken for, from 0 to 1.
+_ALIKE = 0.8
 
 # Options of torch's optimizers that need not be taken out of ported code: see check_ported.
 _PORTED = ("capturable", "differentiable")
@@ -56,11 +63,32 @@ def refuse_unknown_options(unknown: Mapping[str, Any], known: Iterable[str]) -> 
     names = list(known)
     for name in [name for name in unknown if name not in _PORTED]:
         near = difflib.get_close_matches(name, names, n=1)
-        advice = _ELSEWHERE.get(name) or (f"did you mean {near[0]!r}?" if near else "")
-        raise TypeError(
-            f"NovoGrad has no option {name!r}{': ' if advice else ''}{advice}; "
-            f"its options are {', '.join(names)}"
+        advice = _ELSEWHERE.get(name) or (
+            f"did you mean {near[0]!r}?" if near else f"its options are {', '.join(names)}"
         )
+        raise TypeError(f"NovoGrad has no option {name!r}: {advice}")
+
+
+def refuse_misspelt_keys(group: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    """Raise TypeError for a key of a param group that is an option misspelt, or one of other optimizers.
+
+    Any other key may be there: schedulers, frameworks and people keep things of their own in param groups,
+    many under a name that has an option's full name in it (``initial_lr``, ``lr_scale``, ``max_lr``).
+    """
+    names = list(known)
+    for key in [key for key in group if isinstance(key, str) and key not in names]:
+        if group[key] is None:
+            continue
+        if key in _ELSEWHERE and group[key] is not False:
+            raise TypeError(f"{where}: NovoGrad has no option {key!r}: {_ELSEWHERE[key]}")
+        word = key.lower().replace("-", "_").strip("_")
+        beside = any(word != name and f"_{name}_" in f"_{word}_" for name in names)
+        near = difflib.get_close_matches(word, names, n=1, cutoff=_ALIKE)
+        if near and not beside and key not in (*_NOT_MISSPELT, *_ELSEWHERE):
+            raise TypeError(
+                f"{where}: NovoGrad has no option {key!r}: did you mean {near[0]!r}? A key of your "
+                "own needs a name that is less like an option's"
+            )
 
 
 def check_ported(options: Mapping[str, Any], where: str) -> None:
@@ -106,6 +134,8 @@ def check_options(options: dict[str, Any], where: str) -> None:
         ValueError: a value out of range.
         TypeError: a value of the wrong kind.
     """
+    if "preset" not in options:
+        raise ValueError(f"{where} has not NovoGrad's options: add it with optimizer.add_param_group(...)")
     presets.check(options["preset"], where)
     check_ported(options, where)
     plain_numbers(options)

@@ -46,7 +46,13 @@ def param_groups(
 
     Raises:
         ValueError: no parameter has a part of ``fused`` in its name, or an unknown preset.
+        TypeError: no model, such as its parameters.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"param_groups needs the model, whose modules and names it reads, and got a "
+            f"{type(model).__name__}: param_groups(model)"
+        )
     fused = fused or {}
     if preset is not None:
         presets.check(preset, "param_groups")

@@ -72,6 +72,27 @@ def of_group(group: dict[str, Any], defaults: Mapping[str, Any], where: str) -> 
         group.setdefault(option, default)
 
 
+def chosen(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset of a param group and its options; without betas, which schedules change."""
+    return {option: group[option] for option in ("preset", *PRESETS[DEFAULT]) if option != "betas"}
+
+
+def check_effect(group: Mapping[str, Any], noted: Mapping[str, Any], where: str) -> None:
+    """Raise RuntimeError where the preset of a param group was changed, and what it stands for was not.
+
+    Args:
+        group: the param group.
+        noted: what :func:`chosen` said of it when it was made or loaded.
+        where: said in the error, such as "param group 0".
+    """
+    if {**chosen(group), "preset": noted["preset"]} == noted:
+        raise RuntimeError(
+            f"{where}: preset was {noted['preset']!r} and is {group['preset']!r} now, which has no effect: a "
+            "preset chooses options when a param group is made. Make a new optimizer with "
+            f"preset={group['preset']!r}"
+        )
+
+
 def origin(group: Mapping[str, Any], option: str) -> str:
     """Where an option of a param group comes from, for messages; empty if it was given."""
     preset = group.get("preset", DEFAULT)

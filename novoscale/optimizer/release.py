@@ -75,7 +75,7 @@ class ReleasedGradients:
         self._optimizer.released_by(self)
         try:
             self._names = release_checks.names(model, self._optimizer)
-        except ValueError:
+        except (TypeError, ValueError):
             self._optimizer.released_by(None)
             raise
         self._params = list(model.parameters())

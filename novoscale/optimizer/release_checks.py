@@ -71,7 +71,13 @@ def names(model: nn.Module, optimizer: NovoGrad) -> dict[int, str]:
 
     Raises:
         ValueError: the model has not all of them, or is one whose gradients cannot be released.
+        TypeError: it is no model, such as its parameters.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"release_gradients needs the model, and got a {type(model).__name__}: "
+            "release_gradients(model, optimizer)"
+        )
     for name, module in model.named_modules():
         _refuse_wrapper(module)
         if getattr(module, "sparse", False) and isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
