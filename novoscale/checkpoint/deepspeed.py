@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from novoscale.checkpoint import FlatState, reshard
+from novoscale.checkpoint import FlatState, kinds, reshard
 from novoscale.checkpoint.errors import CheckpointError
 from novoscale.checkpoint.integrity import MODEL, OPTIMIZER
 from novoscale.sharding.layout import Layout
@@ -236,7 +236,7 @@ def from_state_dict(path: Path) -> TrainingState:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights, optimizer = dict(found["model"]), found["optimizer"]
-        groups, states = optimizer["param_groups"], optimizer["state"]
+        groups, states = optimizer["param_groups"], kinds.unmarked(optimizer)["state"]
         names = [name for group in groups for name in group["params"]]
         return TrainingState(
             {n: weights[n].float() for n in names}, {n: states[n] for n in names}, groups, {}

@@ -152,6 +152,21 @@ def loaded(p: Tensor, given: Mapping[str, Tensor], layout: Layout) -> dict[str, 
     return {"exp_avg": packed.view(part.length, -1), "exp_avg_scale": scale}
 
 
+def local_scale(p: DTensor, scale: Tensor) -> Tensor:
+    """This rank's part of the scales of a DTensor, from all of them, if that is what is given.
+
+    torch's ``set_optimizer_state_dict`` shards a full state as the present one is, which may have no scales.
+    """
+    rows = _rows(p)
+    whole = momentum.rows_are_blocks(p)
+    shape = (*p.shape[:-1], p.shape[-1] // BLOCK) if whole else (*p.shape[: rows.dims], rows.most)
+    if tuple(scale.shape) != shape:
+        return scale
+    placements = p.placements if whole else _placements_of_rows(p, rows)
+    local, offsets = compute_local_shape_and_global_offset(torch.Size(shape), p.device_mesh, placements)
+    return scale[tuple(slice(o, o + n) for o, n in zip(offsets, local, strict=True))]
+
+
 def _rows(p: Tensor) -> _Rows:
     shape = tuple(p.shape)
     dims = 0 if p.ndim < 2 else p.ndim - 1 if shape[-1] % BLOCK == 0 else 1

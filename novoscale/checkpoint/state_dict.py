@@ -4,20 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from novoscale.checkpoint import FlatState, requantise, sharded_format
+from novoscale.checkpoint import FlatState, kinds, requantise, sharded_format
+from novoscale.checkpoint.kinds import SECOND_MOMENTS
 from novoscale.sharding.dtensors import local_tensor
 from novoscale.sharding.layout import Layout
 from novoscale.state import formats, momentum, second_moment, step_counts
 
-SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
 # Options that say what the state is, and not what to do with it.
 STRUCTURE = ("momentum_dtype", "granularity", "allow_lossy_load")
+
+
+@contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Have state made inside of ``torch.inference_mode()`` that can be stepped outside of it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 @contextmanager
@@ -54,7 +63,12 @@ def saved_state(p: Tensor, state: Mapping[str, Any], layout: Layout) -> dict[str
 
 
 def loaded_state(
-    name: str, saved: Mapping[str, Any], p: Tensor, layout: Layout, group: Mapping[str, Any]
+    name: str,
+    saved: Mapping[str, Any],
+    p: Tensor,
+    layout: Layout,
+    group: Mapping[str, Any],
+    saved_group: Mapping[str, Any] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The state of a tensor, from that in a state dict.
 
@@ -64,17 +78,21 @@ def loaded_state(
         p: the parameter.
         layout: its layout.
         group: its param group.
+        saved_group: the param group that came with it, if that is to be compared with the state.
 
     Raises:
         ValueError: a state that does not fit the parameter.
     """
     if FlatState.STATE in saved:
         _check_sharding(name, saved[FlatState.LAYOUT], layout)
-        saved = saved[FlatState.STATE]
-    state = {key: value for key, value in saved.items() if not _is_known(key)}
-    if any(key in saved for key in SECOND_MOMENTS):
-        made = second_moment.allocate(p, layout)
+        saved, saved_group = saved[FlatState.STATE], {}
+    given, saved = saved, kinds.without_gaps(saved)
+    state = {key: value for key, value in saved.items() if not (kinds.is_known(key) or kinds.is_marker(key))}
+    made = second_moment.allocate(p, layout) if any(key in saved for key in SECOND_MOMENTS) else {}
+    if made:
         _check_second_moments(name, saved, made)
+    kinds.check(name, given, p, group, saved_group)
+    if made:
         for key, tensor in made.items():
             local_tensor(tensor).copy_(_local(saved[key]).reshape(_shape(tensor)))
         state.update(made)
@@ -97,10 +115,6 @@ def _check_sharding(name: str, saved: Mapping[str, Any], layout: Layout) -> None
             "on another number of ranks or by another stage of ZeRO. Convert it with `novoscale to-universal "
             'IN OUT`, and load it with "checkpoint": {"load_universal": true} in the DeepSpeed config'
         )
-
-
-def _is_known(key: str) -> bool:
-    return key == "step" or key.startswith("exp_avg")
 
 
 def _local(saved: Any) -> Tensor:
@@ -143,6 +157,10 @@ def _first_moment(
 ) -> dict[str, Tensor]:
     keys = [key for key in saved if key.startswith("exp_avg") and key not in SECOND_MOMENTS]
     given = {key: local_tensor(saved[key]) for key in keys}
+    if given["exp_avg"].is_floating_point() and "exp_avg_small" not in given:
+        given.pop("exp_avg_scale", None)  # of the present format: torch has left it as it was
+    elif isinstance(p, DTensor) and not isinstance(saved.get("exp_avg_scale", p), DTensor):
+        given["exp_avg_scale"] = sharded_format.local_scale(p, given["exp_avg_scale"])
     given = sharded_format.loaded(p, given, layout) or given
     form = formats.format_of(given["exp_avg"], given.get("exp_avg_scale")).name
     expected = _shapes(momentum.allocate(p, layout, form))

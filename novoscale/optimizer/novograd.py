@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from novoscale.checkpoint import reshard
+from novoscale.checkpoint import kinds, reshard
 from novoscale.checkpoint.imported import state_dicts
 from novoscale.checkpoint.imported.from_adam import Target
 from novoscale.checkpoint.state_dict import (
     keep_structural_options,
     loaded_state,
+    ordinary_tensors,
     recorded_load,
     saved_state,
 )
@@ -194,6 +195,7 @@ class NovoGrad(LayerwiseOptimizer):
     # A compiled training step breaks its graph here: addresses cannot be traced. (torch.compiler.disable does
     # the same, and imports dynamo at once, which takes seconds.)
     @_disable_dynamo
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of Algorithm 1 on every parameter that has a gradient.
@@ -341,7 +343,8 @@ class NovoGrad(LayerwiseOptimizer):
         sharded.
 
         Of moments in blocks that are sharded, or whose rows are no whole blocks, it has copies. Where tensor
-        parallelism shards such rows, it is a collective. Under a wrapper it says what each tensor holds.
+        parallelism shards such rows, it is a collective. Under a wrapper it says what each tensor holds; else
+        each state has markers, empty tensors whose keys say of what kind it is: see ``checkpoint.kinds``.
         """
         for group in self.param_groups:
             options.plain_numbers(group)
@@ -351,9 +354,10 @@ class NovoGrad(LayerwiseOptimizer):
             state = kept.get(p, {})
             if state and self._wrapper is not None:
                 self.state[p] = reshard.flat_state(state, self._find_layout(index, position, number, p))
-            elif "exp_avg_scale" in state:
-                layout = self._find_layout(index, position, number, p)
-                self.state[p] = saved_state(p, state, layout)
+            elif state:
+                if "exp_avg_scale" in state:
+                    state = saved_state(p, state, self._find_layout(index, position, number, p))
+                self.state[p] = kinds.marked(p, state, self.param_groups[index])
         try:
             return super().state_dict()
         finally:
@@ -375,7 +379,7 @@ class NovoGrad(LayerwiseOptimizer):
                 lose digits. Nothing has been changed then.
         """
         said: list[str] = []
-        with recorded_load(self, partial(self._converted, said=said)) as record:
+        with ordinary_tensors(), recorded_load(self, partial(self._converted, said=said)) as record:
             self._loading = record
             try:
                 super().load_state_dict(state_dict)
@@ -388,7 +392,7 @@ class NovoGrad(LayerwiseOptimizer):
         """A state dict as it is, if it is this NovoGrad's; else as one, and what to say of it."""
         state_dicts.check_groups(state_dict, self.param_groups)
         if state_dicts.is_own(state_dict):
-            return state_dict
+            return kinds.unmarked(state_dict)
         targets = [
             Target(
                 self._name_of(index, position),
@@ -408,12 +412,13 @@ class NovoGrad(LayerwiseOptimizer):
         keys = [key for group in saved["param_groups"] for key in group["params"]]
         for (index, position, number, p), key in zip(self._numbered_tensors(), keys, strict=True):
             if key in saved["state"]:
-                name, layout = (
-                    self._name_of(index, position),
-                    self._find_layout(index, position, number, p),
-                )
+                name = self._name_of(index, position)
+                layout = self._find_layout(index, position, number, p)
                 group = state["param_groups"][index]
-                state["state"][p] = loaded_state(name, saved["state"][key], p, layout, group)
+                came = {**saved["param_groups"][index], kinds.MADE: self.param_groups[index]}
+                state["state"][p] = loaded_state(
+                    name, saved["state"][key], p, layout, group, came if self._wrapper is None else {}
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_wrapper": self._wrapper}

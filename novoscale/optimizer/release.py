@@ -89,6 +89,7 @@ class ReleasedGradients:
         self._came_at_once: set[int] = set()  # those whose gradient has come in one
         self._in_parts: set[int] = set()  # those whose gradient has come in several
         self._depth = 0  # of accumulate()
+        self._contents: dict[int, int] = {}  # the address of what a parameter holds, by its id
         self._lock = threading.Lock()  # there is a thread for each device
         self._begin_step()
         self._removable = [
@@ -96,7 +97,7 @@ class ReleasedGradients:
             self._optimizer.register_step_pre_hook(self._before_step),
             self._optimizer.register_step_post_hook(self._after_step),
             self._optimizer.register_load_state_dict_post_hook(lambda _: self._begin_step()),
-            *release_checks.at_first_forward(model),
+            *release_checks.at_forward(model, self._attach_again),
         ]
         release_checks.guard(self)
 
@@ -105,7 +106,18 @@ class ReleasedGradients:
         p.requires_grad_(True)  # else there are no hooks; it may be thawed later
         handle = p.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
         p.requires_grad_(not frozen)
+        self._contents[id(p)] = p._cdata
         return handle
+
+    def _attach_again(self) -> None:
+        """Have the hooks of parameters called whose contents were swapped, as by ``model.to()``.
+
+        ``torch.utils.swap_tensors`` leaves a parameter its hooks, and takes away what calls them.
+        """
+        for p in self.parameters():
+            if self._contents[id(p)] != p._cdata:
+                p._post_accumulate_grad_hooks = p._post_accumulate_grad_hooks
+                self._contents[id(p)] = p._cdata
 
     # ---- for the user -----------------------------------------------------------------------------
 
@@ -161,6 +173,8 @@ class ReleasedGradients:
     def _arrived(self, p: Tensor) -> None:
         """The gradient of a parameter has been added to: step it if that was all of it."""
         key = id(p)
+        if key not in self._units:
+            return  # it has the former contents of a parameter
         with self._lock:
             self._refuse(p)
             if self._accumulating() or key in self._alone:
@@ -259,6 +273,7 @@ class ReleasedGradients:
         release_checks.before_step(optimizer, (*arguments[1:], *named.values()), self._names, self._options)
 
     def _after_step(self, *_: Any) -> None:
+        self._attach_again()  # of a model whose parts are called by themselves
         self._came_at_once |= {key for key, times in self._came.items() if times == 1} - self._in_parts
         if self._came and not self._formed:
             order = {key: number for number, key in enumerate(reversed(self._came))}  # the first ones last

@@ -6,7 +6,7 @@ import functools
 import math
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Protocol
 
@@ -109,26 +109,50 @@ def _refuse_wrapper(module: Any) -> None:
         raise ValueError(wrapped_and_released(type(module).__name__))
 
 
-def at_first_forward(model: nn.Module) -> list[Any]:
-    """Have the first forward pass of a model look for wrappers that were put around it later.
+def at_forward(model: nn.Module, attach_again: Callable[[], None]) -> list[Any]:
+    """Have the forward passes of a model attach hooks again, the first one look for wrappers around it.
+
+    Args:
+        model: the model.
+        attach_again: to parameters that have lost theirs.
 
     Returns:
         The handles of hooks.
     """
+    hook = _AtForward(attach_again)
+    return [module.register_forward_pre_hook(hook) for module in _called(model)]
 
-    def look(*_: Any) -> None:
+
+class _AtForward:
+    """A hook with which a model can be saved and copied: a copy, whose gradients stay, has an empty one."""
+
+    def __init__(self, attach_again: Callable[[], None]) -> None:
+        self._attach_again, self._looked = attach_again, False
+
+    def __call__(self, *_: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return
-        for handle in handles:
-            handle.remove()
+        self._attach_again()
+        if self._looked:
+            return
+        self._looked = True
         frame: FrameType | None = sys._getframe()
         while frame is not None:
             if isinstance(frame.f_locals.get("self"), nn.Module):
                 _refuse_wrapper(frame.f_locals["self"])
             frame = frame.f_back
 
-    handles = [module.register_forward_pre_hook(look) for module in _called(model)]
-    return handles
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_effect, ()
+
+
+class _NoEffect:
+    def __call__(self, *_: Any) -> None:
+        """Do nothing."""
+
+
+def _no_effect() -> _NoEffect:
+    return _NoEffect()
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:

@@ -181,6 +181,23 @@ def test_a_state_in_another_format_is_converted_where_that_loses_nothing(source,
     clone.step()
 
 
+@pytest.mark.parametrize("momentum_dtype", FORMATS)
+@pytest.mark.parametrize("fused", [False, None])
+def test_a_state_that_was_loaded_or_made_in_inference_mode_is_stepped(momentum_dtype, fused):
+    params, optimizer = trained(momentum_dtype, fused=fused)
+    saved = copy.deepcopy(optimizer.state_dict())
+    others = [nn.Parameter(p.detach().clone()) for p in params]
+    clone = NovoGrad(others, momentum_dtype=momentum_dtype, fused=fused)
+    with torch.inference_mode():
+        set_gradients(others, [torch.zeros(shape) for shape in LARGE])
+        clone.step()  # as torch's get_optimizer_state_dict does
+        clone.load_state_dict(saved)
+    for ps, o in ((params, optimizer), (others, clone)):
+        set_gradients(ps, gradients(3, LARGE))
+        o.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
 def test_second_moments_of_another_granularity_are_refused():
     _, optimizer = trained("float32", granularity="row")
     _, other = trained("float32")

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import weakref
 
 import pytest
@@ -209,6 +210,72 @@ def test_thousands_of_tables_are_kept(monkeypatch):
     plain_step(model, [optimizer], 1, [])
     assert tables == {id(ready) for ready in optimizer._step_tables.values()}
     assert len(tables) > 600
+
+
+def converted(model):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to(torch.bfloat16)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def swapped(model):
+    for p in model.parameters():
+        torch.utils.swap_tensors(p, torch.nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad))
+
+
+@pytest.mark.parametrize("swap", [converted, swapped, lambda model: model.to(torch.bfloat16)])
+@pytest.mark.parametrize("before", [0, 1])
+def test_parameters_whose_contents_are_swapped_release_their_gradients(before, swap):
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    handle = release_gradients(model, optimizer)
+    for step in range(before):
+        plain_step(model, [optimizer], step, [])
+    swap(model)
+    other = copy.deepcopy(model)
+    expected = NovoGrad(other.parameters(), lr=0.1)
+    expected.load_state_dict(optimizer.state_dict())
+    for step in range(before, before + 2):
+        loss_of(model, step).backward()
+        assert not [p for p in model.parameters() if p.grad is not None]
+        end_step([optimizer])
+        plain_step(other, [expected], step, [])
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+    handle.remove()
+    loss_of(model, 9).backward()
+    assert model.head.weight.grad is not None
+
+
+def test_the_former_contents_of_a_parameter_are_stepped_by_nobody():
+    model = Model()
+    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    release_gradients(model, optimizer)
+    former = torch.nn.Parameter(torch.zeros_like(model.norm.weight))
+    torch.utils.swap_tensors(model.norm.weight, former)
+    former.sum().backward()
+    assert former.grad is not None
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_model_can_be_saved_and_copied(steps):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    release_gradients(model, optimizer)
+    for _ in range(steps):
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    for twin in (torch.load(buffer, weights_only=False), copy.deepcopy(model)):
+        twin(torch.ones(2, 3)).sum().backward()
+        assert twin[0].weight.grad is not None
+        assert torch.equal(twin[0].weight, model[0].weight)
+    model(torch.ones(2, 3)).sum().backward()
+    assert model[0].weight.grad is None
 
 
 def test_removed_it_is_a_step_as_usual():

@@ -120,6 +120,8 @@ def converted(
         options = [options_from_adam(*both) for both in zip(saved_groups, groups, strict=True)]
         said = _said(known, saved_groups, options) if known else None
     state = {k.key: state for k, state in zip(known, states, strict=True)}
+    for group in options:
+        group.pop("momentum_dtype", None)  # the moments are in none of its formats yet
     return {**state_dict, "state": state, "param_groups": options}, said
 
 
