@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from novoscale import NovoGrad
 from novoscale.memory.models import build
-from novoscale.optimizer.step_tables import plan
+from novoscale.optimizer.step_plan import Mode, plan
 from novoscale.sharding.dtensors import sharded
 from novoscale.sharding.layers import Parameter, describe
 from novoscale.sharding.layout import Layout
@@ -69,7 +69,8 @@ def main(
 def planned(layouts: Sequence[Layout], granularity: str) -> Plan:
     """The plan of a step over these tensors."""
     optimizer = NovoGrad([torch.zeros(1)], preset="adamw", granularity=granularity, momentum_dtype="int8")
-    return plan([(optimizer.param_groups[0], [])], [layouts], torch.device("cpu"))
+    mode = Mode(per_parameter=False, clips=False, agreed=set())
+    return plan([(optimizer.param_groups[0], [])], [layouts], [], torch.device("cpu"), mode)
 
 
 def zero_2(parameters: Sequence[Parameter], shapes: Sequence[tuple[int, ...]], world: int) -> list[Layout]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from novoscale.kernels.layers import LayerTable, OptionTable
 from novoscale.kernels.shards import Coefficients, Shard, ShardTensors
-from novoscale.sharding.plan import LayerTelemetry, Packing
+from novoscale.sharding.placed import LayerTelemetry, Packing
 
 
 @dataclass(frozen=True, slots=True)

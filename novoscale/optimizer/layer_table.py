@@ -17,6 +17,8 @@ from novoscale.state.step_counts import rounds
 
 Group = dict[str, Any]
 Groups = list[tuple[Group, list[Tensor]]]  # the tensors to step, by param group
+# DTensors without a gradient on this rank, which other ranks may have: with the param group of each.
+Absent = list[tuple[Group, Tensor]]
 State = Mapping[Tensor, dict[str, Any]]
 
 

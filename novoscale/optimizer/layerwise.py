@@ -13,12 +13,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from novoscale.kernels.uploads import capturing
-from novoscale.optimizer import options, presets, step_tables, tensor_checks
-from novoscale.optimizer.layer_table import Group, Groups
+from novoscale.optimizer import options, presets, step_plan, step_tables, tensor_checks
+from novoscale.optimizer.layer_table import Absent, Group, Groups
+from novoscale.optimizer.step_plan import AbsentLayout, Mode
 from novoscale.optimizer.step_tables import StepTables, StepTensors
-from novoscale.sharding.dtensors import sharded
+from novoscale.sharding.dtensors import has_dtensors, local_tensor, sharded
 from novoscale.sharding.layers import LayoutError, Parameter, describe
 from novoscale.sharding.layout import Layout, unsharded
+from novoscale.sharding.plan import Plan
 from novoscale.state import momentum, second_moment, step_counts
 from novoscale.state.step_counts import counts_steps
 
@@ -36,6 +38,8 @@ class LayerwiseOptimizer(Optimizer):
     _untrained: bool  # whether no parameter has had a gradient, and nothing was said of it
     _dtensor_layouts: dict[int, tuple[DeviceMesh, Any, Layout]]  # mesh, placements; by id(tensor)
     _step_tables: dict[Any, StepTables]  # by step_tables.tables_key(), last used last
+    _plans_of_others: dict[Any, Plan]  # the same, of steps in which only other ranks have gradients
+    _agreed: set[Any]  # what ranks have agreed on: see plan.Plan
     _captured: list[StepTables]  # those that CUDA graphs read at each replay: never freed, never written to
     _wrapper: str | None  # what replaced the parameters, if anything did; copied
     _released: object | None  # the handle of release_gradients, if it is in use
@@ -45,6 +49,7 @@ class LayerwiseOptimizer(Optimizer):
         """Start with empty caches."""
         self._layouts, self._dtensor_layouts, self._step_tables, self._captured = {}, {}, {}, []
         self._presets, self._untrained = {}, True
+        self._plans_of_others, self._agreed = {}, set()
         self._wrapper = self._released = self._full_param_groups = None
 
     # ---- what is said ---------------------------------------------------------------------------------
@@ -100,9 +105,20 @@ class LayerwiseOptimizer(Optimizer):
 
     # ---- a set of tensors ---------------------------------------------------------------------------
 
-    def _with_gradients(self, tensors: Iterable[tuple[int, Sequence[Tensor]]]) -> Groups:
-        """The tensors to step, by param group."""
+    def _given(self) -> Iterator[tuple[int, Sequence[Tensor]]]:
+        """What a step is given: all tensors; after released gradients, those that still have one."""
+        for index, group in enumerate(self.param_groups):
+            late = self._released is not None
+            yield index, [p for p in group["params"] if p.grad is not None] if late else group["params"]
+
+    def _with_gradients(self, tensors: Iterable[tuple[int, Sequence[Tensor]]]) -> tuple[Groups, Absent]:
+        """The tensors to step, by param group; and the DTensors that only other ranks may have to step.
+
+        Of those nobody knows here: they take part in what the ranks tell each other, whether or not they have
+        a gradient.
+        """
         found: Groups = []
+        absent: Absent = []
         for index, members in tensors:
             group = self.param_groups[index]
             options.check_options(group, f"param group {index}")
@@ -110,9 +126,33 @@ class LayerwiseOptimizer(Optimizer):
             params = [p for p in members if p.grad is not None]
             if params:
                 found.append((group, params))
-        return found
+            if len(params) < len(members) and has_dtensors(members):
+                absent += [
+                    (group, p)
+                    for p in members
+                    if p.grad is None and p.requires_grad and isinstance(p, DTensor)
+                ]
+        return found, absent
 
-    def _tables_for(self, groups: Groups) -> StepTables:
+    def _mode(self) -> Mode:
+        limit = options.one_max_grad_norm(self.param_groups)
+        return Mode(self._released is not None, bool(limit), self._agreed)
+
+    def _plan_of_others(self, absent: Absent) -> Plan | None:
+        """The plan of a step in which no tensor of this rank has a gradient; None: it is no other rank's."""
+        mode, device = self._mode(), local_tensor(absent[0][1]).device
+        options_of = [group for group, _ in absent]
+        key = (
+            step_plan.plan_key(options_of, mode),
+            step_tables.tables_key([], absent, mode.per_parameter),
+        )
+        if key not in self._plans_of_others:
+            known = self._absent_layouts([], absent)
+            self._plans_of_others[key] = step_plan.plan([], [], known, device, mode)
+        plan = self._plans_of_others[key]
+        return plan if plan.collectives else None
+
+    def _tables_for(self, groups: Groups, absent: Absent) -> StepTables:
         """The tables of a set of tensors; made anew if anything but the gradients has moved.
 
         Refuses by name what cannot be stepped, before anything is changed.
@@ -122,11 +162,10 @@ class LayerwiseOptimizer(Optimizer):
         except RuntimeError:  # a sparse gradient has no address
             self._check(groups)
             raise
-        per_parameter = self._released is not None
-        key = step_tables.tables_key(groups, per_parameter)
+        key = step_tables.tables_key(groups, absent, self._released is not None)
         ready = self._step_tables.pop(key, None)
         if ready is None or not ready.serves(tensors):
-            ready = self._build_tables(groups, tensors, ready, per_parameter)
+            ready = self._build_tables(groups, absent, tensors, ready)
         if capturing() and not ready.captured:
             ready.captured = True
             self._captured.append(ready)
@@ -139,7 +178,7 @@ class LayerwiseOptimizer(Optimizer):
         return ready
 
     def _build_tables(
-        self, groups: Groups, tensors: StepTensors, before: StepTables | None, per_parameter: bool
+        self, groups: Groups, absent: Absent, tensors: StepTensors, before: StepTables | None
     ) -> StepTables:
         """New tables of a set of tensors, which get a state if they have none."""
         layouts = self._check(groups)
@@ -150,7 +189,21 @@ class LayerwiseOptimizer(Optimizer):
             for p, layout in zip(params, known, strict=True):
                 self._init_state(p, layout, group, counted)
         tensors.look_up(self.state)
-        return step_tables.build(tensors, layouts, before, per_parameter)
+        known_absent = self._absent_layouts(groups, absent)
+        return step_tables.build(tensors, layouts, known_absent, before, self._mode())
+
+    def _absent_layouts(self, groups: Groups, absent: Absent) -> list[AbsentLayout]:
+        """The layouts of DTensors without a gradient, in the order of ``param_groups``."""
+        if not absent:
+            return []
+        stepped, missing = {id(p) for _, params in groups for p in params}, {id(p) for _, p in absent}
+        found, before = [], 0
+        for index, position, number, p in self._numbered_tensors():
+            before += id(p) in stepped
+            if id(p) in missing:
+                layout = self._find_layout(index, position, number, p)
+                found.append(AbsentLayout(self.param_groups[index], layout, before))
+        return found
 
     def _check(self, groups: Groups) -> list[list[Layout]]:
         """The layouts of the tensors of a step, by param group; raises if one cannot be stepped."""
@@ -187,6 +240,7 @@ class LayerwiseOptimizer(Optimizer):
                 layout = sharded(describe(name, p.shape, granularity, number), p)
                 self._dtensor_layouts[id(p)] = (*placed, layout)
                 self._step_tables.clear()  # they know layouts by id
+                self._plans_of_others.clear()
             return layout
         known = self._noted_layout(number, p)
         name = self._name_of(index, position)

@@ -24,7 +24,7 @@ from novoscale.checkpoint.state_dict import (
     recorded_load,
     saved_state,
 )
-from novoscale.optimizer import options, presets, tensor_checks
+from novoscale.optimizer import options, presets, tensor_checks, uneven
 from novoscale.optimizer.layerwise import LayerwiseOptimizer
 from novoscale.optimizer.telemetry import Telemetry
 from novoscale.sharding.plan import Plan
@@ -214,7 +214,7 @@ class NovoGrad(LayerwiseOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.step_some((index, group["params"]) for index, group in enumerate(self.param_groups))
+        self.step_some(self._given())
         self._telemetry.end_step(by_groups=self._wrapper is not None)
         if self._untrained:
             self._say_untrained()
@@ -226,23 +226,27 @@ class NovoGrad(LayerwiseOptimizer):
         """Step some of the tensors of ``param_groups``, if they have a gradient; ``step`` ends the step.
 
         Args:
-            tensors: by the index of their param group.
+            tensors: by the index of their param group. DTensors without a gradient are part of it: other
+                ranks may have one.
 
         Raises:
             RuntimeError: see ``step``.
         """
-        groups = self._with_gradients(tensors)
+        groups, absent = self._with_gradients(tensors)
         limit = options.one_max_grad_norm(self.param_groups)
         if limit and self._released is not None:
             raise RuntimeError(options.clipped_and_released(limit))
         if groups:
             self._note_training(groups)
-            ready = self._tables_for(groups)
+            ready = self._tables_for(groups, absent)
             scale, veto = self._amp(ready.plan.device)
             statistic = ready.statistic(scale)
             finite, total = ready.complete(statistic, veto, self._telemetry)
             ready.update(ready.second_moments(statistic, finite, total, scale))
             ready.release()
+            uneven.refuse(ready.plan)
+        elif absent and (plan := self._plan_of_others(absent)) is not None:
+            uneven.step_of_others(plan, self._amp(plan.device)[1], self._telemetry)
 
     # ---- mixed precision ------------------------------------------------------------------------
 
@@ -326,7 +330,7 @@ class NovoGrad(LayerwiseOptimizer):
         return {name: norm for plan in self._plans() for name, norm in plan.norms().items()}
 
     def _plans(self) -> list[Plan]:
-        return [ready.plan for ready in self._step_tables.values()]
+        return [*(ready.plan for ready in self._step_tables.values()), *self._plans_of_others.values()]
 
     # ---- state in and out -----------------------------------------------------------------------
 

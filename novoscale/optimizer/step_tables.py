@@ -11,41 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from novoscale import kernels
 from novoscale.kernels import Coefficients, Kernels, LayerKernels, ShardTensors, VectorSizes
 from novoscale.kernels.interface import AdvanceInputs, States
-from novoscale.kernels.layers import SUMS, WEIGHTS, OptionTable
-from novoscale.optimizer.layer_table import Group, Groups, State, states_of, table_of_layers
+from novoscale.kernels.layers import WEIGHTS, OptionTable
+from novoscale.optimizer.layer_table import Absent, Group, Groups, State, states_of, table_of_layers
+from novoscale.optimizer.step_plan import STRUCTURE, AbsentLayout, Mode, plan, plan_key
 from novoscale.optimizer.telemetry import Telemetry
-from novoscale.sharding.blocks import NONE
 from novoscale.sharding.dtensors import local_gradients, local_tensor, local_tensors
 from novoscale.sharding.layout import Layout
-from novoscale.sharding.plan import Packing, PlacedLayout, Plan
-from novoscale.state import momentum, second_moment
-
-# What of a param group the tables depend on; the other options are numbers that are given to the kernels.
-STRUCTURE = (
-    "bias_correction",
-    "reg_inside_moment",
-    "momentum_dtype",
-    "granularity",
-    "norm_type",
-    "stochastic_rounding",
-    "fused",
-    "foreach",
-    "nesterov",
-    "scale_parameter",
-)
-
-# Those on which the ranks that share a layer must agree.
-SHARED = (
-    *(option for option in STRUCTURE if option not in ("fused", "foreach")),
-    *("lr", "betas", "eps", "weight_decay", "grad_averaging", "normalize", "init_zero", "clip_threshold"),
-    *("max_grad_norm", "maximize", "seed"),
-)
+from novoscale.sharding.placed import Packing, PlacedLayout
+from novoscale.sharding.plan import Plan
+from novoscale.state import momentum
 
 
 @dataclass
@@ -64,12 +43,13 @@ class StepTables:
         dependencies: what the tables depend on, see :func:`dependencies`.
         addresses: where they have the gradients.
         packing: of the only collective of a step, if there is just one.
+        clips_updates: whether a param group has ``clip_threshold``.
         captured: whether a CUDA graph has them, which reads them whenever it is replayed.
         gradients: of the present step: some may be copies that nobody else holds.
     """
 
     plan: Plan
-    plan_key: list[Any]
+    plan_key: tuple[Any, ...]
     kernels: Kernels
     weights: Kernels | None
     layers: LayerKernels
@@ -79,6 +59,7 @@ class StepTables:
     dependencies: list[Any]
     addresses: list[int]
     packing: Packing | None
+    clips_updates: bool
     captured: bool = False
     gradients: Sequence[Tensor] = ()
 
@@ -137,7 +118,10 @@ class StepTables:
             scale: 0-dim: of the loss; None: 1.
         """
         share = self.plan.share
-        return self.layers.advance(AdvanceInputs(self.options, statistic, finite, total, scale, share))
+        made = self.layers.advance(AdvanceInputs(self.options, statistic, finite, total, scale, share))
+        if self.plan.shares and not self.clips_updates:  # other ranks have tensors that are
+            share(statistic.new_zeros(self.plan.parameters))
+        return made
 
     def update(self, coefficients: Coefficients) -> None:
         """Change m and w of every active layer. The ranks first agree on the scales of sharded blocks."""
@@ -250,22 +234,24 @@ def structure(group: Group) -> tuple[Any, ...]:
 def build(
     tensors: StepTensors,
     layouts: Sequence[Sequence[Layout]],
+    absent: Sequence[AbsentLayout],
     before: StepTables | None,
-    per_parameter: bool = False,
+    mode: Mode,
 ) -> StepTables:
     """Make the tables of a set of tensors.
 
     Args:
         tensors: they have a state.
         layouts: of each tensor, by param group.
+        absent: the DTensors without a gradient here.
         before: what was made for the same tensors earlier.
-        per_parameter: see ``plan.Plan``.
+        mode: how they are stepped.
     """
     groups, device = tensors.groups, tensors.params[0].device
     # The ranks compare their layers when a plan is made: not again when a tensor has moved.
-    wanted = plan_key(groups, per_parameter)
+    wanted = plan_key([*tensors.options, *(missing.group for missing in absent)], mode)
     planned = (
-        before.plan if before and before.plan_key == wanted else plan(groups, layouts, device, per_parameter)
+        before.plan if before and before.plan_key == wanted else plan(groups, layouts, absent, device, mode)
     )
     made, named = shards(tensors, planned.placed)
     weighed = of_weights(groups, planned.placed, made, named)
@@ -284,12 +270,14 @@ def build(
         dependencies=tensors.dependencies,
         addresses=tensors.addresses,
         packing=planned.packing() if of_layers.completes else None,
+        clips_updates=any(group["clip_threshold"] for group in tensors.options),
     )
 
 
-def tables_key(groups: Groups, per_parameter: bool) -> tuple[Any, ...]:
+def tables_key(groups: Groups, absent: Absent, per_parameter: bool) -> tuple[Any, ...]:
     """Which tensors are stepped, and what their statistic is. Tensors by id: no reference is kept."""
-    return (per_parameter, *((group["norm_type"], *map(id, params)) for group, params in groups))
+    stepped = ((group["norm_type"], *map(id, params)) for group, params in groups)
+    return (per_parameter, *stepped, *((group["norm_type"], -id(p)) for group, p in absent))
 
 
 def shards(
@@ -352,43 +340,3 @@ def of_weights(
                 pieces=momentum.pieces(one, momentum.stored(one, "float32")[0], at.first_parameter),
             )
     return shown
-
-
-def plan(
-    groups: Groups, layouts: Sequence[Sequence[Layout]], device: torch.device, per_parameter: bool = False
-) -> Plan:
-    """The plan of the layers of a step."""
-    ops = {2: dist.ReduceOp.SUM, 0: dist.ReduceOp.MAX}
-    placed = []
-    first = column = parameter = block = 0
-    for (group, _), known in zip(groups, layouts, strict=True):
-        for layout in known:
-            sharded_blocks = layout.sharded_blocks() if momentum.in_blocks(group) else NONE
-            op = ops[group["norm_type"]]
-            placed.append(PlacedLayout(layout, first, op, column, parameter, block, sharded_blocks))
-            first += layout.layers
-            column += layout.columns
-            parameter += len(layout.local_shards)
-            block += len(sharded_blocks)
-    return Plan(placed, device, sums(groups), per_parameter, _options(groups))
-
-
-def _options(groups: Groups) -> dict[str, str]:
-    """The options on which ranks must agree, as they are written; those of param groups one after another."""
-    return {name: " and ".join(_written(group[name]) for group, _ in groups) for name in SHARED}
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, Tensor):  # to read it would wait for the device
-        return "a tensor"
-    return repr(tuple(value) if isinstance(value, list) else value)
-
-
-def plan_key(groups: Groups, per_parameter: bool) -> list[Any]:
-    """What a plan depends on, beside the tensors."""
-    return [per_parameter, sums(groups), *(momentum.in_blocks(group) for group, _ in groups)]
-
-
-def sums(groups: Groups) -> int:
-    """How many numbers of each parameter the ranks add up in a step."""
-    return SUMS if any(second_moment.adds_up(group) for group, _ in groups) else 0

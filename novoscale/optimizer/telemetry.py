@@ -27,7 +27,7 @@ class Telemetry:
 
     def skipped(self, plan: Plan) -> Tensor:
         """How often the tensors of a plan were not stepped: int64, 0-dim; for the step to count on."""
-        first = id(plan.placed[0].layout)
+        first = id(plan.placed[0].layout) if plan.placed else 0
         if first not in self._skipped:
             self._skipped[first] = torch.zeros((), dtype=torch.int64, device=plan.device)
         return self._skipped[first]

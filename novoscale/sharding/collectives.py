@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from torch import Tensor
 from novoscale.sharding.blocks import ShardedBlocks
 from novoscale.sharding.layers import Parameter
 from novoscale.sharding.layout import Span
+
+Key = TypeVar("Key")
 
 
 @dataclass
@@ -28,6 +30,8 @@ class Collective:
         places: their places in the vector of the step.
         scattered: which sums over scattered layers follow in the buffer: indices into ``Plan``'s.
         parameters: what the ranks must agree on.
+        notes: of each tensor, how it is reduced: they must agree on that too.
+        options: those of the param groups, as they are written, by id.
         device: of the all-reduce; None: not known yet.
     """
 
@@ -38,7 +42,22 @@ class Collective:
     places: list[range] = field(default_factory=list)
     scattered: list[int] = field(default_factory=list)
     parameters: list[Parameter] = field(default_factory=list)
+    notes: list[tuple[int, ...]] = field(default_factory=list)
+    options: dict[int, Mapping[str, str]] = field(default_factory=dict)
     device: torch.device | None = None
+
+    def note(
+        self, parameters: Sequence[Parameter], options: Mapping[str, str], of_tensor: tuple[int, ...]
+    ) -> None:
+        """Note what the ranks must agree on of one tensor."""
+        self.parameters += parameters
+        self.notes.append(of_tensor)
+        self.options[id(options)] = options
+
+    def written(self) -> dict[str, str]:
+        """The options of all param groups that have part in it, one after another."""
+        names = dict.fromkeys(name for options in self.options.values() for name in options)
+        return {name: " and ".join(o[name] for o in self.options.values()) for name in names}
 
     def all_reduce(self, buffer: Tensor) -> Tensor:
         """The buffer, put together over the ranks."""
@@ -46,20 +65,64 @@ class Collective:
             self.device = _collective_device(self.process_group, buffer.device)
         return all_reduce(buffer, self.op, self.process_group, self.device)
 
-    def add(self, spans: Iterable[Span], first: int, order: Sequence[int] | None = None) -> None:
+    def add(
+        self, spans: Iterable[Span], first: int, order: Sequence[int] | None = None, here: bool = True
+    ) -> None:
         """Have this all-reduce complete what lies in some spans.
 
         Args:
             spans: of layers, columns or parameters.
             first: the place in the vector of the step from which the places of the spans count.
             order: the place of each in that count; None: as they are.
+            here: whether the vector of this rank has them; the buffer does.
         """
         for span in spans:
-            if span.place is not None:
+            if here and span.place is not None:
                 place = first + (span.place if order is None else order[span.place])
                 self.slots.append(range(self.length, self.length + span.count))
                 self.places.append(range(place, place + span.count))
             self.length += span.count
+
+
+def in_order(
+    collectives: Mapping[Key, Collective], chains: Iterable[Sequence[Key]]
+) -> list[tuple[Key, Collective]]:
+    """All-reduces in an order in which ranks never wait for each other, whatever else each of them has.
+
+    The ranks of a group have the same tensors over it, and know the same of it: how many groups complete one
+    of them before it, and which ranks it has. They take the groups by that. So small groups come before those
+    that contain them, which are told what was found there.
+
+    Args:
+        collectives: by a key.
+        chains: of each tensor the keys of those that complete it, in the order of its mesh.
+    """
+    stage = dict.fromkeys(collectives, 0)
+    before: dict[Key, set[Key]] = {key: set() for key in collectives}
+    for chain in chains:
+        for nth, key in enumerate(chain):
+            stage[key] = max(stage[key], nth)
+            before[key].update(chain[:nth])
+    found: list[Key] = []
+    left = [*collectives]
+    places = {key: (stage[key], *_known_of(collectives[key])) for key in left} if len(left) > 1 else {}
+    while left:
+        ready = [key for key in left if before[key].isdisjoint({*left} - {key})] or left
+        found.append(min(ready, key=lambda key: places[key]) if len(ready) > 1 else ready[0])
+        left.remove(found[-1])
+    return [(key, collectives[key]) for key in found]
+
+
+def _known_of(collective: Collective) -> tuple[Any, ...]:
+    """What all ranks of a group know of it, to sort by."""
+    over = collective.process_group
+    ranks = ranks_of(over)
+    return (len(ranks), ranks, getattr(over, "group_name", ""), str(collective.op))
+
+
+def ranks_of(process_group: dist.ProcessGroup | None) -> list[int]:
+    """The ranks of a process group, as the world numbers them."""
+    return sorted(dist.get_process_group_ranks(process_group))
 
 
 def blocks_in_stages(sharded: Iterable[tuple[ShardedBlocks, int]]) -> list[tuple[Collective, Tensor]]:
@@ -71,18 +134,15 @@ def blocks_in_stages(sharded: Iterable[tuple[ShardedBlocks, int]]) -> list[tuple
     Returns:
         Of each all-reduce the places of its blocks, int64.
     """
-    found: dict[int, tuple[Collective, list[Tensor]]] = {}
-    after: TopologicalSorter[int] = TopologicalSorter()
+    found: dict[int, Collective] = {}
+    places: dict[int, list[Tensor]] = {}
+    chains = []
     for of_tensor, first in sharded:
-        before: list[int] = []
+        chains.append([id(process_group) for process_group, _ in of_tensor.stages])
         for process_group, blocks in of_tensor.stages:
-            key = id(process_group)
-            after.add(key, *before)
-            before.append(key)
-            collective = Collective(process_group, dist.ReduceOp.MAX)
-            found.setdefault(key, (collective, []))[1].append(blocks + first)
-    ordered = [found[key] for key in after.static_order()]
-    together = [(collective, torch.cat(places)) for collective, places in ordered]
+            found.setdefault(id(process_group), Collective(process_group, dist.ReduceOp.MAX))
+            places.setdefault(id(process_group), []).append(blocks + first)
+    together = [(collective, torch.cat(places[key])) for key, collective in in_order(found, chains)]
     return [(collective, places) for collective, places in together if len(places)]
 
 

@@ -64,7 +64,8 @@ def sharded(parameter: Parameter, tensor: DTensor) -> Layout:
     sharded_blocks = partial(
         _sharded_blocks, parameter.name, tuple(tensor.shape), tensor.device_mesh, tensor.placements
     )
-    return Layout(math.prod(local), (shard,), fragments, tuple(reductions), scattered, sharded_blocks)
+    numel, votes = math.prod(local), bool(reductions)
+    return Layout(numel, (shard,), fragments, tuple(reductions), scattered, sharded_blocks, votes)
 
 
 def by_rows(tensor: Tensor, parameter: Parameter) -> bool:

@@ -122,6 +122,7 @@ class Layout:
         scattered: whether each rank of those groups has other layers of the same parameter.
         sharded_blocks: finds the blocks of the first moment that are sharded; to be asked only where it is in
             blocks.
+        votes: whether some ranks may have no gradient of it while others have: see ``exchange``.
     """
 
     numel: int
@@ -130,6 +131,7 @@ class Layout:
     reductions: tuple[Reduction, ...] = ()
     scattered: bool = False
     sharded_blocks: Callable[[], blocks.ShardedBlocks] = blocks.none
+    votes: bool = False
 
     @property
     def layers(self) -> int:

@@ -3,84 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from novoscale.sharding.blocks import NONE, ShardedBlocks
-from novoscale.sharding.collectives import Collective, agree_on_blocks, all_reduce, blocks_in_stages, digest
+from novoscale.sharding.collectives import (
+    Collective,
+    agree_on_blocks,
+    all_reduce,
+    blocks_in_stages,
+    digest,
+    in_order,
+)
+from novoscale.sharding.exchange import SHARDED, Exchange, Tally, ballot, shares
 from novoscale.sharding.layers import LayoutError
 from novoscale.sharding.layout import Layout
+from novoscale.sharding.placed import LayerTelemetry, Packing, PlacedLayout
 
 # A layer's statistic is kept in float32; one that does not fit there is treated as non-finite.
 FLOAT32_MAX = torch.finfo(torch.float32).max
-
-
-@dataclass(frozen=True)
-class PlacedLayout:
-    """A layout with the place of its layers among all layers of a step.
-
-    Attributes:
-        layout: of a tensor.
-        first: the place of its first layer.
-        op: how the ranks' statistics of a layer are put together: sums of squares are added, of largest
-            magnitudes the largest is taken.
-        first_column: the place of its first column among all columns of factored parameters.
-        first_parameter: the place of its first parameter among all parameters.
-        first_block: the place of its first sharded block among all.
-        sharded_blocks: of the layout, if its first moment is in blocks.
-    """
-
-    layout: Layout
-    first: int
-    op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
-    first_column: int = 0
-    first_parameter: int = 0
-    first_block: int = 0
-    sharded_blocks: ShardedBlocks = NONE
-
-
-@dataclass
-class Packing:
-    """What goes from the vector of a step into the buffer of its only collective, and back.
-
-    Attributes:
-        all_reduce: completes a buffer.
-        sources: int64 ``[length]``: of each number of the buffer its place in the vector, or -1: not here.
-        slots: int32, as long as the vector: of each number its place in the buffer, or -1: it is complete.
-        sum_of: int32 ``[parameters]``: see ``sums``; 0: every rank has all its layers.
-        sums: how many sums over scattered layers there are: of the parameters whose ``sum_of`` is 1, 2, ...
-            They follow in the buffer after the ``length`` numbers and the ranks' verdict.
-    """
-
-    all_reduce: Callable[[Tensor], Tensor]
-    sources: Tensor
-    slots: Tensor
-    sum_of: Tensor
-    sums: int
-
-    @property
-    def length(self) -> int:
-        """How many numbers of the vector are in the buffer."""
-        return len(self.sources)
-
-
-@dataclass
-class LayerTelemetry:
-    """What the last steps have shown of each layer; written in place, for CUDA graphs.
-
-    Attributes:
-        statistic: float64 ``[layers]``: of the last step.
-        bad: bool ``[layers]``: which had the last skipped step skipped.
-        bad_at: int64, 0-dim: the number of that step, or -1.
-    """
-
-    statistic: Tensor
-    bad: Tensor
-    bad_at: Tensor
 
 
 class Plan:
@@ -90,26 +34,27 @@ class Plan:
     ``numbers`` of each parameter: the first of all parameters, the second of all, ...
 
     Holds integers only, no parameter. Building it is a collective where layers are sharded: the ranks make
-    sure once that they mean the same layers.
+    sure once that they mean the same layers. What is put together over the ranks comes from the sharded
+    tensors alone, whether or not this rank has a gradient of them: it is the same on every rank.
 
     Args:
         placed: the layouts.
         device: where the vector of statistics lives.
-        sums: how many numbers of each parameter are added up over the ranks that have parts of it.
         per_parameter: whether a gradient that is not finite keeps its own parameter from a step only, and not
             all. That is one number more for each parameter, the last.
-        options: of the optimizer, by name, as they are written: what else the ranks must agree on.
+        clips: whether the norm of the model is clipped, for which the ranks say what their other layers add.
+        agreed: what the ranks have agreed on before: not asked again, and added to.
 
     Raises:
         LayoutError: on every rank, if the ranks of a process group have different layers.
         ValueError: on every rank, if they have different options.
 
     Attributes:
-        placed: the layouts.
+        placed: the layouts of what is in the vector of the step.
         layers: how many layers the vector has.
         columns: how many columns.
         parameters: how many parameters.
-        sums: how many numbers of each are added up, without the verdict.
+        sums: how many numbers of each there are to be added up, without the verdict.
         per_parameter: whether each parameter has its own verdict.
         sharded_blocks: how many blocks of first moments are sharded: see :meth:`agree_on_blocks`.
         device: where the vector of statistics lives.
@@ -120,56 +65,26 @@ class Plan:
         self,
         placed: Sequence[PlacedLayout],
         device: torch.device,
-        sums: int = 0,
         per_parameter: bool = False,
-        options: Mapping[str, str] | None = None,
+        clips: bool = False,
+        agreed: set[Any] | None = None,
     ) -> None:
-        self.placed = placed
-        self._shards = [(p.layout.local_shards[i], p.op) for p in placed for i in p.layout.in_order()]
+        self.placed = [p for p in placed if p.here]
+        self._shards = [(p.layout.local_shards[i], p.op) for p in self.placed for i in p.layout.in_order()]
         self.layers = sum(shard.count for shard, _ in self._shards)
         self.columns = sum(shard.columns for shard, _ in self._shards)
         self.parameters = len(self._shards)
-        self.sums = sums
-        self.per_parameter = per_parameter
-        self._verdicts = slice(self.layers + self.columns + sums * self.parameters, None)
+        self.sums = max((p.sums for p in self.placed), default=0)
+        self.per_parameter, self._clips = per_parameter, clips
+        self._verdicts = slice(self.layers + self.columns + self.sums * self.parameters, None)
         self.device = device
-        merged: dict[tuple[int, dist.ReduceOp.RedOpType], Collective] = {}
-        shares: dict[int, Collective] = {}
-        scattered: dict[tuple[int, ...], list[range]] = {}  # by the process groups
-        for p in placed:
-            if p.layout.scattered:
-                scattered.setdefault(_groups(p.layout), []).append(range(p.first, p.first + p.layout.layers))
-            order = p.layout.numbers()
-            for reduction in p.layout.reductions:
-                key = (id(reduction.process_group), p.op)
-                collective = merged.setdefault(key, Collective(reduction.process_group, p.op))
-                collective.add(reduction.spans, p.first)
-                collective.add(reduction.columns, self.layers + p.first_column)
-                for nth in range(self.numbers):
-                    first = self.layers + self.columns + nth * self.parameters + p.first_parameter
-                    collective.add(reduction.sharded, first, order)
-                collective.parameters += reduction.parameters
-                if reduction.scattered:
-                    over = reduction.process_group
-                    shared = shares.setdefault(id(over), Collective(over))
-                    shared.add(reduction.scattered, p.first_parameter, order)
-        self._collectives = [_indexed(collective, device) for collective in merged.values()]
-        self._shares = [_indexed(collective, device) for collective in shares.values()]
+        self._collect(placed)
+        self._number_votes(placed)
         self.sharded_blocks = sum(len(p.sharded_blocks) for p in placed)
         stages = blocks_in_stages((p.sharded_blocks, p.first_block) for p in placed)
         self._blocks = [(collective, places.to(device)) for collective, places in stages]
-        for index, groups in enumerate(scattered):
-            for key, collective in merged.items():
-                if key in ((group, dist.ReduceOp.SUM) for group in groups):
-                    collective.scattered.append(index)
-        self._scattered = [_index(ranges, device) for ranges in scattered.values()]
-        self._sum_of = [
-            1 + [*scattered].index(_groups(p.layout)) if p.layout.scattered else 0
-            for p in placed
-            for _ in p.layout.local_shards
-        ]
-        alike = [range(p.first, p.first + p.layout.layers) for p in placed if not p.layout.scattered]
-        self._everywhere = _index(alike, device)
+        self._everywhere = _index(_rows(p for p in self.placed if not p.layout.scattered), device)
+        self._plain = _index(_rows(p for p in self.placed if not p.layout.reductions), device)
         shards = [shard for shard, _ in self._shards] if per_parameter else []
         self._layers_of = torch.tensor([shard.count for shard in shards], device=device)
         self._columns_of = torch.tensor([shard.columns for shard in shards], device=device)
@@ -179,8 +94,102 @@ class Plan:
             torch.zeros(self.layers, dtype=torch.bool, device=device),
             torch.full((), -1, dtype=torch.int64, device=device),
         )
-        for collective, _, _ in self._collectives:
-            self._agree(collective, options or {})
+        for exchange in self._exchanges:
+            self._agree(exchange.collective, set() if agreed is None else agreed)
+
+    def _collect(self, placed: Sequence[PlacedLayout]) -> None:
+        """Find the all-reduces of a step, and what goes into each of them."""
+        merged: dict[tuple[int, dist.ReduceOp.RedOpType], Collective] = {}
+        shared: dict[int, Collective] = {}
+        votes: dict[Any, list[tuple[int, bool]]] = {}
+        of_layers: list[dict[Any, range]] = []  # of each layout, by the all-reduce: their slots
+        voting = 0
+        for p in placed:
+            order = p.layout.numbers()
+            of_layers.append({})
+            for nth, reduction in enumerate(p.layout.reductions):
+                key = (id(reduction.process_group), p.op)
+                collective = merged.setdefault(key, Collective(reduction.process_group, p.op))
+                first_slot = collective.length
+                collective.add(reduction.spans, p.first, here=p.here)
+                of_layers[-1][key] = range(first_slot, collective.length)
+                collective.add(reduction.columns, self.layers + p.first_column, here=p.here)
+                for number in (*range(p.sums), *[self.sums] * self.per_parameter):
+                    first = self.layers + self.columns + number * self.parameters + p.first_parameter
+                    collective.add(reduction.sharded, first, order, p.here)
+                collective.note(reduction.parameters, p.options, (nth, p.sums, p.layout.votes))
+                if p.layout.votes:
+                    votes.setdefault(key, []).append((voting, p.here))
+                if reduction.scattered and p.shares:
+                    over = reduction.process_group
+                    collective = shared.setdefault(id(over), Collective(over))
+                    collective.add(reduction.scattered, p.first_parameter, order, p.here)
+            voting += p.layout.votes
+        ordered = in_order(merged, [[*slots] for slots in of_layers])
+        self._exchanges = [
+            Exchange(
+                collective,
+                _index(collective.slots, self.device),
+                _index(collective.places, self.device),
+                *ballot(collective, votes.get(key, ()), self.device),
+            )
+            for key, collective in ordered
+        ]
+        of_shares = in_order(shared, [[i for i, _ in slots if i in shared] for slots in of_layers])
+        self._shares = [_indexed(collective, self.device) for _, collective in of_shares]
+        self._scatter(placed, merged)
+        if self._clips and ordered:
+            self._find_totals(placed, [key for key, _ in ordered], of_layers)
+
+    def _scatter(self, placed: Sequence[PlacedLayout], merged: Mapping[Any, Collective]) -> None:
+        """Find the sums over layers of which each rank has others."""
+        scattered: dict[tuple[int, ...], list[PlacedLayout]] = {}  # by the process groups
+        for p in placed:
+            if p.layout.scattered:
+                scattered.setdefault(_groups(p.layout), []).append(p)
+        for index, groups in enumerate(scattered):
+            for key, collective in merged.items():
+                if key in ((group, dist.ReduceOp.SUM) for group in groups):
+                    collective.scattered.append(index)
+        self._scattered = [
+            _index(_rows(p for p in of_groups if p.here), self.device) for of_groups in scattered.values()
+        ]
+        self._sum_of = [
+            1 + [*scattered].index(_groups(p.layout)) if p.layout.scattered else 0
+            for p in self.placed
+            for _ in p.layout.local_shards
+        ]
+
+    def _find_totals(
+        self, placed: Sequence[PlacedLayout], keys: Sequence[Any], of_layers: Sequence[Mapping[Any, range]]
+    ) -> None:
+        """Find which layers each all-reduce is the last to complete: from there they count for the norm."""
+        totals: list[list[range]] = [[] for _ in keys]
+        completes: list[set[int]] = [set() for _ in keys]
+        scattered = [*dict.fromkeys(_groups(p.layout) for p in placed if p.layout.scattered)]
+        for p, slots in zip(placed, of_layers, strict=True):
+            if slots:
+                last = max(keys.index(key) for key in slots)
+                if p.layout.scattered:
+                    completes[last].add(scattered.index(_groups(p.layout)))
+                else:
+                    totals[last].append(slots[keys[last]])
+        parts = shares([exchange.collective for exchange in self._exchanges])
+        for exchange, ranges, sums, share in zip(self._exchanges, totals, completes, parts, strict=True):
+            exchange.totals = _index(ranges, self.device)
+            exchange.completes, exchange.share = sorted(sums), share
+
+    def _number_votes(self, placed: Sequence[PlacedLayout]) -> None:
+        """Number the tensors of which some ranks may have no gradient."""
+        voting = [p for p in placed if p.layout.votes]
+        self._voting = [p.layout.local_shards[0].parameter.name for p in voting]
+        here = [(number, p.first_parameter) for number, p in enumerate(voting) if p.here]
+        pairs = torch.tensor(here, dtype=torch.int64, device="cpu").view(-1, 2).to(self.device)
+        self._votes_here, self._voting_here = pairs.unbind(1)
+        # Of the present step, and of the last one that was skipped.
+        self._uneven, self._noted_uneven = (
+            torch.zeros(len(voting), dtype=torch.bool, device=self.device) for _ in range(2)
+        )
 
     @property
     def numbers(self) -> int:
@@ -190,18 +199,24 @@ class Plan:
     @property
     def collectives(self) -> int:
         """The number of collectives of one step, without :meth:`share`."""
-        return len(self._collectives)
+        return len(self._exchanges)
+
+    @property
+    def shares(self) -> bool:
+        """Whether :meth:`share` is a collective."""
+        return bool(self._shares)
 
     @property
     def bytes_reduced(self) -> int:
         """What this rank gives to the collectives of one step, without :meth:`share`."""
-        return sum(8 * (c.length + 1 + len(c.scattered)) for c, _, _ in self._collectives)
+        return sum(8 * exchange.numbers for exchange in self._exchanges)
 
     def complete(self, statistic: Tensor, veto: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Complete, in place, what is sharded; say what may be stepped, and the sum of all layers.
 
         One all-reduce per process group. One element of each carries the ranks' verdict, so that a non-finite
         gradient on one rank is known to all; and where each rank has other rows of a matrix, one their sum.
+        Where a DTensor has a gradient on some ranks only, no rank steps: see :meth:`uneven`.
 
         Args:
             statistic: float64, the vector of the step: this rank's part.
@@ -210,7 +225,8 @@ class Plan:
         Returns:
             0-dim, bool: every layer of every rank is finite (in float32's range); ``per_parameter``
             ``[parameters]``, the same of each parameter. 0-dim, float64: the sum over all layers of the
-            model; of the layers that this rank has, where a wrapper has sharded them.
+            model; of the layers that this rank has, where a wrapper has sharded them, or where nothing is
+            clipped.
         """
         if self.per_parameter:
             statistic[self._verdicts] = self._bad_parameters(statistic)
@@ -218,42 +234,84 @@ class Plan:
         bad = (~_fits_float32(statistic)).any().to(statistic.dtype)
         if veto is not None:
             bad = torch.maximum(bad, veto.to(bad))
-        for collective, slots, places in self._collectives:
-            length = collective.length
+        tally = self._tally(statistic[self._plain].sum())
+        for exchange in self._exchanges:
+            collective, length = exchange.collective, exchange.collective.length
             buffer = statistic.new_zeros(length + 1 + len(collective.scattered))
             # MAX need not carry a NaN from one rank to the others; infinity does.
-            mine = statistic[places]
+            mine = statistic[exchange.places]
             if collective.op == dist.ReduceOp.MAX:
                 mine = mine.nan_to_num(nan=torch.inf)
-            buffer[slots] = mine
+            buffer[exchange.slots] = mine
             buffer[length] = bad
             for place, index in enumerate(collective.scattered, length + 1):
                 buffer[place] = sums[index]
-            buffer = collective.all_reduce(buffer)
-            statistic[places] = buffer[slots]
+            buffer = exchange.reduce(buffer, tally)
+            statistic[exchange.places] = buffer[exchange.slots]
             bad = torch.maximum(buffer[length], (~_fits_float32(buffer[:length])).any().to(buffer.dtype))
             for place, index in enumerate(collective.scattered, length + 1):
                 sums[index] = buffer[place]
+            if tally.norm is not None:
+                for index in exchange.completes:
+                    tally.norm[SHARDED] += sums[index]
             if self.per_parameter:  # the layers that are complete now count for the next group's ranks too
+                statistic[self._verdicts].index_add_(0, self._voting_here, tally.uneven[self._votes_here])
                 statistic[self._verdicts] = self._bad_parameters(statistic)
+        finite = statistic[self._verdicts] == 0 if self.per_parameter else bad == 0
+        self._note_uneven(tally, finite.all())
+        if tally.norm is not None:
+            return finite, tally.norm.sum()
         # Not with the rows of this rank, for every rank has to come to the same bits.
         total = statistic[self._everywhere].sum() if sums else statistic[: self.layers].sum()
-        finite = statistic[self._verdicts] == 0 if self.per_parameter else bad == 0
         return finite, torch.stack([total, *sums]).sum() if sums else total
+
+    def _tally(self, plain: Tensor) -> Tally:
+        """Nothing is found yet; ``plain``: 0-dim, what plain tensors add to the squared norm of the model."""
+        uneven = torch.zeros(len(self._voting), dtype=torch.float64, device=self.device)
+        clips = self._clips and self._exchanges
+        return Tally(uneven, torch.stack((plain, torch.zeros_like(plain))) if clips else None)
+
+    def _note_uneven(self, tally: Tally, finite: Tensor) -> None:
+        """Note, in place, which gradients are missing on some ranks."""
+        if self._voting:
+            torch.gt(tally.uneven, 0, out=self._uneven)
+            self._noted_uneven.copy_(torch.where(finite, self._noted_uneven, self._uneven))
+
+    def uneven(self) -> list[str]:
+        """The DTensors of which some ranks of their mesh had a gradient in this step, and some had none.
+
+        Waits for the device.
+        """
+        return [name for name, is_so in zip(self._voting, self._uneven.tolist(), strict=True) if is_so]
 
     def packing(self) -> Packing | None:
         """Of a step with one collective, in which all parameters have one verdict; else None."""
-        if self.per_parameter or len(self._collectives) != 1:
+        if self.per_parameter or len(self._exchanges) != 1:
             return None
-        collective, slots, places = self._collectives[0]
-        if collective.scattered != [*range(len(self._scattered))]:
+        (exchange,), sums = self._exchanges, len(self._scattered)
+        collective = exchange.collective
+        if collective.scattered != [*range(sums)]:
             return None
         sources = torch.full((collective.length,), -1, dtype=torch.int64, device=self.device)
         of_vector = self.layers + self.columns + self.numbers * self.parameters
         back = torch.full((of_vector,), -1, dtype=torch.int32, device=self.device)
-        sources[slots], back[places] = places, slots.int()
-        sum_of = torch.tensor(self._sum_of, dtype=torch.int32, device="cpu").to(self.device)
-        return Packing(collective.all_reduce, sources, back, sum_of, len(self._scattered))
+        sources[exchange.slots], back[exchange.places] = exchange.places, exchange.slots.int()
+        plain = [not p.layout.reductions for p in self.placed for _ in p.layout.local_shards]
+        sum_of = [-1 if self._clips and alone else of for of, alone in zip(self._sum_of, plain, strict=True)]
+        numbers = torch.tensor(sum_of, dtype=torch.int32, device="cpu")
+        return Packing(
+            collective.all_reduce,
+            sources,
+            back,
+            numbers.to(self.device),
+            sums,
+            exchange.vote,
+            exchange.expected,
+            self._uneven,
+            self._noted_uneven,
+            (numbers == 0).nonzero()[:, 0].int().to(self.device),
+            exchange.ranks if self._clips else 0,
+        )
 
     def _bad_parameters(self, statistic: Tensor) -> Tensor:
         """1 for each parameter that is not finite, as far as it is known here, else 0: float64."""
@@ -287,11 +345,19 @@ class Plan:
         """What this rank gives to the collectives of :meth:`agree_on_blocks`."""
         return sum(8 * len(places) for _, places in self._blocks)
 
-    def _agree(self, collective: Collective, options: Mapping[str, str]) -> None:
-        """Raise on every rank if the ranks differ, rather than add up what does not match."""
+    def _agree(self, collective: Collective, agreed: set[Any]) -> None:
+        """Raise on every rank if the ranks differ, rather than add up what does not match.
+
+        Once for the same tensors: what else is stepped with them, each rank knows alone.
+        """
         known = [(p.name, p.numel, p.layers, p.number, p.factored) for p in collective.parameters]
+        known_of = (self.per_parameter, self._clips, *known, *collective.notes)
+        key = (collective.process_group, str(collective.op), known_of)
+        if key in agreed:
+            return
+        options = collective.written()
         # Largest and smallest in one collective.
-        written = [*map(digest, (repr(known), *options.values()))]
+        written = [*map(digest, (repr(known_of), *options.values()))]
         digests = torch.tensor(written, dtype=torch.float64, device="cpu")
         verdict = torch.stack((digests, -digests)).to(self.device)
         largest, smallest = all_reduce(verdict, dist.ReduceOp.MAX, collective.process_group).tolist()
@@ -310,6 +376,7 @@ class Plan:
                 f"the ranks have different options of NovoGrad; this rank has {', '.join(different)}. Give "
                 "them alike on every rank"
             )
+        agreed.add(key)
 
     def record(self, statistic: Tensor, finite: Tensor, step: int) -> None:
         """Note the completed statistic of a step, and which layers had it skipped.
@@ -335,8 +402,10 @@ class Plan:
         return int(self.noted.bad_at)
 
     def bad(self) -> list[str]:
-        """Names of the layers that had that step skipped. Waits for the device."""
-        return [name for name, bad in zip(self.names(), self.noted.bad.tolist(), strict=True) if bad]
+        """Names of the layers, and of DTensors without a gradient, that had that step skipped. Waits."""
+        uneven = zip(self._voting, self._noted_uneven.tolist(), strict=True)
+        of_layers = zip(self.names(), self.noted.bad.tolist(), strict=True)
+        return [name for name, bad in (*of_layers, *uneven) if bad]
 
     def norms(self) -> dict[str, float]:
         """The norm of each layer's gradient at the last step. Waits for the device."""
@@ -348,6 +417,11 @@ class Plan:
 def _groups(layout: Layout) -> tuple[int, ...]:
     """The process groups over which the layers of a tensor are completed, by id."""
     return tuple(id(reduction.process_group) for reduction in layout.reductions)
+
+
+def _rows(placed: Iterable[PlacedLayout]) -> list[range]:
+    """The places of the layers of some layouts."""
+    return [range(p.first, p.first + p.layout.layers) for p in placed]
 
 
 def _indexed(collective: Collective, device: torch.device) -> tuple[Collective, Tensor, Tensor]:

@@ -17,6 +17,6 @@ def test_bytes_under_fsdp2_are_those_of_the_columns():
     (row,) = [line for line in done.stdout.splitlines() if "factored" in line]
     shapes = [p.shape for p in build("gpt2-1m", "meta").parameters()]
     columns = sum(shape[1] for shape in shapes if len(shape) == 2)
-    # All columns, three numbers of each parameter, the verdict, and the sum of all rows.
-    numbers = columns + SUMS * len(shapes) + 2
+    # All columns, three numbers of each parameter and its vote, the verdict, and the sum of all rows.
+    numbers = columns + (SUMS + 1) * len(shapes) + 2
     assert f"{8 * numbers:,} (" in row

@@ -224,7 +224,8 @@ def test_layouts_of_one_process_group_share_a_collective():
     pieces = [[Fragment(0, 1, 0)], [Fragment(0, 1, 0, 1)]]
     group, other = object(), object()
     shards = [partition(layers, pieces, rank=0, numel=1, process_group=g) for g in (group, group, other)]
-    with mock.patch.object(Plan, "_agree"):
+    ranks = mock.patch.object(collectives, "ranks_of", return_value=[0])
+    with mock.patch.object(Plan, "_agree"), ranks:
         assert Plan([PlacedLayout(s, i) for i, s in enumerate(shards)], torch.device("cpu")).collectives == 2
     assert Plan([PlacedLayout(unsharded(Parameter("p", 5)), 0)], torch.device("cpu")).collectives == 0
 

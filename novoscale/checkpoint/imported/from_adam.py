@@ -27,7 +27,8 @@ from novoscale.kernels.layers import LEAST_SCALE
 from novoscale.sharding.dtensors import local_tensor
 from novoscale.sharding.layers import counts_once, describe, matrix_dimensions
 from novoscale.sharding.layout import Layout, unsharded
-from novoscale.sharding.plan import PlacedLayout, Plan
+from novoscale.sharding.placed import PlacedLayout
+from novoscale.sharding.plan import Plan
 from novoscale.sharding.tiles import tiles
 from novoscale.state.step_counts import counts_steps
 
@@ -152,12 +153,13 @@ def _completed(targets: Sequence[Target], sums: Sequence[Sums], error: ValueErro
     """The sums of all ranks; raises on every rank if there is an error on any."""
     placed, layers, columns, parameters = [], 0, 0, 0
     for target in targets:
-        placed.append(PlacedLayout(target.layout, layers, first_column=columns, first_parameter=parameters))
+        at = PlacedLayout(target.layout, layers, first_column=columns, first_parameter=parameters, sums=2)
+        placed.append(at)
         layers += target.layout.layers
         columns += target.layout.columns
         parameters += len(target.layout.local_shards)
     device = targets[0].p.device
-    plan = Plan(placed, device, sums=2)
+    plan = Plan(placed, device)
     of_layers, of_columns, of_parameters = zip(*(s.to(device) for s in sums), strict=True)
     vector = torch.cat([*of_layers, *of_columns, torch.cat(of_parameters, dim=1).view(-1)])
     finite, _ = plan.complete(vector, torch.tensor(error is not None, device=device))

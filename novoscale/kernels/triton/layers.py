@@ -18,7 +18,7 @@ from novoscale.kernels.layers import LayerTable, OptionTable, empty_coefficients
 from novoscale.kernels.shards import Coefficients
 from novoscale.kernels.triton.second_moments import advance, mean_square
 from novoscale.kernels.triton.verdict import begin, count, pack, verdict
-from novoscale.sharding.plan import LayerTelemetry, Packing
+from novoscale.sharding.placed import LayerTelemetry, Packing
 
 TILE = 1024  # layers that a program does at once
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}
@@ -78,16 +78,22 @@ class LayerKernels(ByAddress, interface.LayerKernels):
         """See ``interface.LayerKernels.complete``."""
         self._noted, buffer, sum_of = noted, None, None
         sums, length = 0, 0
+        votes: tuple[Tensor | None, ...] = (None, None, None, None)
+        voting, vote_count, alike_count, ranks = 0, 0, 0, 0
         if packing is not None:
             buffer = self._packed(packing, statistic, veto)
             sum_of, sums, length, veto = packing.sum_of, packing.sums, packing.length, None
+            votes = (packing.expected, packing.uneven, packing.noted_uneven, packing.alike)
+            voting, vote_count = len(packing.uneven), len(packing.vote)
+            alike_count, ranks = len(packing.alike), packing.ranks
             self._begin(options, statistic, None, buffer, packing.slots)
         total = torch.empty((), dtype=torch.float64, device=self._device)
         finite = torch.empty((), dtype=torch.bool, device=self._device)
         with torch.cuda.device(self._index):
             verdict[(1,)](
                 self._parameters, options.table, statistic, self._sums, self._largest, sum_of, buffer, veto,
-                total, finite, skipped, noted.bad_at, step, sum(self._sizes), length, self._count,
+                total, finite, skipped, noted.bad_at, *votes, step, sum(self._sizes), length, self._count,
+                voting, alike_count, ranks, twice=vote_count > voting, shared=ranks > 0,
                 counted=self._counts_once, scattered=sums, vetoed=veto is not None, clips=self._clips,
                 reduced=buffer is not None, tile=TILE, **LAUNCH,
             )  # fmt: skip
@@ -96,11 +102,12 @@ class LayerKernels(ByAddress, interface.LayerKernels):
     def _packed(self, packing: Packing, statistic: Tensor, veto: Tensor | None) -> Tensor:
         """The buffer of the collective, complete."""
         length = packing.length
-        buffer = torch.empty(length + 1 + packing.sums, dtype=torch.float64, device=self._device)
+        buffer = torch.empty(packing.numbers, dtype=torch.float64, device=self._device)
         with torch.cuda.device(self._index):
             pack[(triton.cdiv(length, TILE) + 1,)](
-                packing.sources, statistic, buffer, self._sums, self._largest, packing.sum_of, veto, length,
-                self._count, scattered=packing.sums, vetoed=veto is not None, tile=TILE, **LAUNCH,
+                packing.sources, statistic, buffer, self._sums, self._largest, packing.sum_of, veto,
+                packing.vote, length, self._count, len(packing.vote), shared=packing.ranks > 0,
+                scattered=packing.sums, vetoed=veto is not None, tile=TILE, **LAUNCH,
             )  # fmt: skip
         return packing.all_reduce(buffer)
 

@@ -37,6 +37,9 @@ from novoscale.kernels.triton.formulas import (
     inverse_of,
     power_of,
 )
+from novoscale.sharding import exchange
+
+ALIKE = tl.constexpr(exchange.ALIKE)
 
 # With a type, as jit. Compiled once for all steps, and not anew for 1 and for multiples of 16.
 _jit_of_any_step: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=["step"])
@@ -162,8 +165,11 @@ def pack(
     largest: tl.tensor,
     sum_of: tl.tensor,
     veto: tl.tensor,
+    vote: tl.tensor,
     length: tl.tensor,
     parameter_count: tl.tensor,
+    vote_count: tl.tensor,
+    shared: tl.constexpr,
     scattered: tl.constexpr,
     vetoed: tl.constexpr,
     tile: tl.constexpr,
@@ -194,6 +200,58 @@ def pack(
                 counted = tl.load(sum_of + nth, mask=mask, other=0) == which + 1
                 total += tl.where(counted, tl.load(sums + nth, mask=mask, other=0.0), 0.0)
             tl.store(buffer + length + 1 + which, tl.sum(total, 0))
+        votes = buffer + length + 1 + scattered
+        for offset in range(0, vote_count, tile):
+            nth = offset + tl.arange(0, tile)
+            mask = nth < vote_count
+            tl.store(votes + nth, tl.load(vote + nth, mask=mask, other=0.0), mask=mask)
+        if shared:
+            _share_norm(votes + vote_count, sums, sum_of, parameter_count, tile)
+
+
+@jit
+def _share_norm(
+    norm: tl.tensor, sums: tl.tensor, sum_of: tl.tensor, parameter_count: tl.tensor, tile: tl.constexpr
+) -> None:
+    """Write what this rank's plain tensors add to the norm of the model: see ``exchange.Exchange``."""
+    plain = tl.zeros([tile], tl.float64)
+    for offset in range(0, parameter_count, tile):
+        nth = offset + tl.arange(0, tile)
+        mask = nth < parameter_count
+        alone = tl.load(sum_of + nth, mask=mask, other=0) == -1
+        plain += tl.where(alone, tl.load(sums + nth, mask=mask, other=0.0), 0.0)
+    x = tl.sum(plain, 0)
+    tl.store(norm, x)
+    tl.store(norm + 1, 0.0)
+    tl.store(norm + 2, x * x)
+    tl.store(norm + 3, 0.0)
+    tl.store(norm + 4, x)
+    tl.store(norm + 5, 0.0)
+
+
+@jit
+def _norm_of_plain(norm: tl.tensor, ranks: tl.tensor) -> tl.tensor:
+    """What the plain tensors of all ranks add to the norm of the model: of replicas once."""
+    x, squares, each = tl.load(norm), tl.load(norm + 2), tl.load(norm + 4)
+    alike = ranks * squares - x * x <= ALIKE * (x * x)
+    return tl.where(alike, x / ranks, each)
+
+
+@jit
+def _differ(
+    votes: tl.tensor,
+    expected: tl.tensor,
+    nth: tl.tensor,
+    voting: tl.tensor,
+    twice: tl.constexpr,
+) -> tl.tensor:
+    """Of some tensors, whether ranks have voted otherwise than this one."""
+    mask = nth < voting
+    differ = tl.load(votes + nth, mask=mask, other=0.0) != tl.load(expected + nth, mask=mask, other=0.0)
+    if twice:
+        of_none = tl.load(votes + voting + nth, mask=mask, other=0.0)
+        differ = differ | (of_none != tl.load(expected + voting + nth, mask=mask, other=0.0))
+    return differ & mask
 
 
 @jit
@@ -246,10 +304,19 @@ def verdict(
     finite: tl.tensor,
     skipped: tl.tensor,
     bad_at: tl.tensor,
+    expected: tl.tensor,
+    uneven: tl.tensor,
+    noted_uneven: tl.tensor,
+    in_order: tl.tensor,
     step: tl.tensor,
     first_number: tl.tensor,
     length: tl.tensor,
     parameter_count: tl.tensor,
+    voting: tl.tensor,
+    alike_count: tl.tensor,
+    ranks: tl.tensor,
+    twice: tl.constexpr,
+    shared: tl.constexpr,
     counted: tl.constexpr,
     scattered: tl.constexpr,
     vetoed: tl.constexpr,
@@ -260,23 +327,46 @@ def verdict(
     """One program finds whether there is a step, and the sum over the layers of the model, and writes them.
 
     ``counted``: some parameters have one count of steps for all their layers: count the step here.
+    ``shared``: the norm has to be the same on all ranks, and ``in_order`` are the parameters that all have.
     """
     added = tl.zeros([tile], tl.float64)
     most = tl.zeros([tile], tl.int64)
     for offset in range(0, parameter_count, tile):
         nth = offset + tl.arange(0, tile)
         mask = nth < parameter_count
-        part = tl.load(sums + nth, mask=mask, other=0.0)
-        if reduced:
-            part = tl.where(tl.load(sum_of + nth, mask=mask, other=0) == 0, part, 0.0)
-        added += part
+        if not shared:
+            part = tl.load(sums + nth, mask=mask, other=0.0)
+            if reduced:
+                part = tl.where(tl.load(sum_of + nth, mask=mask, other=0) == 0, part, 0.0)
+            added += part
         most = tl.maximum(most, tl.load(largest + nth, mask=mask, other=0))
+    if shared:
+        for offset in range(0, alike_count, tile):
+            nth = offset + tl.arange(0, tile)
+            mask = nth < alike_count
+            which_one = tl.load(in_order + nth, mask=mask, other=0)
+            added += tl.load(sums + which_one, mask=mask, other=0.0)
     model_total = tl.sum(added, 0)
     bad = tl.max(most, 0) > LARGEST
     if reduced:
         bad = bad | (tl.load(buffer + length) > 0)
         for which in range(scattered):
             model_total += tl.load(buffer + length + 1 + which)
+        votes = buffer + length + 1 + scattered
+        if shared:
+            model_total += _norm_of_plain(votes + voting * (1 + twice), ranks)
+        differing = tl.zeros([tile], tl.int32)
+        for offset in range(0, voting, tile):
+            nth = offset + tl.arange(0, tile)
+            differ = _differ(votes, expected, nth, voting, twice)
+            tl.store(uneven + nth, differ, mask=nth < voting)
+            differing = tl.maximum(differing, differ.to(tl.int32))
+        bad = bad | (tl.max(differing, 0) > 0)
+        if bad:
+            for offset in range(0, voting, tile):
+                nth = offset + tl.arange(0, tile)
+                differ = _differ(votes, expected, nth, voting, twice)
+                tl.store(noted_uneven + nth, differ, mask=nth < voting)
     if vetoed:
         bad = bad | (tl.load(veto).to(tl.int32) != 0)
     tl.store(total, model_total)

@@ -1,6 +1,7 @@
 """The pass over the layers in Triton gives the bits of the reference."""
 
 import fixed_gradients
+import missing_ranks
 import pytest
 import torch
 import triton_layers_ranks
@@ -49,3 +50,20 @@ def test_layers_that_ranks_complete_give_the_bits_of_one_process(options):
 def test_a_step_is_skipped_and_noted_as_elsewhere(options, bad):
     found = run_ranks(triton_layers_ranks.noted, 2, options, bad)
     assert all(on_triton == elsewhere for on_triton, elsewhere in found)
+
+
+@pytest.mark.parametrize("options", [{"preset": "adamw", "max_grad_norm": 1.0}, {"norm_type": 0}], ids=str)
+def test_a_gradient_that_some_ranks_lack_is_noted_as_elsewhere(options):
+    arguments = ({"preset": "paper", **options}, (2,), "s", [1], 2)
+    on_triton, elsewhere = (
+        run_ranks(module.missing_gradient, 2, *arguments) for module in (triton_layers_ranks, missing_ranks)
+    )
+    assert on_triton == elsewhere
+    assert all("b" in found["layers"] for found in on_triton)
+
+
+@pytest.mark.parametrize("kind", ["replicas", "experts", "on rank 0"])
+def test_one_factor_clips_every_rank(kind):
+    found = run_ranks(triton_layers_ranks.clipped_with_plain, 2, kind, (2,))
+    assert found[0] == found[1]
+    assert found[0][0] == pytest.approx(found[0][1], rel=1e-6)

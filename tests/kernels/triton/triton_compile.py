@@ -62,12 +62,21 @@ TYPES = {
     "finite": "*i1",
     "skipped": "*i64",
     "bad_at": "*i64",
+    "vote": "*fp64",
+    "expected": "*fp64",
+    "uneven": "*i1",
+    "noted_uneven": "*i1",
+    "in_order": "*i32",
     "norms": "*fp64",
     "bad": "*i1",
     "mean_square": "*fp64",
     "result": "*fp64",
     **dict.fromkeys(
-        ("step", "first_number", "length", "parameter_count", "layer_count", "column_count"), "i32"
+        (
+            *("step", "first_number", "length", "parameter_count", "layer_count", "column_count"),
+            *("vote_count", "voting", "alike_count", "ranks"),
+        ),
+        "i32",
     ),
 }
 FLOAT32, BFLOAT16, FLOAT16 = tl.float32, tl.bfloat16, tl.float16
@@ -120,10 +129,13 @@ FEW = {"scale": None, "scaled": False}
 LAYERS = [  # kernel, its constants
     ("begin", of_verdict.begin, {"numbers": 3, "scaled": True, "reduced": False, "buffer": None, "slots":
     None}), ("begin, reduced", of_verdict.begin, {"numbers": 3, "reduced": True, **FEW}), ("pack",
-    of_verdict.pack, {"scattered": 1, "vetoed": True}), (
+    of_verdict.pack, {"shared": True, "scattered": 1, "vetoed": True}), (
         "verdict",
         of_verdict.verdict,
-        {"counted": True, "scattered": 1, "vetoed": False, "veto": None, "clips": True, "reduced": True},
+        {
+            "twice": False, "shared": True, "counted": True, "scattered": 1, "vetoed": False, "veto": None,
+            "clips": True, "reduced": True,
+        },
     ),
     ("count", of_verdict.count, {"clips": True, "verdicts": True}),
     ("mean square", triton_second_moments.mean_square, {"clips": True}),

@@ -10,6 +10,7 @@ from unittest import mock
 
 import checkpoint_ranks
 import fixed_gradients
+import missing_ranks
 import sharded_models
 import torch
 import torch.distributed as dist
@@ -64,3 +65,15 @@ def noted(options: dict[str, Any], bad: float | None) -> tuple[dict[str, Any], d
     with layers_by_triton():
         first = stepped()
     return first, stepped()
+
+
+def missing_gradient(*args: Any) -> dict[str, Any]:
+    """See ``missing_ranks.missing_gradient``."""
+    with layers_by_triton():
+        return missing_ranks.missing_gradient(*args)
+
+
+def clipped_with_plain(*args: Any) -> tuple[float, float]:
+    """See ``missing_ranks.clipped_with_plain``."""
+    with layers_by_triton():
+        return missing_ranks.clipped_with_plain(*args)
