@@ -29,11 +29,11 @@ Piece = tuple[str, int, Tensor, Tensor]  # parameter, first element in it, weigh
 class FixedGradients(nn.Module):
     """The gradient of each parameter is the same in any run: a sum over products is linear."""
 
-    def __init__(self, shapes: dict[str, tuple[int, ...]] = SHAPES) -> None:
+    def __init__(self, shapes: dict[str, tuple[int, ...]] = SHAPES, frozen: Sequence[str] = ()) -> None:
         super().__init__()
         torch.manual_seed(3)
         for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(torch.randn(shape)))
+            setattr(self, name, nn.Parameter(torch.randn(shape), requires_grad=name not in frozen))
 
     def forward(self, step: Tensor) -> Tensor:
         rows = zip(self.parameters(), gradients(int(step), [p.shape for p in self.parameters()]), strict=True)
@@ -51,13 +51,16 @@ def gradients(step: int, shapes: Sequence[Any] = tuple(SHAPES.values())) -> list
 
 
 def unsharded(
-    options: dict[str, Any], dtype: torch.dtype = torch.float32, master: torch.dtype | None = None
+    options: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    master: torch.dtype | None = None,
+    frozen: Sequence[str] = (),
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Weights and first moments of every parameter after STEPS steps in one process.
 
     ``master``: of the weights that are updated, which begin as ``dtype``; None: the same.
     """
-    model = FixedGradients().to(dtype).to(master or dtype)
+    model = FixedGradients(frozen=frozen).to(dtype).to(master or dtype)
     optimizer = NovoGrad(model.named_parameters(), **options)
     for step in range(STEPS):
         optimizer.zero_grad()

@@ -20,6 +20,10 @@ from novoscale.sharding.partition import one_after_another, partition
 
 Bound = tuple[int, Tensor, Layout]
 
+# Attribute of a wrapper: the places of the parameters that its optimizer was given, by id. They count frozen
+# ones too, which DeepSpeed leaves out of its groups: the numbers of one process.
+NUMBERS = "_novoscale_numbers"
+
 
 def is_tensor_parallel(p: Tensor) -> bool:
     """Whether a parameter is one rank's part of a layer that is sharded over the tensor-parallel group."""
@@ -32,7 +36,6 @@ def zero_1_and_2(zero: Any) -> Iterator[Bound]:
     Read from the tables by which DeepSpeed copies gradients into the partitions. (``_hp_mapping`` is
     wrong with ``round_robin_gradients``: DeepSpeed 0.19.8, ``link_hp_params``.)
     """
-    number = 0  # of the parameters before this group: the same whatever the wrapper
     for i, params in enumerate(zero.bit16_groups):
         process_group = zero.real_dp_process_group[i]
         pieces: list[list[Fragment]] = [[] for _ in range(dist.get_world_size(group=process_group))]
@@ -46,21 +49,18 @@ def zero_1_and_2(zero: Any) -> Iterator[Bound]:
                 pieces[holder].append(Fragment(start, stop, layer, offset))
         flat = zero.single_partition_of_fp32_groups[i]
         _check_weights(flat, [p.detach().reshape(-1) for p in params], pieces[_rank(process_group)])
-        yield i, flat, _sharded(zero, i, params, pieces, flat, process_group, number)
-        number += len(params)
+        yield i, flat, _sharded(zero, i, params, pieces, flat, process_group)
 
 
 def bf16(wrapper: Any) -> Iterator[Bound]:
     """The flat partition of each param group under BF16_Optimizer: the parameters one after another."""
-    number = 0
     for i, params in enumerate(wrapper.bf16_groups):
         process_group = wrapper.real_dp_process_group[i]
         flat = wrapper.fp32_groups_flat_partition[i]
         world = dist.get_world_size(group=process_group)
         pieces = one_after_another([p.numel() for p in params], flat.numel(), world)
         _check_weights(flat, [p.detach().reshape(-1) for p in params], pieces[_rank(process_group)])
-        yield i, flat, _sharded(wrapper, i, params, pieces, flat, process_group, number)
-        number += len(params)
+        yield i, flat, _sharded(wrapper, i, params, pieces, flat, process_group)
 
 
 def zero_3(zero: Any) -> Iterator[Bound]:
@@ -68,7 +68,6 @@ def zero_3(zero: Any) -> Iterator[Bound]:
 
     The end of the last slices is padding: of the weights uninitialised memory, which no fragment covers.
     """
-    number = 0
     for sub_group, params in enumerate(zero.fp16_groups):
         process_group = process_group_of_sub_group(zero, sub_group)
         world = dist.get_world_size(group=process_group)
@@ -86,26 +85,20 @@ def zero_3(zero: Any) -> Iterator[Bound]:
         slices = [p.ds_tensor.detach().reshape(-1) for p in params]
         mine = [Fragment(s.start, s.stop, s.parameter) for s in pieces[rank]]
         _check_weights(flat, slices, mine)
-        yield group, flat, _sharded(zero, group, params, pieces, flat, process_group, number)
-        number += len(params)
+        yield group, flat, _sharded(zero, group, params, pieces, flat, process_group)
 
 
 def unfused(wrapper: Any) -> Iterator[Bound]:
     """The float32 copies of FP16_UnfusedOptimizer: unsharded parameters."""
     groups = wrapper.optimizer.param_groups
-    number = 0
-    for i, copies in enumerate(wrapper.fp32_groups):
-        for position, copy in enumerate(copies):
+    for i, (copies, params) in enumerate(zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)):
+        granularity = groups[i].get("granularity", "tensor")
+        for position, (copy, p) in enumerate(zip(copies, params, strict=True)):
             known = groups[i].get("param_names", ())
             name = (
                 known[position] if len(known) == len(copies) else f"parameter {position} of param group {i}"
             )
-            yield (
-                i,
-                copy,
-                unsharded(describe(name, copy.shape, groups[i].get("granularity", "tensor"), number)),
-            )
-            number += 1
+            yield i, copy, unsharded(describe(name, copy.shape, granularity, number_of(wrapper, p)))
 
 
 def process_group_of_sub_group(zero: Any, sub_group: int) -> Any:
@@ -113,6 +106,11 @@ def process_group_of_sub_group(zero: Any, sub_group: int) -> Any:
     if hasattr(zero, "sub_group_process_groups"):
         return zero.sub_group_process_groups[sub_group]
     return getattr(zero.fp16_groups[sub_group][0], "ds_process_group", zero.dp_process_group)
+
+
+def number_of(wrapper: Any, p: Tensor) -> int:
+    """The place of a parameter among all that the wrapper's optimizer was given: see ``Parameter.number``."""
+    return int(getattr(wrapper, NUMBERS)[id(p)])
 
 
 def _rank(process_group: Any) -> int:
@@ -126,7 +124,6 @@ def _sharded(
     pieces: Sequence[Sequence[Fragment]],
     flat: Tensor,
     process_group: Any,
-    number: int,
 ) -> Layout:
     # Wrappers of DeepSpeed 0.16 do not all know the names.
     names = getattr(wrapper, "param_names", None)
@@ -137,7 +134,7 @@ def _sharded(
     for n, p in enumerate(params):
         name = names.get(p, f"parameter {n} of param group {group}")
         shape = getattr(p, "ds_shape", p.shape)
-        parameter = describe(name, shape, granularity, number + n)
+        parameter = describe(name, shape, granularity, number_of(wrapper, p))
         if is_tensor_parallel(p):
             parameter = _shared(p, parameter, shape, granularity, wrapper.mpu.get_model_parallel_world_size())
         parameters.append(parameter)

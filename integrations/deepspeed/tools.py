@@ -33,6 +33,8 @@ from novoscale.sharding.collectives import all_reduce, digest
 from novoscale.sharding.layers import Parameter
 from novoscale.sharding.layout import Layout
 
+from .layouts import number_of
+
 KEYS = ("exp_avg", "exp_avg_sq")
 # What a value may differ by from the second moments that can be kept of it: float32's rounding.
 TOLERANCE = 1e-5
@@ -77,7 +79,7 @@ class Place:
 
 
 def attach(
-    optimizer: NovoGrad,
+    wrapper: Any,
     bound: Sequence[tuple[int, Tensor, Layout]],
     members: Sequence[Sequence[Any]],
     process_groups: Sequence[Any],
@@ -85,12 +87,12 @@ def attach(
     """Have each parameter of a model know where its state is.
 
     Args:
-        optimizer: a wrapper's.
+        wrapper: of the parameters.
         bound: what it is bound to: of each flat tensor the index of its param group, the tensor, its layout.
         members: the parameters that each holds, in its order.
         process_groups: of each.
     """
-    number = 0
+    optimizer: NovoGrad = wrapper.optimizer
     for (group, flat, layout), params, process_group in zip(bound, members, process_groups, strict=True):
         completed = [(c.process_group, q) for c in layout.reductions for q in c.parameters]
         known = {q.number: q for _, q in completed} | {
@@ -98,9 +100,9 @@ def attach(
         }
         parallel = {q.number: over for over, q in completed if over is not process_group}
         for p in params:
+            number = number_of(wrapper, p)
             where = (optimizer, group, flat, layout, known[number], process_group, parallel.get(number))
             p._novoscale = Place(*where)
-            number += 1
 
 
 def detach(params: Iterable[Any]) -> None:

@@ -47,7 +47,10 @@ def _extend(wrapper: Any, bind: Callable[[Any], None]) -> None:
         bound = signature.bind(self, *args, **kwargs)
         bound.apply_defaults()
         optimizer = bound.arguments.get("init_optimizer")
-        tools.detach(p for group in getattr(optimizer, "param_groups", ()) for p in group["params"])
+        params = [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]
+        tools.detach(params)
+        # Before the wrapper replaces the parameters.
+        setattr(self, layouts.NUMBERS, {id(p): number for number, p in enumerate(params)})
         if not isinstance(optimizer, NovoGrad):
             original(self, *args, **kwargs)
             return
@@ -89,7 +92,7 @@ def _bind(wrapper: Any, name: str, tensors: Callable[[Any], Iterator[layouts.Bou
 def _bind_zero_1_and_2(zero: Any) -> None:
     stage = 2 if zero.partition_gradients else 1
     bound = _bind(zero, f"DeepSpeed ZeRO stage {stage}", layouts.zero_1_and_2)
-    tools.attach(zero.optimizer, bound, zero.bit16_groups, zero.real_dp_process_group)
+    tools.attach(zero, bound, zero.bit16_groups, zero.real_dp_process_group)
     checks = getattr(zero, "compute_grad_norm", False) and (
         zero.dtype != torch.bfloat16 or zero.check_grad_overflow
     )
@@ -98,13 +101,13 @@ def _bind_zero_1_and_2(zero: Any) -> None:
 
 def _bind_bf16(wrapper: Any) -> None:
     bound = _bind(wrapper, "DeepSpeed BF16_Optimizer", layouts.bf16)
-    tools.attach(wrapper.optimizer, bound, wrapper.bf16_groups, wrapper.real_dp_process_group)
+    tools.attach(wrapper, bound, wrapper.bf16_groups, wrapper.real_dp_process_group)
 
 
 def _bind_zero_3(zero: Any) -> None:
     bound = _bind(zero, "DeepSpeed ZeRO stage 3", layouts.zero_3)
     over = [layouts.process_group_of_sub_group(zero, i) for i in range(len(zero.fp16_groups))]
-    tools.attach(zero.optimizer, bound, zero.fp16_groups, over)
+    tools.attach(zero, bound, zero.fp16_groups, over)
     _veto_step(zero, zero.fp32_partitioned_groups_flat, hasattr(zero_3, "is_invalid_grad_norm"))
 
 

@@ -320,10 +320,6 @@ class LayerwiseOptimizer(Optimizer):
             known if parameter.number == number else self._note_layout(p, replace(parameter, number=number))
         )
 
-    def numbers(self) -> dict[int, int]:
-        """The numbers of the tensors of ``param_groups``, by id, for a wrapper that will replace them."""
-        return {id(p): number for _, _, number, p in self._numbered_tensors()}
-
     # ---- for wrappers that give each rank parameters ------------------------------------------------
 
     def number_as(self, param_groups: Sequence[Group]) -> None:

@@ -65,6 +65,15 @@ def test_same_bits_in_every_block_with_offload(stage):
     assert fixed_gradients.differing(ranks, fixed_gradients.unsharded(options)) == set()
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_same_bits_beside_frozen_parameters(stage):
+    """DeepSpeed leaves frozen parameters out of its groups; the random bits count them all the same."""
+    options, frozen = {"lr": 0.05, "weight_decay": 0.1, "momentum_dtype": "int8"}, ("blocks", "tiny")
+    ranks = run_ranks(zero_ranks.fixed_pieces, 3, with_options(config(stage, 3), **options), False, frozen)
+    expected = fixed_gradients.unsharded(options, frozen=frozen)
+    assert fixed_gradients.differing(ranks, expected) == set()
+
+
 def test_same_bits_in_every_block_under_the_bf16_optimizer():
     options = {"lr": 0.05, "weight_decay": 0.1, "momentum_dtype": "int4", **ADAMW}
     ds = {**config(1, 3), "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import deepspeed
@@ -350,9 +351,9 @@ def unsharded_on_equal_data() -> dict[str, Any]:
     return {n: p.detach().double().numpy() for n, p in model.named_parameters()}
 
 
-def fixed_pieces(ds: dict[str, Any], bfloat16: bool) -> Any:
+def fixed_pieces(ds: dict[str, Any], bfloat16: bool, frozen: Sequence[str] = ()) -> Any:
     """What this rank holds after steps with gradients that do not depend on the weights."""
-    model = fixed_gradients.FixedGradients()
+    model = fixed_gradients.FixedGradients(frozen=frozen)
     e = engine(ds, model=model.bfloat16() if bfloat16 else model)
     for step in range(fixed_gradients.STEPS):
         e.backward(e(torch.tensor(step)))
