@@ -112,6 +112,7 @@ def _files_of_ranks(folder: Path) -> list[Path]:
         if match:
             found[int(match[2])] = path
     if not found:
+        _refuse_other_folders(folder)
         raise CheckpointError(
             f"{folder}: no *zero_pp_rank_*_optim_states.pt in it: it is not the folder of a checkpoint's "
             "tag, or not one of ZeRO (with stage 0 the ordinary checkpoint loads on any number of ranks)"
@@ -120,6 +121,19 @@ def _files_of_ranks(folder: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{folder}: the files of the ranks {missing} are missing")
     return [found[rank] for rank in sorted(found)]
+
+
+def _refuse_other_folders(folder: Path) -> None:
+    """Raise CheckpointError for what is not there, and for the folder that holds those of the tags."""
+    if not folder.exists():
+        raise CheckpointError(f"{folder}: there is no such folder. Give that of a checkpoint's tag")
+    tags = {path.parent for path in folder.glob("*/*_optim_states.pt")}
+    if tags:
+        latest = max(tags, key=lambda tag: tag.stat().st_mtime)
+        raise CheckpointError(
+            f"{folder}: it is not the folder of a checkpoint's tag, but has such folders in it: give one of "
+            f"them, of which the latest is {latest}"
+        )
 
 
 def _optimizer_of(path: Path) -> dict[str, Any]:
@@ -183,7 +197,7 @@ def to_universal(source: Path, target: Path) -> None:
     """
     if target.exists():
         raise CheckpointError(f"{target}: it is there already: give a folder that is not")
-    found = read(source) if source.is_dir() else from_state_dict(source)
+    found = read(source) if source.is_dir() or not source.exists() else from_state_dict(source)
     temporary = target.with_name(f"{target.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
     zero = temporary / "zero"

@@ -194,8 +194,10 @@ def test_what_cannot_be_converted_is_named_and_nothing_is_written(tmp_path):
     with pytest.raises(CheckpointError, match="it is there already"):
         to_universal(source, target)
     target.rmdir()
-    with pytest.raises(CheckpointError, match="not the folder of a checkpoint's tag"):
+    with pytest.raises(CheckpointError, match=f"not the folder of a checkpoint's tag.* latest is {source}"):
         to_universal(tmp_path, target)
+    with pytest.raises(CheckpointError, match="nosuch: there is no such folder"):
+        to_universal(tmp_path / "nosuch", target)
     path = source / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(
