@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +18,27 @@ READ_ELSEWHERE = ("zero_allow_untested_optimizer", "autotuning", "sequence_paral
 
 
 def refusals(config: dict[str, Any]) -> list[tuple[str, str]]:
-    """The keys that DeepSpeed refuses, and what it says; without the sizes of batches and "auto" values."""
+    """The keys that DeepSpeed refuses, and what it says; without the sizes of batches and "auto" values.
+
+    It stops at the first refusal, or at those of one section: each refused key is taken out, and it is asked
+    again.
+    """
+    found: list[tuple[str, str]] = []
+    left = copy.deepcopy(config)
+    while new := [refusal for refusal in _next_refusals(left) if refusal not in found]:
+        found += new
+        for path, _ in new:
+            _take_out(left, path.split("."))
+    return found
+
+
+def _take_out(section: dict[str, Any], path: list[str]) -> None:
+    for key in path[:-1]:
+        section = section.get(key, {})
+    section.pop(path[-1], None)
+
+
+def _next_refusals(config: dict[str, Any]) -> list[tuple[str, str]]:
     try:
         _make(config)
     except ValidationError as error:
@@ -63,9 +84,11 @@ def _path(config: dict[str, Any], location: tuple[Any, ...]) -> str:
 
 
 def _named(config: dict[str, Any], text: str) -> str:
-    """The first key of the config that a message names."""
+    """The first key that a message names, in any case of letters; before it, one of a section."""
     nested = [f"{k}.{n}" for k, v in config.items() if isinstance(v, dict) for n in v if f"{k}.{n}" in text]
-    return next(iter([*nested, *(key for key in config if key in text)]), "config")
+    places = {key: re.search(rf"\b{re.escape(key)}\b", text, re.IGNORECASE) for key in config}
+    named = sorted((place.start(), key) for key, place in places.items() if place)
+    return next(iter([*nested, *(key for _, key in named)]), "config")
 
 
 class _Watched(dict[str, Any]):

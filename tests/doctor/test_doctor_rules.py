@@ -348,3 +348,16 @@ def test_comments_are_read_as_deepspeed_reads_them(tmp_path):
     (tmp_path / "train.py").write_text(IMPORT + DUMMY)
     found = diagnose(path, tmp_path / "train.py")
     assert [f.severity for f in found.findings if f.rule == "comments_in_json"] == ["wrong"]
+
+
+def test_no_refusal_of_deepspeed_hides_another():
+    checker = pytest.importorskip("novoscale.doctor.deepspeed_config")
+    config = {
+        "train_batch_size": 2,
+        "fp16": {"enabled": False, "zzz": 2},
+        "amp": {"enabled": True},
+        "zero_optimization": {"stage": 2, "bogus": 1, "offload_optimizer": {"device": "cpu", "more": 1}},
+    }
+    keys = {"amp", "fp16.zzz", "zero_optimization.bogus", "zero_optimization.offload_optimizer.more"}
+    assert {key for key, _ in checker.refusals(config)} == keys
+    assert config["amp"] == {"enabled": True}
