@@ -287,6 +287,32 @@ def adam_is_adamw(case: Case) -> Iterator[Finding]:
         )
 
 
+def learning_rate_is_given(case: Case) -> Iterator[Finding]:
+    """Without ``lr`` an optimizer's own default runs, whatever the script says of a learning rate.
+
+    The Trainer and Accelerate fill in what is "auto", and nothing that is missing. A scheduler of DeepSpeed
+    that has a rate sets it.
+
+    Source: transformers/integrations/deepspeed.py, ``fill_match``; accelerate/accelerator.py,
+    ``_prepare_deepspeed``.
+    """
+    scheduled = section_of(section_of(case.config.deepspeed or {}, "scheduler"), "params")
+    if case.type is not None and "lr" not in case.params and not any("lr" in key for key in scheduled):
+        text = 'is not given: the default of the optimizer runs, mostly 0.001. Only "auto" is filled in'
+        yield warning("optimizer.params.lr", text)
+
+
+def warmup_type_is_known(case: Case) -> Iterator[Finding]:
+    """DeepSpeed takes any other ``warmup_type`` for "log".
+
+    Source: deepspeed/runtime/lr_schedules.py, ``WarmupLR``.
+    """
+    found = case.get("scheduler.params.warmup_type", "log")
+    if found not in ("log", "linear", "auto"):
+        text = f'{found!r} is not known to DeepSpeed, which takes "log" then; it has "log" and "linear"'
+        yield warning("scheduler.params.warmup_type", text)
+
+
 def max_grad_norm_in_params(case: Case) -> Iterator[Finding]:
     """DeepSpeed refuses ``max_grad_norm`` among the options of any optimizer.
 
@@ -349,6 +375,8 @@ RULES: tuple[Rule, ...] = (
     optimizer_is_known,
     untested_optimizer,
     adam_is_adamw,
+    learning_rate_is_given,
+    warmup_type_is_known,
     max_grad_norm_in_params,
     clipping_by_default,
 )

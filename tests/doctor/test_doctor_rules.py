@@ -361,3 +361,34 @@ def test_no_refusal_of_deepspeed_hides_another():
     keys = {"amp", "fp16.zzz", "zero_optimization.bogus", "zero_optimization.offload_optimizer.more"}
     assert {key for key, _ in checker.refusals(config)} == keys
     assert config["amp"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("where", "config"),
+    [
+        ("optimizer.params.lr", zero(optimizer={"type": "AdamW", "params": {"weight_decay": 0.1}})),
+        (
+            "scheduler.params.warmup_type",
+            zero(more={"scheduler": {"type": "WarmupLR", "params": {"warmup_type": "cosine"}}}),
+        ),
+    ],
+)
+def test_what_deepspeed_runs_instead_is_said(tmp_path, where, config):
+    assert [f.where for f in look(tmp_path, config).findings if f.where == where] == [where]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        zero(optimizer={"type": "AdamW", "params": {"lr": "auto"}}),
+        zero(
+            optimizer={"type": "AdamW", "params": {}},
+            more={
+                "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1, "warmup_type": "linear"}}
+            },
+        ),
+    ],
+)
+def test_a_rate_that_is_filled_in_or_scheduled_is_no_fault(tmp_path, config):
+    where = {f.where for f in look(tmp_path, config).findings}
+    assert not where & {"optimizer.params.lr", "scheduler.params.warmup_type"}
