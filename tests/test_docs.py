@@ -13,6 +13,7 @@ import quickstart_ranks
 import torch
 import yaml
 from kept_ranks import run_ranks
+from patience import patient
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -62,7 +63,7 @@ def test_links_and_anchors_hold(page):
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="needs mkdocs: pip install '.[docs]'")
 def test_the_site_builds_strictly_and_fetches_nothing(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patient(120))
     assert done.returncode == 0, done.stdout + done.stderr
     for file in [*tmp_path.rglob("*.html"), *tmp_path.rglob("*.css")]:
         assert not REMOTE.search(file.read_text()), f"{file.name} fetches something"

@@ -10,6 +10,7 @@ from zipfile import ZipFile
 
 import packages
 import pytest
+from patience import patient
 
 import novoscale
 
@@ -24,7 +25,7 @@ def test_installs_with_its_integrations(kind, tmp_path):
     def run(*command):
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=patient(240)
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -83,7 +84,9 @@ def test_the_command_line_needs_its_own_extra_only():
     # What is None there cannot be imported.
     hidden = f"import sys; sys.modules.update(dict.fromkeys({others!r}.split(',')))"
     code = f"{hidden}; from novoscale.cli import app; app(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=patient(120)
+    )
     assert done.returncode == 0, done.stderr
     assert all(command in done.stdout for command in ("verify", "doctor", "plan", "memory", "to-universal"))
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from patience import patient
 
 from novoscale.tools.local_ranks import remove_shared_memory
 
@@ -51,7 +52,7 @@ def run(folder, *command):
             env={**os.environ, **ranks, **address},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=patient(120),
         )
     finally:
         remove_shared_memory(PORT)
@@ -90,7 +91,7 @@ def test_ranks_of_accelerate_launch_train_on_different_batches(handler, tmp_path
             env={**os.environ, "LOCAL_SIZE": "2"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=patient(120),
         )
     finally:
         remove_shared_memory(port)

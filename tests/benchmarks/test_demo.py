@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from patience import patient
 from typer.testing import CliRunner
 
 from benchmarks import demo
@@ -23,7 +24,7 @@ def run(*arguments):
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=patient(280),
     )
 
 

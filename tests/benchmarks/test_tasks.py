@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from patience import patient
 
 from benchmarks.tasks import bible, data, report, speech
 from benchmarks.tasks.__main__ import Store
@@ -259,7 +260,7 @@ def test_the_quick_run_trains_what_is_missing_and_nothing_else(tmp_path):
     file = tmp_path / "language-bytes.json"
     file.write_text(json.dumps({"steps": 1, "runs": rows}))
     command = [sys.executable, "-m", "benchmarks.tasks", "--quick", "--steps", "1", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=patient(240))
     assert done.returncode == 0, done.stderr
     stored = json.loads(file.read_text())
     assert len(stored["runs"]) == len(rows) + 1

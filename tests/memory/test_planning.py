@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from patience import patient
 from torch import nn
 
 from novoscale.memory import optimizer_state_bytes, rules
@@ -48,7 +49,7 @@ def test_plan_agrees_with_measurement(job):
     if not CANDIDATES[job.optimizer].installed():
         pytest.skip(f"needs {CANDIDATES[job.optimizer].package}")
     expected = planned(job)
-    measured = measure(job, timeout=200).accounts
+    measured = measure(job, timeout=patient(200)).accounts
     for kind in ("parameters", "state", "master_weights", "gradients"):
         bytes_of = lambda a, kind=kind: getattr(a, kind) if kind != "state" else a.state.total  # noqa: E731
         found = max(map(bytes_of, measured))
@@ -163,7 +164,7 @@ def test_llama_70b_on_64_ranks_is_planned_in_30_seconds_and_4_gib():
         "    used = resource.getrusage(resource.RUSAGE_SELF)\n"
         "    print(used.ru_utime + used.ru_stime, used.ru_maxrss, file=sys.stderr)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=patient(200))
     assert done.returncode == 0, done.stderr
     seconds, kib = map(float, done.stderr.split()[-2:])
     assert seconds < 30

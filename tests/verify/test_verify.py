@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import patient
 from torch import nn
 from typer.testing import CliRunner
 
@@ -295,7 +296,7 @@ def test_users_model(tmp_path):
         "    return Model(), batch\n"
     )
     started = [sys.executable, "-m", "novoscale.cli", "verify", "fsdp2", "--model", "mine:make", "--json"]
-    done = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(started, cwd=tmp_path, capture_output=True, text=True, timeout=patient(120))
     assert done.returncode == 0, done.stderr
     assert set(json.loads(done.stdout)["training"]["deviations"]) == {"w.weight", "w.bias"}
 

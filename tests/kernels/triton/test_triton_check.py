@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from patience import patient
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -62,7 +63,7 @@ def test_a_step_goes_on_where_triton_cannot_build_its_driver(tmp_path, compiler,
     environment = {"CC": compiler, "TRITON_CACHE_DIR": folder, "TRITON_LIBCUDA_PATH": folder}
     environment = {**os.environ, "TRITON_INTERPRET": "0", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", STEP], env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", STEP], env=environment, capture_output=True, text=True, timeout=patient(200)
     )
     assert done.returncode == 0, done.stderr
     weights, (warning,) = json.loads(done.stdout)

@@ -29,7 +29,7 @@ def compiled():
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-@pytest.mark.timeout(900)  # two minutes of compiling, on a machine that has nothing else to do
+@pytest.mark.timeout(3000)  # two minutes of compiling, on a machine that has nothing else to do
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled_code(compiled, architecture, record_property):
     mine = [kernel for kernel in compiled if kernel["architecture"] == architecture]
@@ -107,7 +107,7 @@ MOST = {
 }
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 def test_instructions_do_not_grow(compiled):
     loops = {k["name"]: k["loop"] for k in compiled if k["architecture"] == "sm_90" and k["loop"]}
     assert loops.keys() == MOST.keys()
