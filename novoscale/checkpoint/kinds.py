@@ -121,7 +121,8 @@ def check(name: str, state: Mapping[str, Any], p: Tensor, group: Group, saved_gr
         group: the param group as it will be.
         saved_group: as it has come with the state; empty, or without an option: that is not known.
     """
-    if not saved_group or not any(map(is_known, state)):
+    # Every optimizer saves second moments: a state of first moments alone was made by hand.
+    if not saved_group or not any(key in state for key in SECOND_MOMENTS):
         return
     state = without_gaps(state)
     group = {**saved_group.get(MADE, {}), **group}  # older state dicts have not every option
@@ -176,6 +177,8 @@ def _check_first_moment(
                 "and no first moment (exp_avg) came with it. Make the optimizer with these betas, and load "
                 "into it: one with betas=(0, ...) has no place for a first moment"
             )
+        return
+    if saved == present:  # in another format it was made by hand: it is converted, or refused, as any is
         return
     expected, found, here = _kept(p, saved), _found(state), _kept(p, present)
     if expected == found or (expected == "bfloat16" and found == "float32"):
