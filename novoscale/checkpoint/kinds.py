@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from novoscale.sharding.blocks import SMALL
 from novoscale.sharding.layers import LayoutError, describe
-from novoscale.state.formats import FORMATS, format_of
-from novoscale.state.step_counts import counts_steps
+from novoscale.state.formats import format_of, kept_format
+from novoscale.state.step_counts import counts_steps, rounds_weights
 
 Group = Mapping[str, Any]
 SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
@@ -48,7 +47,7 @@ def marked(p: Tensor, state: Mapping[str, Any], group: Group) -> dict[str, Any]:
     # Not counting steps has no marker: a parameter in bfloat16 counts them where one in float32 does not.
     if group["bias_correction"]:
         found.append("bias_correction=True")
-    if _rounds_weights(group):
+    if rounds_weights(group):
         found.append("stochastic_rounding=True")
     # Without elements, and so without memory. On the parameter's device: torch wants all on one. Of one
     # dimension: torch's set_optimizer_state_dict fails on a tensor of none under a key that is not here.
@@ -92,10 +91,6 @@ def _layers(name: str, p: Tensor, granularity: str | int) -> str | int:
     if p.ndim < 2:
         return "element" if of.layers == of.numel > 1 else "tensor" if of.layers == 1 else of.layers
     return "tensor" if of.layers == 1 else "row" if of.layers == p.shape[0] else of.layers
-
-
-def _rounds_weights(group: Group) -> bool:
-    return bool(group["stochastic_rounding"]) and any(p.dtype == torch.bfloat16 for p in group["params"])
 
 
 # ---- what has come, against the options that came with it --------------------------------------------------
@@ -148,7 +143,7 @@ def _counted_for(group: Group, saved_group: Group) -> str | None:
     # Weights may have become bfloat16 since: then an optimizer that rounds them has no counts yet.
     made = saved_group.get(MADE, group)
     rounded = saved_group.get("stochastic_rounding") and not made["stochastic_rounding"]
-    return "stochastic_rounding" if rounded and _rounds_weights(group) else None
+    return "stochastic_rounding" if rounded and rounds_weights(group) else None
 
 
 def _check_second_moments(
@@ -180,7 +175,8 @@ def _check_first_moment(
         return
     if saved == present:  # in another format it was made by hand: it is converted, or refused, as any is
         return
-    expected, found, here = _kept(p, saved), _found(state), _kept(p, present)
+    expected, here = (kept_format(dtype, p.numel()).name for dtype in (saved, present))
+    found = _found(state)
     if expected == found or (expected == "bfloat16" and found == "float32"):
         return
     if (expected, found) == ("float32", "bfloat16") and (here != found or group["allow_lossy_load"]):
@@ -190,11 +186,6 @@ def _check_first_moment(
         f"{found}, as by torch.distributed.checkpoint, which copies without converting into what the present "
         f"optimizer has (momentum_dtype={present!r}). {CONVERT.format(saved=saved)}"
     )
-
-
-def _kept(p: Tensor, momentum_dtype: str) -> str:
-    """The format in which a parameter's first moment is kept."""
-    return "float32" if FORMATS[momentum_dtype].largest and p.numel() < SMALL else momentum_dtype
 
 
 def _found(state: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -16,8 +17,7 @@ from novoscale import kernels
 from novoscale.sharding.dtensors import local_tensor
 from novoscale.sharding.layers import describe
 from novoscale.sharding.layout import Layout
-from novoscale.state import momentum
-from novoscale.state.formats import FORMATS, format_of
+from novoscale.state.formats import format_of, kept_format
 
 _said: set[str] = set()  # what warn_of_float16 has named
 
@@ -149,9 +149,7 @@ def check_structure(
     was: dict[str, Any] = {}
     if "exp_avg" in state:
         kept = format_of(state["exp_avg"], state.get("exp_avg_scale")).name
-        in_blocks = momentum.stored(layout, group["momentum_dtype"])[0].in_blocks
-        small = FORMATS[group["momentum_dtype"]].largest and not in_blocks
-        if kept != ("float32" if small else group["momentum_dtype"]):
+        if kept != kept_format(group["momentum_dtype"], math.prod(shape)).name:
             was["momentum_dtype"] = kept
     if layout.local_shards:
         had, has = layout.local_shards[0].parameter, describe(name, shape, group["granularity"])

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from novoscale.sharding.blocks import BLOCK
+from novoscale.sharding.blocks import BLOCK, SMALL
 from novoscale.state import rounding
 
 SMALLEST_SCALE = 0x00800000  # as the bits of a float32: its smallest normal number
@@ -60,6 +60,12 @@ FORMATS = {
         Format("int4", torch.uint8, largest=7, packed=2),
     )
 }
+
+
+def kept_format(momentum_dtype: str, numel: int) -> Format:
+    """The format of a parameter of so many elements: small ones keep float32 where others are in blocks."""
+    form = FORMATS[momentum_dtype]
+    return FORMATS["float32"] if form.largest and numel < SMALL else form
 
 
 def known_format(exp_avg: Tensor, scale: Tensor | None) -> Format | None:

@@ -12,10 +12,14 @@ from novoscale.sharding.layout import Layout
 from novoscale.state.second_moment import as_sharded
 
 
+def rounds_weights(group: Mapping[str, Any]) -> bool:
+    """Whether weights of a param group are rounded stochastically."""
+    return bool(group["stochastic_rounding"]) and any(p.dtype == torch.bfloat16 for p in group["params"])
+
+
 def rounds(group: Mapping[str, Any]) -> bool:
     """Whether anything of a param group is rounded stochastically."""
-    weights = group["stochastic_rounding"] and any(p.dtype == torch.bfloat16 for p in group["params"])
-    return bool(weights) or group["momentum_dtype"] != "float32"
+    return rounds_weights(group) or group["momentum_dtype"] != "float32"
 
 
 def counts_steps(group: Mapping[str, Any]) -> bool:
