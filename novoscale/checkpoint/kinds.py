@@ -9,7 +9,7 @@ checkpoint has no such key. And what came all the same is compared with the opti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +21,23 @@ from novoscale.state.step_counts import counts_steps, rounds_weights
 Group = Mapping[str, Any]
 SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
 MARKED = ("momentum_dtype=", "betas[0]=", "granularity=", "bias_correction=", "stochastic_rounding=")
-MADE = "made with"  # in a param group that has come with a state: the present one
 # What loads another format, where torch.distributed.checkpoint does it.
 CONVERT = (
     "Make a NovoGrad with momentum_dtype={saved!r}, load into that one, and give its state_dict() to the "
     "load_state_dict of this one, which converts it where nothing is lost, or with allow_lossy_load=True"
 )
+
+
+class Origin(NamedTuple):
+    """Where a state that is loaded comes from, and goes.
+
+    Attributes:
+        saved: the param group that has come with it; an option that it has not is not known.
+        present: the param group of the optimizer that loads it.
+    """
+
+    saved: Group
+    present: Group
 
 
 # ---- markers: for torch's planner ------------------------------------------------------------------------
@@ -106,7 +117,7 @@ def without_gaps(state: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in state.items() if not (isinstance(value, dict) and not value)}
 
 
-def check(name: str, state: Mapping[str, Any], p: Tensor, group: Group, saved_group: Group) -> None:
+def check(name: str, state: Mapping[str, Any], p: Tensor, group: Group, origin: Origin | None) -> None:
     """Raise ValueError where the state of a parameter is not of the kind that its param group says.
 
     Args:
@@ -114,17 +125,17 @@ def check(name: str, state: Mapping[str, Any], p: Tensor, group: Group, saved_gr
         state: as it has come.
         p: the parameter.
         group: the param group as it will be.
-        saved_group: as it has come with the state; empty, or without an option: that is not known.
+        origin: of the state; None: not known, and nothing is compared.
     """
     # Every optimizer saves second moments: a state of first moments alone was made by hand.
-    if not saved_group or not any(key in state for key in SECOND_MOMENTS):
+    if origin is None or not any(key in state for key in SECOND_MOMENTS):
         return
-    state = without_gaps(state)
-    group = {**saved_group.get(MADE, {}), **group}  # older state dicts have not every option
+    state, saved_group = without_gaps(state), origin.saved
+    group = {**origin.present, **group}  # older state dicts have not every option
     _check_second_moments(name, state, p, group, saved_group)
     if "momentum_dtype" in saved_group:
         _check_first_moment(name, state, p, group, saved_group)
-    option = _counted_for(group, saved_group) if "step" not in state else None
+    option = _counted_for(group, origin) if "step" not in state else None
     if option is not None:
         raise ValueError(
             f"{name}: its steps were counted when the state was saved ({option}={saved_group[option]!r}), "
@@ -132,8 +143,9 @@ def check(name: str, state: Mapping[str, Any], p: Tensor, group: Group, saved_gr
         )
 
 
-def _counted_for(group: Group, saved_group: Group) -> str | None:
+def _counted_for(group: Group, origin: Origin) -> str | None:
     """The option for which the steps of a state were counted, and still are; None: they were not."""
+    saved_group = origin.saved
     if saved_group.get("bias_correction"):
         return "bias_correction"
     if not counts_steps(group):
@@ -141,8 +153,7 @@ def _counted_for(group: Group, saved_group: Group) -> str | None:
     if saved_group.get("momentum_dtype", "float32") != "float32" != group["momentum_dtype"]:
         return "momentum_dtype"
     # Weights may have become bfloat16 since: then an optimizer that rounds them has no counts yet.
-    made = saved_group.get(MADE, group)
-    rounded = saved_group.get("stochastic_rounding") and not made["stochastic_rounding"]
+    rounded = saved_group.get("stochastic_rounding") and not origin.present["stochastic_rounding"]
     return "stochastic_rounding" if rounded and rounds_weights(group) else None
 
 

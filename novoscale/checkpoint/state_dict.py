@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -68,7 +67,7 @@ def loaded_state(
     p: Tensor,
     layout: Layout,
     group: Mapping[str, Any],
-    saved_group: Mapping[str, Any] = MappingProxyType({}),
+    origin: kinds.Origin | None = None,
 ) -> dict[str, Any]:
     """The state of a tensor, from that in a state dict.
 
@@ -78,20 +77,20 @@ def loaded_state(
         p: the parameter.
         layout: its layout.
         group: its param group.
-        saved_group: the param group that came with it, if that is to be compared with the state.
+        origin: of the state, if that is to be compared with it.
 
     Raises:
         ValueError: a state that does not fit the parameter.
     """
     if FlatState.STATE in saved:
         _check_sharding(name, saved[FlatState.LAYOUT], layout)
-        saved, saved_group = saved[FlatState.STATE], {}
+        saved, origin = saved[FlatState.STATE], None
     given, saved = saved, kinds.without_gaps(saved)
     state = {key: value for key, value in saved.items() if not (kinds.is_known(key) or kinds.is_marker(key))}
     made = second_moment.allocate(p, layout) if any(key in saved for key in SECOND_MOMENTS) else {}
     if made:
         _check_second_moments(name, saved, made)
-    kinds.check(name, given, p, group, saved_group)
+    kinds.check(name, given, p, group, origin)
     if made:
         for key, tensor in made.items():
             local_tensor(tensor).copy_(_local(saved[key]).reshape(_shape(tensor)))

@@ -269,12 +269,8 @@ class LayerwiseOptimizer(Optimizer):
 
         The number is that of the parameters before it, frozen ones too, the same however they are sharded.
         """
-        numbers: dict[int, int] = {}
-        number = 0
-        for group in self._full_param_groups or self.param_groups:
-            for p in group["params"]:
-                numbers[id(p)] = number
-                number += 1
+        params = (p for group in self._full_param_groups or self.param_groups for p in group["params"])
+        numbers = {id(p): number for number, p in enumerate(params)}
         for index, group in enumerate(self.param_groups):
             for position, p in enumerate(group["params"]):
                 if id(p) not in numbers:

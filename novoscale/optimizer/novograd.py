@@ -419,9 +419,9 @@ class NovoGrad(LayerwiseOptimizer):
                 name = self._name_of(index, position)
                 layout = self._find_layout(index, position, number, p)
                 group = state["param_groups"][index]
-                came = {**saved["param_groups"][index], kinds.MADE: self.param_groups[index]}
+                origin = kinds.Origin(saved["param_groups"][index], self.param_groups[index])
                 state["state"][p] = loaded_state(
-                    name, saved["state"][key], p, layout, group, came if self._wrapper is None else {}
+                    name, saved["state"][key], p, layout, group, None if self._wrapper else origin
                 )
 
     def __getstate__(self) -> dict[str, Any]:
