@@ -62,7 +62,7 @@ def main(names: list[str]) -> None:
             python = environment(Path(folder) / name)
             smoke(python, wheel, name)
             if name == CORE:
-                run(python, "-m", "pip", "uninstall", "--quiet", "--yes", "novoscale")
+                run(python, "-I", "-m", "pip", "uninstall", "--quiet", "--yes", "novoscale")
                 smoke(python, sdist, name)
 
 
@@ -88,12 +88,15 @@ def environment(folder: Path) -> str:
 
 
 def smoke(python: str, package: Path, extra: str) -> None:
-    """Install with what is needed, in the versions of constraints.txt, and try."""
+    """Install with what is needed, in the versions of constraints.txt, and try.
+
+    With ``-I``, for what the tests set in PYTHONPATH would be found before the package.
+    """
     what = str(package) if extra == CORE else f"{package}[{extra}]"
     options = ("--quiet", "--disable-pip-version-check", "--constraint", str(ROOT / "constraints.txt"))
-    run(python, "-m", "pip", "install", *options, what)
-    run(python, "-m", "pip", "check")
-    run(python, "-W", "ignore", "-c", SMOKE[extra], cwd=package.parent)
+    run(python, "-I", "-m", "pip", "install", *options, what)
+    run(python, "-I", "-m", "pip", "check")
+    run(python, "-I", "-W", "ignore", "-c", SMOKE[extra], cwd=package.parent)
     print(f"{package.name}, {extra}: works", flush=True)
 
 

@@ -42,10 +42,11 @@ def test_installs_with_its_integrations(kind, tmp_path):
         run("git", "clone", "--quiet", str(ROOT), "source")  # building leaves files in the source folder
         run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", "dist", "./source")
         run(*pip, "install", *options, *map(str, (tmp_path / "dist").glob("novoscale-*.whl")))
-        expected = [site / "novoscale" / "__init__.py", site / "novoscale" / "integrations" / "deepspeed.py"]
+        package, integrations = site / "novoscale", site / "novoscale" / "integrations"
     else:
         run(*pip, "install", *options, "--editable", str(ROOT))
-        expected = [ROOT / "novoscale" / "__init__.py", ROOT / "integrations" / "deepspeed" / "__init__.py"]
+        package, integrations = ROOT / "novoscale", ROOT / "integrations"
+    expected = [package / "__init__.py", integrations / "deepspeed" / "__init__.py"]
     found = run(python, "-W", "ignore", "-c", FILES).splitlines()[-2:]
     assert [Path(f) for f in found] == expected
     # The core needs torch alone.
