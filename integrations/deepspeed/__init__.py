@@ -19,7 +19,7 @@ import torch
 
 from novoscale import NovoGrad
 
-from . import saving, tools, universal, wrappers
+from . import pipelines, saving, tools, universal, wrappers
 from .refusals import UnsupportedConfigError
 
 __all__ = ["NAME", "UnsupportedConfigError", "register"]
@@ -48,6 +48,7 @@ def register() -> None:
     if NovoGrad not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(NovoGrad)
     wrappers.register()
+    pipelines.register()
     tools.register()
     saving.register()
     universal.register()

@@ -50,7 +50,7 @@ def _extend(wrapper: Any, bind: Callable[[Any], None]) -> None:
         params = [p for group in getattr(optimizer, "param_groups", ()) for p in group["params"]]
         tools.detach(params)
         # Before the wrapper replaces the parameters.
-        setattr(self, layouts.NUMBERS, {id(p): number for number, p in enumerate(params)})
+        setattr(self, layouts.NUMBERS, _numbers(optimizer, params))
         if not isinstance(optimizer, NovoGrad):
             original(self, *args, **kwargs)
             return
@@ -61,6 +61,13 @@ def _extend(wrapper: Any, bind: Callable[[Any], None]) -> None:
 
     init._novoscale = True  # type: ignore[attr-defined]
     wrapper.__init__ = init
+
+
+def _numbers(optimizer: Any, params: list[Tensor]) -> dict[int, int]:
+    """The number of each parameter, by id: its place, or what a pipeline has told a NovoGrad."""
+    if isinstance(optimizer, NovoGrad):
+        return optimizer.parameter_numbers()
+    return {id(p): number for number, p in enumerate(params)}
 
 
 def _extend_dummy_step(wrapper: Any) -> None:

@@ -269,13 +269,17 @@ class LayerwiseOptimizer(Optimizer):
 
         The number is that of the parameters before it, frozen ones too, the same however they are sharded.
         """
-        params = (p for group in self._full_param_groups or self.param_groups for p in group["params"])
-        numbers = {id(p): number for number, p in enumerate(params)}
+        numbers = self.parameter_numbers()
         for index, group in enumerate(self.param_groups):
             for position, p in enumerate(group["params"]):
                 if id(p) not in numbers:
                     raise ValueError(tensor_checks.not_in_full_param_groups(self._name_of(index, position)))
                 yield index, position, numbers[id(p)], p
+
+    def parameter_numbers(self) -> dict[int, int]:
+        """The number of each parameter, by id: its place among those of ``param_groups``, or of ``number_as``."""
+        params = (p for group in self._full_param_groups or self.param_groups for p in group["params"])
+        return {id(p): number for number, p in enumerate(params)}
 
     def _name_of(self, group: int, position: int) -> str:
         """The name of a parameter for an error message."""
@@ -369,7 +373,7 @@ class LayerwiseOptimizer(Optimizer):
             for position, p in enumerate(group["params"]):
                 if id(p) not in given or given[id(p)].numel != p.numel():
                     raise ValueError(f"{wrapper}: no layout of {self._name_of(index, position)}")
-        self._wrapper = wrapper
+        self._wrapper, self._full_param_groups = wrapper, None  # the layouts have the numbers
         self._layouts = given
         self._step_tables = {}
         counted = [*map(counts_steps, self.param_groups)]

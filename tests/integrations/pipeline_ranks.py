@@ -1,0 +1,90 @@
+"""What each rank runs for the tests of DeepSpeed's pipelines: a tied embedding, on the first and the last stage."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import deepspeed
+import novoscale.integrations.deepspeed  # noqa: F401
+import torch
+from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from torch import nn
+
+WORDS, WIDTH, SAMPLES, STEPS = 37, 12, 8, 6
+
+
+class Logits(nn.Module):
+    """The head: the embedding again, and what only the last stage has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+def by_embedding(embedding: nn.Embedding, x: torch.Tensor) -> torch.Tensor:
+    return x @ embedding.weight.T
+
+
+def loss_of(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), words.flatten())
+
+
+def made(ds: dict[str, Any], stages: int, vectors_first: bool) -> Any:
+    """An engine of a pipeline, whose weights do not depend on the number of stages."""
+    deepspeed.init_distributed("gloo")  # a PipelineModule asks for it before there is an engine
+    layers = [
+        TiedLayerSpec("embedding", nn.Embedding, WORDS, WIDTH),
+        LayerSpec(nn.Linear, WIDTH, 2 * WIDTH),
+        LayerSpec(nn.Tanh),
+        LayerSpec(nn.Linear, 2 * WIDTH, WIDTH),
+        LayerSpec(Logits),
+        TiedLayerSpec("embedding", nn.Embedding, WORDS, WIDTH, forward_fn=by_embedding),
+    ]
+    module = PipelineModule(
+        layers, num_stages=stages, loss_fn=loss_of, seed_layers=True, partition_method="uniform"
+    )
+    params: Any = list(module.parameters())
+    if vectors_first:
+        vectors, matrices = [p for p in params if p.ndim < 2], [p for p in params if p.ndim > 1]
+        params = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices}]
+    return deepspeed.initialize(model=module, config=ds, model_parameters=params)[0]
+
+
+def batches(step: int, engine: Any) -> Any:
+    """The micro-batches of a step, those of this data-parallel rank."""
+    words = torch.randint(WORDS, (SAMPLES, 5), generator=torch.Generator().manual_seed(step))
+    count = engine.gradient_accumulation_steps() * engine.dp_world_size
+    mine = words.chunk(count)[engine.mpu.get_data_parallel_rank() :: engine.dp_world_size]
+    return iter([(w, w) for w in mine])
+
+
+def weights(engine: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
+
+
+def trained(ds: dict[str, Any], stages: int, vectors_first: bool = True) -> dict[str, torch.Tensor]:
+    """The weights of this rank's stage after some steps."""
+    engine = made(ds, stages, vectors_first)
+    for step in range(STEPS):
+        engine.train_batch(batches(step, engine))
+    return weights(engine)
+
+
+def infinite_on_the_last_stage(ds: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether this stage changed in a step in which one gradient of the last stage is infinite; and in the next."""
+    engine = made(ds, 2, True)
+    engine.train_batch(batches(0, engine))
+    spoilt = [p for name, p in engine.module.named_parameters() if name.endswith("scale")]
+    hooks = [p.register_hook(partial(torch.full_like, fill_value=torch.inf)) for p in spoilt]
+    changed = []
+    for step in range(1, 3):
+        before = weights(engine)
+        engine.train_batch(batches(step, engine))
+        changed.append(any(not torch.equal(w, before[name]) for name, w in weights(engine).items()))
+        for hook in hooks:
+            hook.remove()
+    return changed[0], changed[1]
