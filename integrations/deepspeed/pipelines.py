@@ -1,7 +1,8 @@
-"""Pipelines: each stage numbers its parameters as one process does, and skips a step if another stage does.
+"""Pipelines: stages number their parameters as one process does, and skip a step together.
 
-The random bits for rounding depend on a parameter's number. Each stage has an optimizer of its own parameters, and
-a tied weight has a copy on several stages: the copies stay the same only if they have the same number.
+The random bits for rounding depend on a parameter's number. Each stage has an optimizer of its own
+parameters, and a tied weight has a copy on several stages: the copies stay the same only if they have the
+same number.
 """
 
 from __future__ import annotations
@@ -43,23 +44,23 @@ def register() -> None:
 
 
 def _number(optimizer: NovoGrad, module: PipelineModule, stages: dist.ProcessGroup) -> None:
-    """Number the parameters of a stage as an optimizer of the whole model does. A collective of the stages."""
+    """Number a stage's parameters as an optimizer of the whole model does. A collective of the stages."""
     names = {id(p): name for name, p in module.named_parameters()}
     mine: dict[Key, dict[str, Any]] = {}  # of each group the parameters, by name
-    for key, params in _groups(optimizer):
+    for key, group in _groups(optimizer):
         unnamed = f"stage {module.stage_id}, {key}: "
-        mine[key] = {names.get(id(p), unnamed + str(n)): p for n, p in enumerate(params)}
+        mine[key] = {names.get(id(p), unnamed + str(n)): p for n, p in enumerate(group)}
     gathered: list[Any] = [None] * dist.get_world_size(stages)
     dist.all_gather_object(gathered, {key: list(group) for key, group in mine.items()}, group=stages)
 
     params = {name: p for group in mine.values() for name, p in group.items()}
     of_all: dict[Key, list[str]] = {}
     for groups in gathered:
-        for key, group in groups.items():
-            of_all.setdefault(key, []).extend(group)
+        for key, found in groups.items():
+            of_all.setdefault(key, []).extend(found)
     # A PipelineModule has its tied modules first. What is of another stage only takes up a number.
-    order = (sorted(group, key=lambda name: not name.startswith("tied_modules.")) for group in of_all.values())
-    once = dict.fromkeys(name for group in order for name in group)
+    of_layers = lambda name: not name.startswith("tied_modules.")  # noqa: E731
+    once = dict.fromkeys(name for group in of_all.values() for name in sorted(group, key=of_layers))
     optimizer.number_as([{"params": [params.get(name, name) for name in once]}])
 
 

@@ -1,4 +1,4 @@
-"""What each rank runs for the tests of DeepSpeed's pipelines: a tied embedding, on the first and the last stage."""
+"""What each rank runs for the tests of DeepSpeed's pipelines: the embedding is tied to the head."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def trained(ds: dict[str, Any], stages: int, vectors_first: bool = True) -> dict
 
 
 def infinite_on_the_last_stage(ds: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether this stage changed in a step in which one gradient of the last stage is infinite; and in the next."""
+    """Whether this stage changed in a step with an infinite gradient on the last stage; and in the next."""
     engine = made(ds, 2, True)
     engine.train_batch(batches(0, engine))
     spoilt = [p for name, p in engine.module.named_parameters() if name.endswith("scale")]
