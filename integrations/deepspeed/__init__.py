@@ -18,13 +18,12 @@ import deepspeed.runtime.zero.utils as zero_utils
 import torch
 
 from novoscale import NovoGrad
+from novoscale.optimizer.by_name import NAME, not_registered
 
 from . import pipelines, saving, tools, universal, wrappers
 from .refusals import UnsupportedConfigError
 
 __all__ = ["NAME", "UnsupportedConfigError", "register"]
-
-NAME = "NovoGrad"
 
 
 def register() -> None:
@@ -34,7 +33,7 @@ def register() -> None:
         RuntimeError: if torch or another package already has an optimizer of this name.
     """
     present = getattr(torch.optim, NAME, NovoGrad)
-    if present is not NovoGrad:
+    if present not in (NovoGrad, not_registered):
         raise RuntimeError(
             f"torch.optim.{NAME} is already {present.__module__}.{present.__qualname__}: DeepSpeed would "
             "find that one by name. Do not import both"

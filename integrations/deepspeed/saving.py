@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.engine import DeepSpeedEngine
 
 from novoscale import NovoGrad
@@ -158,8 +159,16 @@ def _problems(engine: Any, path: Path, given: dict[str, Any]) -> Iterator[str]:
         more = f" (and {len(missing) - 3} more)" if len(missing) > 3 else ""
         yield f"{path.name}: {'; '.join(missing[:3])}{more}. {_NAMES_COMPLETE.format(path.parent)}"
     elif given["load_optimizer_states"] and not given["load_module_only"]:
-        found, stage = saved_training(path), engine.zero_optimization_stage()
-        if (found.stage in (0, 3) or stage in (0, 3)) and found.stage != stage:
+        mp_rank = 0 if engine.mpu is None else engine.mpu.get_model_parallel_rank()
+        found, stage = saved_training(path, mp_rank), engine.zero_optimization_stage()
+        if stage == 0 and isinstance(engine.optimizer, BF16_Optimizer):
+            yield _OF_BF16_AT_STAGE_0
+        elif found is None:
+            yield (
+                f"{path.name} has no model-parallel rank {mp_rank}: it was saved with fewer stages of a "
+                "pipeline, or fewer tensor-parallel ranks, and can be loaded with as many only"
+            )
+        elif (found.stage in (0, 3) or stage in (0, 3)) and found.stage != stage:
             yield (
                 f"{path.name} was saved under stage {found.stage} of ZeRO, and this training is of stage "
                 f"{stage}. {_OTHER_STAGES}"
@@ -184,6 +193,10 @@ def _of_other_parameters(tag: str, found: SavedTraining, engine: Any) -> Iterato
         yield f"the parameters of {tag} are in other param groups, or in another order, than here"
 
 
+_OF_BF16_AT_STAGE_0 = (
+    "DeepSpeed saves the state of BF16_Optimizer at stage 0 and cannot load it, whatever the optimizer is "
+    "(0.19.8: KeyError: 0). Train with stage 1, which can; load_optimizer_states=False loads the weights"
+)
 _CANNOT_LOAD = "Nothing has been loaded"
 _NAMES_COMPLETE = "`novoscale latest-good {}` names the last complete checkpoint: load it by tag=..."
 _OTHER_STAGES = (

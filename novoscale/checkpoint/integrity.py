@@ -78,9 +78,19 @@ class SavedTraining:
     shapes: tuple[dict[str, tuple[int, ...]], ...]
 
 
-def saved_training(path: Path) -> SavedTraining:
-    """What a complete checkpoint of DeepSpeed's says of the training."""
-    said = _model_states(min(file for file in path.iterdir() if MODEL.fullmatch(file.name)))
+def saved_training(path: Path, mp_rank: int = 0) -> SavedTraining | None:
+    """What a complete checkpoint of DeepSpeed's says of the training.
+
+    Args:
+        path: the folder of its tag.
+        mp_rank: the model-parallel rank whose parameters are asked for; in a pipeline the stage. None is
+            returned if the checkpoint has no such rank.
+    """
+    found = ((MODEL.fullmatch(file.name), file) for file in path.iterdir())
+    files = sorted(file for match, file in found if match and int(match[2]) == mp_rank)
+    if not files:
+        return None
+    said = _model_states(files[0])
     groups = [group for group in said.get("param_shapes") or () if isinstance(group, dict)]
     shapes = ({str(name): _shape(of) for name, of in group.items()} for group in groups)
     return SavedTraining(_stage(said), said["dp_world_size"], tuple(shapes))

@@ -277,7 +277,7 @@ class LayerwiseOptimizer(Optimizer):
                 yield index, position, numbers[id(p)], p
 
     def parameter_numbers(self) -> dict[int, int]:
-        """The number of each parameter, by id: its place in ``param_groups``, or in those of ``number_as``."""
+        """The number of each parameter, by id: its place in ``param_groups``, or as ``number_as`` said."""
         params = (p for group in self._full_param_groups or self.param_groups for p in group["params"])
         return {id(p): number for number, p in enumerate(params)}
 

@@ -7,9 +7,12 @@ from typing import Any
 
 import deepspeed
 import novoscale.integrations.deepspeed  # noqa: F401
+import pytest
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from torch import nn
+
+from novoscale.checkpoint.errors import CheckpointError
 
 WORDS, WIDTH, SAMPLES, STEPS = 37, 12, 8, 6
 
@@ -72,6 +75,35 @@ def trained(ds: dict[str, Any], stages: int, vectors_first: bool = True) -> dict
     for step in range(STEPS):
         engine.train_batch(batches(step, engine))
     return weights(engine)
+
+
+def resumed(ds: dict[str, Any], folder: str) -> bool:
+    """Whether this stage ends with the same weights if it is saved and loaded on the way."""
+    straight = trained(ds, 2)
+    engine = made(ds, 2, True)
+    for step in range(STEPS // 2):
+        engine.train_batch(batches(step, engine))
+    engine.save_checkpoint(folder)
+    engine = made(ds, 2, True)
+    engine.load_checkpoint(folder)
+    for step in range(STEPS // 2, STEPS):
+        engine.train_batch(batches(step, engine))
+    return all(torch.equal(w, straight[name]) for name, w in weights(engine).items())
+
+
+def saved(ds: dict[str, Any], stages: int, folder: str) -> None:
+    engine = made(ds, stages, True)
+    engine.train_batch(batches(0, engine))
+    engine.save_checkpoint(folder)
+
+
+def error_of_loading(ds: dict[str, Any], stages: int, folder: str) -> str:
+    engine = made(ds, stages, True)
+    before = weights(engine)
+    with pytest.raises(CheckpointError) as error:
+        engine.load_checkpoint(folder)
+    assert all(torch.equal(w, before[name]) for name, w in weights(engine).items())
+    return str(error.value)
 
 
 def infinite_on_the_last_stage(ds: dict[str, Any]) -> tuple[bool, bool]:

@@ -3,7 +3,9 @@
 import pipeline_ranks
 import pytest
 import torch
-from kept_ranks import run_ranks
+from patience import patient
+
+from novoscale.tools.local_ranks import Ranks
 
 BF16 = {"bf16": {"enabled": True}}
 BF16_OPTIMIZER = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -15,6 +17,21 @@ WRAPPERS = {
     "stage 1, bf16, BF16_Optimizer": (1, BF16_OPTIMIZER),
 }
 EMBEDDING = "tied_modules.embedding.weight"
+
+
+@pytest.fixture(scope="module")
+def run_ranks():
+    """Ranks that the cases here share, and no others: DeepSpeed's groups are a pipeline's from here on."""
+    kept = {}
+
+    def run(function, world_size, *args):
+        if world_size not in kept or kept[world_size].closed:
+            kept[world_size] = Ranks(world_size)
+        return kept[world_size].run(function, *args, timeout=patient(120))
+
+    yield run
+    for ranks in kept.values():
+        ranks.close()
 
 
 def config(wrapper, replicas=1, accumulate=1, **options):
@@ -34,7 +51,9 @@ def config(wrapper, replicas=1, accumulate=1, **options):
     ("wrapper", "momentum_dtype"),
     [*((wrapper, "int4") for wrapper in WRAPPERS), ("float32", "int8"), ("float32", "bfloat16")],
 )
-def test_copies_of_a_tied_weight_stay_the_same_and_are_those_of_one_process(wrapper, momentum_dtype):
+def test_copies_of_a_tied_weight_stay_the_same_and_are_those_of_one_process(
+    run_ranks, wrapper, momentum_dtype
+):
     options = {"momentum_dtype": momentum_dtype, "preset": "adamw"}
     ds = config(wrapper, **options)
     first, last = run_ranks(pipeline_ranks.trained, 2, ds, 2)
@@ -46,7 +65,7 @@ def test_copies_of_a_tied_weight_stay_the_same_and_are_those_of_one_process(wrap
 
 
 @pytest.mark.parametrize("wrapper", ["float32", "stage 1"])
-def test_copies_stay_the_same_with_replicas_and_accumulation(wrapper):
+def test_copies_stay_the_same_with_replicas_and_accumulation(run_ranks, wrapper):
     ds = config(wrapper, replicas=2, accumulate=2, momentum_dtype="int4")
     ranks = run_ranks(pipeline_ranks.trained, 4, ds, 2)
     for rank in ranks[1:]:
@@ -54,5 +73,34 @@ def test_copies_stay_the_same_with_replicas_and_accumulation(wrapper):
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_an_infinity_on_one_stage_changes_nothing_on_any_stage(wrapper):
+def test_an_infinity_on_one_stage_changes_nothing_on_any_stage(run_ranks, wrapper):
     assert run_ranks(pipeline_ranks.infinite_on_the_last_stage, 2, config(wrapper)) == [(False, True)] * 2
+
+
+@pytest.mark.parametrize("wrapper", [wrapper for wrapper in WRAPPERS if wrapper != "bf16"])
+def test_a_checkpoint_resumes_to_the_same_bits(run_ranks, wrapper, tmp_path):
+    ds = config(wrapper, momentum_dtype="int4")
+    assert run_ranks(pipeline_ranks.resumed, 2, ds, str(tmp_path)) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "saved", "loaded", "says"),
+    [
+        (
+            "stage 1",
+            1,
+            2,
+            "rank 1: global_step1 has no model-parallel rank 1: it was saved with fewer stages",
+        ),
+        ("stage 1", 2, 1, "is not in global_step1"),
+        ("bf16", 2, 2, "DeepSpeed saves the state of BF16_Optimizer at stage 0 and cannot load it"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_loaded_is_one_error_on_every_stage(
+    run_ranks, wrapper, saved, loaded, says, tmp_path
+):
+    ds = config(wrapper)
+    run_ranks(pipeline_ranks.saved, saved, ds, saved, str(tmp_path))
+    errors = run_ranks(pipeline_ranks.error_of_loading, loaded, ds, loaded, str(tmp_path))
+    assert len(set(errors)) == 1
+    assert says in errors[0]
