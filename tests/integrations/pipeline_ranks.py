@@ -14,7 +14,7 @@ from torch import nn
 
 from novoscale.checkpoint.errors import CheckpointError
 
-WORDS, WIDTH, SAMPLES, STEPS = 37, 12, 8, 6
+WORDS, WIDTH, SAMPLES, STEPS = 300, 24, 8, 6  # an embedding that is large enough for codes
 
 
 class Logits(nn.Module):
