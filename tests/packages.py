@@ -42,6 +42,7 @@ SMOKE = {
     "deepspeed": "import novoscale.integrations.deepspeed",
     "accelerate": "import novoscale.integrations.accelerate",
     "transformers": "import novoscale.integrations.transformers",
+    "lightning": "import lightning, novoscale",
     "memory": PLAN,
     "benchmarks": "import novoscale.integrations.deepspeed, accelerate, matplotlib, psutil",
     "rivals": "import bitsandbytes, pytorch_optimizer, torchao",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,6 +45,15 @@ class LayerwiseOptimizer(Optimizer):
     _wrapper: str | None  # what replaced the parameters, if anything did; copied
     _released: object | None  # the handle of release_gradients, if it is in use
     _full_param_groups: Sequence[Group] | None  # of the unsharded model, see number_as()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether the scale of the loss may be left to the step: yes, if ``torch.amp.GradScaler`` asks.
+
+        Others take a yes for gradients that are still scaled when they are clipped: Lightning then refuses
+        ``gradient_clip_val``, in bfloat16 too, where nothing is scaled.
+        """
+        return isinstance(sys._getframe(1).f_locals.get("self"), torch.amp.GradScaler)
 
     def _clear_caches(self) -> None:
         """Start with empty caches."""

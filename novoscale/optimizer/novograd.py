@@ -123,8 +123,6 @@ class NovoGrad(LayerwiseOptimizer):
         TypeError: an option that NovoGrad does not have, or one of the wrong kind.
     """
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler then leaves the scale to the step
-
     # Private, not copied.
     _telemetry: Telemetry
     _veto: Tensor | None  # see veto()
