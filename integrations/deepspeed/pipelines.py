@@ -81,8 +81,9 @@ def _skip_together(optimizer: NovoGrad, stages: dist.ProcessGroup) -> None:
         device = optimizer.param_groups[0]["params"][0].device
         # The largest magnitude carries NaN and infinity, and needs no memory that grows.
         largest = [torch.linalg.vector_norm(g, ord=torch.inf) for g in grads if g.numel()]
-        bad = ~torch.stack(largest).isfinite().all() if largest else torch.zeros((), dtype=torch.bool)
-        skip = bad.to(device=device, dtype=torch.int32)
+        skip = torch.zeros((), dtype=torch.int32, device=device)
+        if largest:
+            skip += ~torch.stack(largest).isfinite().all()
         dist.all_reduce(skip, dist.ReduceOp.MAX, group=stages)
         optimizer.veto(skip.bool())
 

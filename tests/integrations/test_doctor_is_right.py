@@ -109,7 +109,7 @@ def offloaded(**options):
 
 # SuperOffload and fp16 stop on CPU ranks for reasons of their own.
 STOPS = [
-    (zero(NOVOGRAD), PLAIN, GIVEN, "registered_in_time", "not a supported DeepSpeed"),
+    (zero(NOVOGRAD), PLAIN, GIVEN, "registered_in_time", "has not been registered"),
     (zero(**OFFLOAD), IMPORT + PLAIN, HANDED, "replaced", "ZeRORuntimeException"),
     (zero(NOVOGRAD), IMPORT + ACCELERATE, CLIENT, "replaced", "in the code at the same time"),
     (zero(), ACCELERATE, DUMMY, "dummy_without_a_name", "DummyOptim"),
