@@ -159,7 +159,7 @@ def _problems(engine: Any, path: Path, given: dict[str, Any]) -> Iterator[str]:
         more = f" (and {len(missing) - 3} more)" if len(missing) > 3 else ""
         yield f"{path.name}: {'; '.join(missing[:3])}{more}. {_NAMES_COMPLETE.format(path.parent)}"
     elif given["load_optimizer_states"] and not given["load_module_only"]:
-        mp_rank = 0 if engine.mpu is None else engine.mpu.get_model_parallel_rank()
+        mp_rank = _model_parallel_rank(engine)
         found, stage = saved_training(path, mp_rank), engine.zero_optimization_stage()
         if stage == 0 and isinstance(engine.optimizer, BF16_Optimizer):
             yield _OF_BF16_AT_STAGE_0
@@ -175,6 +175,13 @@ def _problems(engine: Any, path: Path, given: dict[str, Any]) -> Iterator[str]:
             )
         elif stage and given["custom_load_fn"] is None and given["load_module_strict"]:
             yield from _of_other_parameters(path.name, found, engine)
+
+
+def _model_parallel_rank(engine: Any) -> int:
+    """The model-parallel rank in the names of this rank's files: in a pipeline the stage."""
+    if hasattr(engine, "checkpoint_mp_rank"):
+        return int(engine.checkpoint_mp_rank)
+    return 0 if engine.mpu is None else int(engine.mpu.get_model_parallel_rank())  # DeepSpeed 0.16
 
 
 def _of_other_parameters(tag: str, found: SavedTraining, engine: Any) -> Iterator[str]:

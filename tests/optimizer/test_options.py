@@ -153,3 +153,30 @@ def test_numbers_of_a_part_are_refused_where_they_are_not_known():
     with pytest.raises(ValueError, match=r"c is not in .* number_as"):
         optimizer.add_param_group({"params": [("c", nn.Parameter(torch.ones(2)))]})
     assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("momentum_dtype", ["bfloat16", "int8", "int4"])
+def test_copies_that_have_other_places_stay_the_same_if_they_are_numbered_as_in_the_full_model(
+    momentum_dtype,
+):
+    def stages(numbered):
+        """A weight on two stages of a pipeline, each with an optimizer of other parameters."""
+        torch.manual_seed(0)
+        tied = torch.randn(64, 80)
+        first, last = nn.Parameter(tied.clone()), nn.Parameter(tied.clone())
+        layer, head = nn.Parameter(torch.zeros(80)), nn.Parameter(torch.zeros(64))
+        options = {"lr": 0.01, "preset": "adamw", "momentum_dtype": momentum_dtype}
+        optimizers = NovoGrad([first, layer], **options), NovoGrad([head, last], **options)
+        if numbered:
+            optimizers[0].number_as([{"params": [first, layer, "of another stage"]}])
+            optimizers[1].number_as([{"params": [last, "of another stage", head]}])
+        for _ in range(4):
+            first.grad = torch.randn(64, 80)
+            last.grad = first.grad.clone()
+            layer.grad, head.grad = torch.randn(80), torch.randn(64)
+            for optimizer in optimizers:
+                optimizer.step()
+        return first, last
+
+    assert torch.equal(*stages(numbered=True))
+    assert not torch.equal(*stages(numbered=False))
