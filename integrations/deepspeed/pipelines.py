@@ -58,10 +58,14 @@ def _number(optimizer: NovoGrad, module: PipelineModule, stages: dist.ProcessGro
     for groups in gathered:
         for key, found in groups.items():
             of_all.setdefault(key, []).extend(found)
-    # A PipelineModule has its tied modules first. What is of another stage only takes up a number.
-    of_layers = lambda name: not name.startswith("tied_modules.")  # noqa: E731
-    once = dict.fromkeys(name for group in of_all.values() for name in sorted(group, key=of_layers))
+    once = dict.fromkeys(name for group in of_all.values() for name in sorted(group, key=_is_not_tied))
+    # What is of another stage only takes up a number.
     optimizer.number_as([{"params": [params.get(name, name) for name in once]}])
+
+
+def _is_not_tied(name: str) -> bool:
+    """Whether a parameter comes after the tied modules, which a PipelineModule has first."""
+    return not name.startswith("tied_modules.")
 
 
 def _groups(optimizer: NovoGrad) -> Iterator[tuple[Key, list[Tensor]]]:
