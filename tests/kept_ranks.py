@@ -14,10 +14,36 @@ from torch.distributed import distributed_c10d
 
 from novoscale.tools.local_ranks import Ranks
 
-_kept: dict[int, Ranks] = {}
 # A process group of gloo has a thread that wakes up all the time, and cases leave their groups: those of some
 # hundred cases took a core. New ranks take half a second.
 MOST_GROUPS = 16
+
+
+class Kept:
+    """Ranks of each world size, started when a case first asks for them."""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, Ranks] = {}
+
+    def run(
+        self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120
+    ) -> list[Any]:
+        """As :func:`run_ranks`."""
+        if world_size not in self._ranks or self._ranks[world_size].closed:
+            self._ranks[world_size] = Ranks(world_size)
+        ranks = self._ranks[world_size]
+        answers = ranks.run(_counting_groups, function, *args, timeout=patient(timeout))
+        if max(groups for _, groups in answers) > MOST_GROUPS:
+            ranks.close()
+        return [result for result, _ in answers]
+
+    def close(self) -> None:
+        """End them."""
+        for ranks in self._ranks.values():
+            ranks.close()
+
+
+_of_all_tests = Kept()
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120) -> list[Any]:
@@ -25,13 +51,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
 
     ``timeout``: seconds of a quiet machine.
     """
-    if world_size not in _kept or _kept[world_size].closed:
-        _kept[world_size] = Ranks(world_size)
-    ranks = _kept[world_size]
-    answers = ranks.run(_counting_groups, function, *args, timeout=patient(timeout))
-    if max(groups for _, groups in answers) > MOST_GROUPS:
-        ranks.close()
-    return [result for result, _ in answers]
+    return _of_all_tests.run(function, world_size, *args, timeout=timeout)
 
 
 def _counting_groups(function: Callable[..., Any], *args: Any) -> tuple[Any, int]:

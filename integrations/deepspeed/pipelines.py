@@ -7,40 +7,35 @@ same number.
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor
 
 from novoscale import NovoGrad
 
+from . import vetoes
+from .engine import extend
+
 Key = tuple[str, int]  # of a param group: its options, and which it is of those with the same options
 
 
 def register() -> None:
-    """Have an engine of a pipeline look at a NovoGrad before it is wrapped. Idempotent."""
-    original = DeepSpeedEngine._do_optimizer_sanity_check
-    if hasattr(original, "_novoscale"):
-        return
+    """Have the engine of a pipeline look at a NovoGrad before it is wrapped. Idempotent."""
+    extend("_do_optimizer_sanity_check", _prepare)
 
-    @functools.wraps(original)
-    def check(self: Any, basic_optimizer: Any) -> Any:
-        wrapper = original(self, basic_optimizer)
-        if isinstance(basic_optimizer, NovoGrad) and isinstance(self.module, PipelineModule):
-            stages = self.mpu.get_pipe_parallel_group()
-            _number(basic_optimizer, self.module, stages)
-            if wrapper is None:  # DeepSpeed's wrappers look at the gradients of all stages
-                _skip_together(basic_optimizer, stages)
-        return wrapper
 
-    check._novoscale = True  # type: ignore[attr-defined]
-    DeepSpeedEngine._do_optimizer_sanity_check = check
+def _prepare(original: Callable[..., Any], engine: Any, optimizer: NovoGrad) -> Any:
+    wrapper = original(optimizer)
+    stages = vetoes.stages_of(engine.mpu)
+    if stages is not None and isinstance(engine.module, PipelineModule):
+        _number(optimizer, engine.module, stages)
+        if wrapper is None:
+            vetoes.veto_stages(optimizer, stages)
+    return wrapper
 
 
 def _number(optimizer: NovoGrad, module: PipelineModule, stages: dist.ProcessGroup) -> None:
@@ -75,20 +70,3 @@ def _groups(optimizer: NovoGrad) -> Iterator[tuple[Key, list[Tensor]]]:
         options = repr([(k, v) for k, v in sorted(group.items()) if k not in ("params", "param_names")])
         yield (options, alike[options]), group["params"]
         alike[options] += 1
-
-
-def _skip_together(optimizer: NovoGrad, stages: dist.ProcessGroup) -> None:
-    """Have a gradient that is not finite keep all stages from stepping. Each step is a collective of them."""
-
-    def agree(*_: Any) -> None:
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        device = optimizer.param_groups[0]["params"][0].device
-        # The largest magnitude carries NaN and infinity, and needs no memory that grows.
-        largest = [torch.linalg.vector_norm(g, ord=torch.inf) for g in grads if g.numel()]
-        skip = torch.zeros((), dtype=torch.int32, device=device)
-        if largest:
-            skip += ~torch.stack(largest).isfinite().all()
-        dist.all_reduce(skip, dist.ReduceOp.MAX, group=stages)
-        optimizer.veto(skip.bool())
-
-    optimizer.register_step_pre_hook(agree)

@@ -15,34 +15,24 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.engine import DeepSpeedEngine
+from packaging.version import Version
 
-from novoscale import NovoGrad
 from novoscale.checkpoint.errors import CheckpointError
 from novoscale.checkpoint.integrity import LATEST, SavedTraining, missing_or_truncated, saved_training
+
+from .engine import extend
+
+# Before, it loads what it saves of BF16_Optimizer at stage 0.
+LOADS_ZERO_ONLY = Version("0.18")
 
 
 def register() -> None:
     """Extend DeepSpeed's engine, where its optimizer is a NovoGrad. Idempotent."""
-    _extend("save_checkpoint", _save)
-    _extend("load_checkpoint", _load)
-
-
-def _extend(name: str, own: Callable[..., Any]) -> None:
-    original = getattr(DeepSpeedEngine, name)
-    if hasattr(original, "_novoscale"):
-        return
-
-    @functools.wraps(original)
-    def extended(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(getattr(self, "basic_optimizer", None), NovoGrad):
-            return own(functools.partial(original, self), self, *args, **kwargs)
-        return original(self, *args, **kwargs)
-
-    extended._novoscale = True  # type: ignore[attr-defined]
-    setattr(DeepSpeedEngine, name, extended)
+    extend("save_checkpoint", _save)
+    extend("load_checkpoint", _load)
 
 
 # ---- saving ----------------------------------------------------------------------------------------------
@@ -161,7 +151,8 @@ def _problems(engine: Any, path: Path, given: dict[str, Any]) -> Iterator[str]:
     elif given["load_optimizer_states"] and not given["load_module_only"]:
         mp_rank = _model_parallel_rank(engine)
         found, stage = saved_training(path, mp_rank), engine.zero_optimization_stage()
-        if stage == 0 and isinstance(engine.optimizer, BF16_Optimizer):
+        bf16_at_stage_0 = stage == 0 and isinstance(engine.optimizer, BF16_Optimizer)
+        if bf16_at_stage_0 and Version(deepspeed.__version__) >= LOADS_ZERO_ONLY:
             yield _OF_BF16_AT_STAGE_0
         elif found is None:
             yield (
@@ -202,7 +193,8 @@ def _of_other_parameters(tag: str, found: SavedTraining, engine: Any) -> Iterato
 
 _OF_BF16_AT_STAGE_0 = (
     "DeepSpeed saves the state of BF16_Optimizer at stage 0 and cannot load it, whatever the optimizer is "
-    "(0.19.8: KeyError: 0). Train with stage 1, which can; load_optimizer_states=False loads the weights"
+    "(since 0.18; 0.19.8: KeyError: 0). Train with stage 1, which can; load_optimizer_states=False loads the "
+    "weights"
 )
 _CANNOT_LOAD = "Nothing has been loaded"
 _NAMES_COMPLETE = "`novoscale latest-good {}` names the last complete checkpoint: load it by tag=..."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import deepspeed.runtime.zero.stage3 as zero_3
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from novoscale import NovoGrad
 
-from . import layouts, tools, universal
+from . import layouts, tools, universal, vetoes
 from .refusals import refuse_unsupported
 
 
@@ -103,7 +103,7 @@ def _bind_zero_1_and_2(zero: Any) -> None:
     checks = getattr(zero, "compute_grad_norm", False) and (
         zero.dtype != torch.bfloat16 or zero.check_grad_overflow
     )
-    _veto_step(zero, zero.single_partition_of_fp32_groups, checks)
+    vetoes.veto_groups(zero, zero.single_partition_of_fp32_groups, checks)
 
 
 def _bind_bf16(wrapper: Any) -> None:
@@ -115,30 +115,4 @@ def _bind_zero_3(zero: Any) -> None:
     bound = _bind(zero, "DeepSpeed ZeRO stage 3", layouts.zero_3)
     over = [layouts.process_group_of_sub_group(zero, i) for i in range(len(zero.fp16_groups))]
     tools.attach(zero, bound, zero.fp16_groups, over)
-    _veto_step(zero, zero.fp32_partitioned_groups_flat, hasattr(zero_3, "is_invalid_grad_norm"))
-
-
-def _veto_step(zero: Any, flats: Iterable[Tensor], deepspeed_checks: bool) -> None:
-    """Have a non-finite gradient in any group keep all groups from stepping.
-
-    DeepSpeed steps group by group. Where it does not look at all gradients first, the first group would
-    have changed by the time that the second turns out not to be finite.
-    """
-    flats = list(flats)
-    if deepspeed_checks or len(flats) < 2:
-        return
-    step = zero.step
-
-    @functools.wraps(step)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        averaged = [grad for grads in zero.averaged_gradients.values() for grad in grads or ()]
-        grads = [g for g in (*averaged, *(flat.grad for flat in flats)) if g is not None and g.numel()]
-        # The largest magnitude carries NaN and infinity, and needs no memory that grows.
-        largest = [torch.linalg.vector_norm(g, ord=torch.inf) for g in grads]
-        zero.optimizer.veto(~torch.stack(largest).isfinite().all() if largest else None)
-        try:
-            return step(*args, **kwargs)
-        finally:
-            zero.optimizer.veto(None)
-
-    zero.step = checked
+    vetoes.veto_groups(zero, zero.fp32_partitioned_groups_flat, hasattr(zero_3, "is_invalid_grad_norm"))

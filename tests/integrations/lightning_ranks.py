@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import lightning
@@ -64,12 +63,8 @@ def data() -> TensorDataset:
     return TensorDataset(*(torch.randn(STEPS * SAMPLES, n, generator=generator) for n in (20, 3)))
 
 
-def loader(samples: int = SAMPLES) -> DataLoader[Any]:
-    return DataLoader(data(), batch_size=samples)
-
-
-def batches() -> Iterator[Any]:
-    return iter(loader())
+def loader() -> DataLoader[Any]:
+    return DataLoader(data(), batch_size=SAMPLES)
 
 
 def trainer(folder: Any, **options: Any) -> lightning.Trainer:

@@ -36,7 +36,7 @@ def loss_of(logits: torch.Tensor, words: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1).float(), words.flatten())
 
 
-def made(ds: dict[str, Any], stages: int, vectors_first: bool) -> Any:
+def made(ds: dict[str, Any], stages: int) -> Any:
     """An engine of a pipeline, whose weights do not depend on the number of stages."""
     deepspeed.init_distributed("gloo")  # a PipelineModule asks for it before there is an engine
     layers = [
@@ -50,11 +50,9 @@ def made(ds: dict[str, Any], stages: int, vectors_first: bool) -> Any:
     module = PipelineModule(
         layers, num_stages=stages, loss_fn=loss_of, seed_layers=True, partition_method="uniform"
     )
-    params: Any = list(module.parameters())
-    if vectors_first:
-        vectors, matrices = [p for p in params if p.ndim < 2], [p for p in params if p.ndim > 1]
-        params = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices}]
-    return deepspeed.initialize(model=module, config=ds, model_parameters=params)[0]
+    vectors, matrices = ([p for p in module.parameters() if (p.ndim < 2) is flat] for flat in (True, False))
+    groups = [{"params": vectors, "weight_decay": 0.0}, {"params": matrices}]
+    return deepspeed.initialize(model=module, config=ds, model_parameters=groups)[0]
 
 
 def batches(step: int, engine: Any) -> Any:
@@ -69,9 +67,9 @@ def weights(engine: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach().float().clone() for name, p in engine.module.named_parameters()}
 
 
-def trained(ds: dict[str, Any], stages: int, vectors_first: bool = True) -> dict[str, torch.Tensor]:
+def trained(ds: dict[str, Any], stages: int) -> dict[str, torch.Tensor]:
     """The weights of this rank's stage after some steps."""
-    engine = made(ds, stages, vectors_first)
+    engine = made(ds, stages)
     for step in range(STEPS):
         engine.train_batch(batches(step, engine))
     return weights(engine)
@@ -80,11 +78,11 @@ def trained(ds: dict[str, Any], stages: int, vectors_first: bool = True) -> dict
 def resumed(ds: dict[str, Any], folder: str) -> bool:
     """Whether this stage ends with the same weights if it is saved and loaded on the way."""
     straight = trained(ds, 2)
-    engine = made(ds, 2, True)
+    engine = made(ds, 2)
     for step in range(STEPS // 2):
         engine.train_batch(batches(step, engine))
     engine.save_checkpoint(folder)
-    engine = made(ds, 2, True)
+    engine = made(ds, 2)
     engine.load_checkpoint(folder)
     for step in range(STEPS // 2, STEPS):
         engine.train_batch(batches(step, engine))
@@ -92,13 +90,13 @@ def resumed(ds: dict[str, Any], folder: str) -> bool:
 
 
 def saved(ds: dict[str, Any], stages: int, folder: str) -> None:
-    engine = made(ds, stages, True)
+    engine = made(ds, stages)
     engine.train_batch(batches(0, engine))
     engine.save_checkpoint(folder)
 
 
 def error_of_loading(ds: dict[str, Any], stages: int, folder: str) -> str:
-    engine = made(ds, stages, True)
+    engine = made(ds, stages)
     before = weights(engine)
     with pytest.raises(CheckpointError) as error:
         engine.load_checkpoint(folder)
@@ -108,7 +106,7 @@ def error_of_loading(ds: dict[str, Any], stages: int, folder: str) -> str:
 
 def infinite_on_the_last_stage(ds: dict[str, Any]) -> tuple[bool, bool]:
     """Whether this stage changed in a step with an infinite gradient on the last stage; and in the next."""
-    engine = made(ds, 2, True)
+    engine = made(ds, 2)
     engine.train_batch(batches(0, engine))
     spoilt = [p for name, p in engine.module.named_parameters() if name.endswith("scale")]
     hooks = [p.register_hook(partial(torch.full_like, fill_value=torch.inf)) for p in spoilt]

@@ -3,9 +3,7 @@
 import pipeline_ranks
 import pytest
 import torch
-from patience import patient
-
-from novoscale.tools.local_ranks import Ranks
+from kept_ranks import Kept
 
 BF16 = {"bf16": {"enabled": True}}
 BF16_OPTIMIZER = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -16,26 +14,24 @@ WRAPPERS = {
     "stage 1, bf16": (1, BF16),
     "stage 1, bf16, BF16_Optimizer": (1, BF16_OPTIMIZER),
 }
+# DeepSpeed looks at no gradient before it steps.
+UNCHECKED = {
+    "stage 1, unchecked": (1, {"zero_optimization": {"stage": 1, "compute_grad_norm": False}}),
+    "stage 1, bf16, unchecked": (1, {"bf16": {"enabled": True, "check_grad_overflow": False}}),
+}
 EMBEDDING = "tied_modules.embedding.weight"
 
 
 @pytest.fixture(scope="module")
 def run_ranks():
     """Ranks that the cases here share, and no others: DeepSpeed's groups are a pipeline's from here on."""
-    kept = {}
-
-    def run(function, world_size, *args):
-        if world_size not in kept or kept[world_size].closed:
-            kept[world_size] = Ranks(world_size)
-        return kept[world_size].run(function, *args, timeout=patient(120))
-
-    yield run
-    for ranks in kept.values():
-        ranks.close()
+    kept = Kept()
+    yield kept.run
+    kept.close()
 
 
 def config(wrapper, replicas=1, accumulate=1, **options):
-    stage, change = WRAPPERS[wrapper]
+    stage, change = (WRAPPERS | UNCHECKED)[wrapper]
     return {
         "train_batch_size": pipeline_ranks.SAMPLES,
         "gradient_accumulation_steps": accumulate,
@@ -72,7 +68,7 @@ def test_copies_stay_the_same_with_replicas_and_accumulation(run_ranks, wrapper)
         assert torch.equal(rank[EMBEDDING], ranks[0][EMBEDDING])
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", [*WRAPPERS, *UNCHECKED])
 def test_an_infinity_on_one_stage_changes_nothing_on_any_stage(run_ranks, wrapper):
     assert run_ranks(pipeline_ranks.infinite_on_the_last_stage, 2, config(wrapper)) == [(False, True)] * 2
 

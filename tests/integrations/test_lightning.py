@@ -13,7 +13,7 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 def by_hand(precision, clip, **options):
     model = trained.Model(**options)
     optimizer = model.configure_optimizers()
-    for x, y in trained.batches():
+    for x, y in trained.loader():
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
             loss = model.training_step((x, y), 0)
         optimizer.zero_grad()
@@ -74,7 +74,7 @@ def test_a_grad_scaler_leaves_the_scale_to_the_step_and_may_unscale_before_it(cl
     optimizer, scaler = model.configure_optimizers(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
     asked = []
     optimizer.register_step_pre_hook(lambda o, *_: asked.append((o.grad_scale, o.found_inf)))
-    for batch in trained.batches():
+    for batch in trained.loader():
         optimizer.zero_grad()
         scaler.scale(model.training_step(batch, 0)).backward()
         if clip:
