@@ -80,8 +80,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(graphs, "FEATURES", (4, 6, 3))
     monkeypatch.setattr(graphs, "REPLAYS", 2)
     monkeypatch.setattr(
-        shardings, "CASES", {"FSDP2": shardings.CASES["FSDP2"]}
-    )  # tests/verify has the others
+        shardings, "CASES", {name: shardings.CASES[name] for name in ("FSDP2", "stage 2, bf16")}
+    )
     monkeypatch.setattr(passes, "WARM", 1)
     monkeypatch.setattr(passes, "PROFILED", 1)
     monkeypatch.setattr(steps, "ROUNDS", 1)
@@ -123,7 +123,7 @@ def test_every_part_finds_what_it_is_for(gpu, tmp_path, capsys):
         (dtype, form, 0, 0) for dtype in ("float32", "bfloat16") for form in training.FORMS
     ]
     assert [r["captured"] for r in parts["graphs"]] == [way for way in graphs.WAYS for _ in graphs.FORMS]
-    assert [(r["ranks"], r["differ"]) for r in parts["shardings"]] == [(3, 0)]
+    assert [(r["ranks"], r["differ"]) for r in parts["shardings"]] == [(3, 0), (2, 0)]
     assert "not installed" in next(r["why"] for r in parts["steps"] if r["optimizer"].startswith("Apex"))
     assert next(r for r in parts["steps"] if r["optimizer"] == "torch AdamW, fused")["of AdamW fused"] == 1
     copy, read, *forms = parts["passes"]
