@@ -62,7 +62,7 @@ def validation_loss(model: nn.Module, validation: Tensor, windows: int = VALIDAT
     tokens = text.windows(validation, windows, CONTEXT, seed=1)
     total = sum(model(input_ids=t, labels=t).loss.item() * len(t) for t in tokens.split(16))
     model.train()
-    return total / len(tokens)  # type: ignore[no-any-return]
+    return total / len(tokens)
 
 
 def schedule(steps: int, warmup: int | None = None) -> Any:

@@ -56,7 +56,7 @@ def steps_of_both() -> dict[str, float]:
 
 def _median_step(make: Any) -> float:
     import deepspeed
-    import novoscale.integrations.deepspeed  # noqa: F401
+    import novoscale.integrations.deepspeed  # noqa: F401  binds NovoGrad under ZeRO
 
     deepspeed.logger.setLevel("ERROR")
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))

@@ -34,7 +34,7 @@ def load(path: Path | None) -> tuple[Tensor, Tensor]:
         raise ValueError(
             f"{path}: only {len(train) + len(validation)} bytes of UTF-8 text in it, need 20,000 or more"
         )
-    return tuple(torch.frombuffer(bytearray(t), dtype=torch.uint8) for t in (train, validation))  # type: ignore[return-value]
+    return tuple(torch.frombuffer(bytearray(t), dtype=torch.uint8) for t in (train, validation))
 
 
 def windows(text: Tensor, count: int, length: int, seed: int) -> Tensor:

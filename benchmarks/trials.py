@@ -44,7 +44,7 @@ def make_optimizer(
         if (config := getattr(model, "config", None)) is not None:  # of transformers: AdamMini goes by heads
             heads = {"num_embeds": config.hidden_size, "num_heads": config.num_attention_heads}
             options = {**heads, **options}
-        return made(model, weight_decay=weight_decay, **options)  # type: ignore[no-any-return]
+        return made(model, weight_decay=weight_decay, **options)
     if kind == "NovoGrad":
         options["seed"] = seed
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -52,7 +52,7 @@ def make_optimizer(
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return made([group for group in groups if group["params"]], **options)  # type: ignore[no-any-return]
+    return made([group for group in groups if group["params"]], **options)
 
 
 def rates(
@@ -71,7 +71,7 @@ def rates(
         known = [loss(lr) for lr in found]
         if None in known:
             break
-        best = known.index(min(known))  # type: ignore[type-var]
+        best = known.index(min(known))
         if best < either_side:
             found.insert(0, found[0] / 2)
         elif len(found) - 1 - best < either_side:
@@ -93,7 +93,7 @@ def losses(kind: Callable[..., Key], rows: Sequence[Mapping[str, Any]]) -> dict[
 
 def by_run(kind: Callable[..., Key], rows: Sequence[Mapping[str, Any]]) -> dict[Key, Mapping[str, Any]]:
     """The result of each run."""
-    return {kind(*(row[name] for name in kind._fields)): row for row in rows}  # type: ignore[attr-defined]
+    return {kind(*(row[name] for name in kind._fields)): row for row in rows}
 
 
 def finite(value: float | None) -> float | None:
@@ -103,4 +103,4 @@ def finite(value: float | None) -> float | None:
 
 def loss_of(row: Mapping[str, Any], measure: str = "loss") -> float:
     """A measure of a run; infinite if it diverged, which is None in JSON."""
-    return math.inf if row.get(measure) is None else row[measure]  # type: ignore[no-any-return]
+    return math.inf if row.get(measure) is None else row[measure]

@@ -70,6 +70,6 @@ def _read() -> list[tuple[str, str, str]]:
 
 def _text(bible: Any, *place: Any) -> str:
     try:
-        return bible.get(*place).strip()  # type: ignore[no-any-return]
+        return bible.get(*place).strip()
     except ValueError:  # this translation has no such verse
         return ""

@@ -42,7 +42,7 @@ class FineTuning(Words):
     @cached_property
     def pretrained(self) -> dict[str, Tensor]:
         """Weights; made once on this machine."""
-        return data.prepared("pretrained", self.pretrain)  # type: ignore[no-any-return]
+        return data.prepared("pretrained", self.pretrain)
 
     def pretrain(self) -> dict[str, Tensor]:
         """Train on the first half."""

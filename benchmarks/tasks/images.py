@@ -69,7 +69,7 @@ def _convolution(inputs: int, outputs: int, stride: int, after: nn.Module | None
 
 def digits() -> tuple[Tensor, Tensor]:
     """Images ``[10000, 1, 28, 28]`` in float32, from 0 to 1 and then made to have mean 0; labels."""
-    return data.prepared("digits", _read)  # type: ignore[no-any-return]
+    return data.prepared("digits", _read)
 
 
 def _read() -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class _Language(Task):
     def loss(self, model: nn.Module, count: int, step: int, seed: int) -> Tensor:
         """Nats per token."""
         tokens = text.batch(self.training, count, self.context, seed, step)
-        return model(input_ids=tokens, labels=tokens).loss  # type: ignore[no-any-return]
+        return model(input_ids=tokens, labels=tokens).loss
 
     def evaluate(self, model: nn.Module, full: bool) -> dict[str, float]:
         """Over fixed windows of the held-out text; a quarter of them if not full."""
@@ -117,7 +117,7 @@ class Long(Words):
         targets = windows[:, 1:].flatten()
         losses = functional.cross_entropy(logits, targets, reduction="none")
         rare = counts <= self.rare
-        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        embedding = model.get_input_embeddings().weight
         return {
             "loss": losses.mean().item(),
             "rare_loss": losses[rare[targets]].mean().item(),

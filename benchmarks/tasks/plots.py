@@ -146,6 +146,6 @@ def _color(name: str) -> str:
 
 def _limit_top(axis: Axes) -> None:
     """Leave out of sight what is far from the best: it would press the rest together."""
-    values = [float(v) for line in axis.lines for v in line.get_ydata()]  # type: ignore[union-attr]
+    values = [float(v) for line in axis.lines for v in line.get_ydata()]
     low, high = min(values), max(values)
     axis.set_ylim(low - 0.03 * low, min(high, low * 1.6))

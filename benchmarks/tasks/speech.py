@@ -127,7 +127,7 @@ def distance(first: list[int], second: list[int]) -> int:
 
 def spoken() -> list[Prompt]:
     """All prompts of at most ``LONGEST`` seconds whose text says what is heard."""
-    return data.prepared("speech", _read)  # type: ignore[no-any-return]
+    return data.prepared("speech", _read)
 
 
 def _read() -> list[Prompt]:

@@ -77,7 +77,7 @@ class Translation(Task):
         """Of greedy translations."""
         chosen = self.validation[:: len(self.validation) // self.translated]
         source = pad_sequence([pair[0] for pair in chosen], True, PAD)
-        made = model.generate(  # type: ignore[operator]
+        made = model.generate(
             input_ids=source, attention_mask=source != PAD, max_new_tokens=self.longest,
             num_beams=1, do_sample=False,
         )  # fmt: skip
@@ -100,4 +100,4 @@ def _tokens(pairs: list[tuple[Tensor, ...]]) -> int:
 def _loss(model: nn.Module, pairs: list[tuple[Tensor, ...]]) -> Tensor:
     source = pad_sequence([pair[0] for pair in pairs], True, PAD)
     target = pad_sequence([pair[1] for pair in pairs], True, IGNORED)
-    return model(input_ids=source, attention_mask=source != PAD, labels=target).loss  # type: ignore[no-any-return]
+    return model(input_ids=source, attention_mask=source != PAD, labels=target).loss
