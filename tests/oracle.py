@@ -176,3 +176,61 @@ class FactoredOracle:
         beta2 = self.options["betas"][1]
         average = beta2 * v + (1 - beta2) * new
         return average if self.options["init_zero"] else np.where(v == 0, new, average)
+
+
+def orthogonal(matrix: Array, steps: int = 5) -> Array:
+    """Newton and Schulz on the singular values of a matrix, which keeps its singular vectors."""
+    u, s, v = np.linalg.svd(np.asarray(matrix, dtype=np.float64), full_matrices=False)
+    s = s / max(np.sqrt((s**2).sum()), 1e-30)
+    for _ in range(steps):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return (u * s) @ v
+
+
+@dataclass
+class MuonOracle:
+    """One scalar second moment for each matrix, and an orthogonal direction, in NumPy float64.
+
+    The layers of a parameter are ``layers`` equal parts of it; each is a matrix, its first dimension by all
+    others, or without the first where that has one index.
+    """
+
+    weights: list[Array]
+    lr: float
+    betas: tuple[float, float] = (0.95, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    nesterov: bool = True
+    maximize: bool = False
+    layers: int = 1
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        self.weights = [np.array(w, dtype=np.float64) for w in self.weights]
+        self.m = [np.zeros_like(w) for w in self.weights]
+        self.v = [np.zeros(self.layers) for _ in self.weights]
+        self.t = [np.zeros(self.layers) for _ in self.weights]
+
+    def step(self, grads: list[Array]) -> None:
+        for i, grad in enumerate(grads):
+            g = np.asarray(grad, dtype=np.float64) * (-1 if self.maximize else 1)
+            for layer in range(self.layers):
+                size = len(g) // self.layers
+                self._step(i, layer, slice(layer * size, (layer + 1) * size), g)
+
+    def _step(self, i: int, layer: int, own: slice, grad: Array) -> None:
+        beta1, beta2 = self.betas
+        g = grad[own]
+        self.v[i][layer] = beta2 * self.v[i][layer] + (1 - beta2) * (g**2).mean()
+        if self.v[i][layer] == 0:
+            return
+        self.t[i][layer] += 1
+        t = self.t[i][layer]
+        u = g / (np.sqrt(self.v[i][layer] / (1 - beta2**t)) + self.eps)
+        self.m[i][own] = beta1 * self.m[i][own] + (1 - beta1) * u
+        n = beta1 * self.m[i][own] + (1 - beta1) * u if self.nesterov else self.m[i][own]
+        rows = n.shape[1] if len(n) == 1 and n.ndim > 2 else len(n)
+        direction = n.reshape(rows, -1)
+        direction = 0.2 * np.sqrt(max(direction.shape)) * orthogonal(direction, self.steps)
+        change = direction.reshape(n.shape) + self.weight_decay * self.weights[i][own]
+        self.weights[i][own] = self.weights[i][own] - self.lr * change

@@ -7,13 +7,14 @@ tensor. Kernels see tensors and tables only: no process group, no optimizer.
 
 from novoscale.kernels.dispatch import FUSED_DEVICES, Kernels, fused, layer_kernels, unfused_reason
 from novoscale.kernels.interface import LayerKernels, VectorSizes
-from novoscale.kernels.shards import Coefficients, Shard, ShardTensors
+from novoscale.kernels.shards import Coefficients, Matrices, Shard, ShardTensors
 
 __all__ = [
     "FUSED_DEVICES",
     "Coefficients",
     "Kernels",
     "LayerKernels",
+    "Matrices",
     "Shard",
     "ShardTensors",
     "VectorSizes",

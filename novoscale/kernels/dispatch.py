@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from novoscale.kernels import reference
+from novoscale.kernels import orthogonal, reference
 from novoscale.kernels.interface import ElementKernels, LayerKernels, States, VectorSizes
 from novoscale.kernels.layers import LayerTable
 from novoscale.kernels.shards import Coefficients, Shard, ShardTensors
@@ -49,18 +49,32 @@ class Kernels(ElementKernels):
 
     def __init__(self, shards: Sequence[Shard], device: torch.device, sizes: VectorSizes) -> None:
         places: defaultdict[tuple[ModuleType, torch.device], list[int]] = defaultdict(list)
+        directed: defaultdict[tuple[torch.dtype, torch.device], list[int]] = defaultdict(list)
         for index, shard in enumerate(shards):
-            places[kernel_of(shard), shard.param.device].append(index)
+            if shard.matrices is None:
+                places[kernel_of(shard), shard.param.device].append(index)
+            else:
+                directed[shard.param.dtype, shard.param.device].append(index)
         self._device = device
         self.parts = [
             Part(module, where, own, module.Kernels([shards[i] for i in own], where, sizes))
             for (module, where), own in places.items()
         ]
+        for (_, where), own in directed.items():
+            for batch in orthogonal.batches([shards[i] for i in own]):
+                indices = [own[i] for i in batch]
+                kernels = orthogonal.Directions([shards[i] for i in indices], where, sizes, Kernels)
+                self.parts.append(Part(orthogonal, where, indices, kernels))
 
     def move_gradients(self, addresses: Sequence[int]) -> None:
         """See :class:`ElementKernels`."""
         for part in self.parts:
             part.kernels.move_gradients([addresses[i] for i in part.places])
+
+    def move_params(self, addresses: Sequence[int]) -> None:
+        """See :class:`ElementKernels`."""
+        for part in self.parts:
+            part.kernels.move_params([addresses[i] for i in part.places])
 
     def hold(self, tensors: Callable[[int], ShardTensors]) -> None:
         """See :class:`ElementKernels`."""

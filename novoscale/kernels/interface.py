@@ -51,6 +51,10 @@ class ElementKernels(ABC):
         """Go on with gradients at other addresses: one for each shard."""
 
     @abstractmethod
+    def move_params(self, addresses: Sequence[int]) -> None:
+        """Go on with weights at other addresses: one for each shard."""
+
+    @abstractmethod
     def hold(self, tensors: Callable[[int], ShardTensors]) -> None:
         """Take the tensors of each shard, by its index, for one step, unless their addresses are known."""
 

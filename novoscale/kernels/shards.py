@@ -52,6 +52,20 @@ class ShardTensors(NamedTuple):
     exp_avg_scale: Tensor | None = None
 
 
+class Matrices(NamedTuple):
+    """The layers of a tensor as matrices that move along an orthogonal direction: see ``orthogonal``.
+
+    Attributes:
+        rows: of each.
+        columns: of each.
+        steps: of Newton and Schulz.
+    """
+
+    rows: int
+    columns: int
+    steps: int
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One tensor of a step, with those options of its param group that the tables depend on.
@@ -72,6 +86,7 @@ class Shard:
             float64 is always rounded so.
         fused: True: use a fused kernel; False: use the reference; None: use the fused kernel if it takes it.
         nesterov: whether the weight moves along the new term too: see ``Coefficients.each``.
+        matrices: how its layers are made orthogonal; None: they are not.
     """
 
     param: Tensor
@@ -86,6 +101,7 @@ class Shard:
     stochastic_rounding: bool
     fused: bool | None = None
     nesterov: bool = False
+    matrices: Matrices | None = None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -127,6 +143,7 @@ class Coefficients:
         column_root: ``[columns]``: the same of each column. Where it is 0 nothing is changed.
         sharded: int32 ``[2, sharded blocks]``, the maximum over the ranks of what
             ``interface.ElementKernels.largest`` returns. None: no block is sharded.
+        lr: float64 ``[groups]``: the learning rates, for what has ``Shard.matrices``. None: nothing has.
     """
 
     each: Tensor
@@ -136,6 +153,7 @@ class Coefficients:
     row_root: Tensor | None = None
     column_root: Tensor | None = None
     sharded: Tensor | None = None
+    lr: Tensor | None = None
 
     def to(self, device: torch.device) -> Coefficients:
         """The same on another device."""

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from novoscale.kernels.uploads import capturing
-from novoscale.optimizer import options, presets, step_plan, step_tables, tensor_checks
+from novoscale.optimizer import hidden, options, presets, step_plan, step_tables, tensor_checks
 from novoscale.optimizer.layer_table import Absent, Group, Groups
 from novoscale.optimizer.step_plan import AbsentLayout, Mode
 from novoscale.optimizer.step_tables import StepTables, StepTensors
@@ -177,6 +177,8 @@ class LayerwiseOptimizer(Optimizer):
         if ready is None or not ready.serves(tensors):
             ready = self._build_tables(groups, absent, tensors, ready)
         if capturing() and not ready.captured:
+            if any(group["orthogonalize"] for group, _ in groups):
+                raise RuntimeError(hidden.CAPTURED)
             ready.captured = True
             self._captured.append(ready)
         self._step_tables[key] = ready
@@ -226,6 +228,8 @@ class LayerwiseOptimizer(Optimizer):
                     tensor_checks.check_has_fused(p, name)
                 tensor_checks.check_gradient(name, p)
                 layout = self._find_layout(index, position, number, p)
+                if group["orthogonalize"]:
+                    hidden.check_matrices(name, p, layout.local_shards[0].parameter)
                 if self._wrapper is None:  # a wrapper's tensors have not the parameters' shapes
                     tensor_checks.check_structure(name, self.state.get(p, {}), p.shape, layout, group)
                     if p.dtype == torch.float16 and group["stochastic_rounding"]:
@@ -310,6 +314,8 @@ class LayerwiseOptimizer(Optimizer):
                     if p.requires_grad:
                         raise
                     continue  # frozen: codes of quantised weights may have any shape
+                if self.param_groups[group]["orthogonalize"] and p.requires_grad and p.numel():
+                    hidden.check_matrices(name, p, parameter)
                 if not isinstance(p, DTensor):
                     self._note_layout(p, parameter)
         self._step_tables = {}
@@ -383,6 +389,9 @@ class LayerwiseOptimizer(Optimizer):
             for position, p in enumerate(group["params"]):
                 if id(p) not in given or given[id(p)].numel != p.numel():
                     raise ValueError(f"{wrapper}: no layout of {self._name_of(index, position)}")
+            if group["orthogonalize"]:
+                why = f"{wrapper} gives each rank a part of all parameters"
+                raise ValueError(hidden.sharded_matrix(f"param group {index}", why))
         self._wrapper, self._full_param_groups = wrapper, None  # the layouts have the numbers
         self._layouts = given
         self._step_tables = {}

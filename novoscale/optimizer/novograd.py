@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import inspect
-import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from novoscale.checkpoint import kinds, reshard
-from novoscale.checkpoint.imported import state_dicts
-from novoscale.checkpoint.imported.from_adam import Target
-from novoscale.checkpoint.state_dict import (
-    keep_structural_options,
-    loaded_state,
-    ordinary_tensors,
-    recorded_load,
-    saved_state,
-)
-from novoscale.optimizer import options, presets, tensor_checks, uneven
-from novoscale.optimizer.layerwise import LayerwiseOptimizer
+from novoscale.optimizer import hidden, options, presets, tensor_checks, uneven
+from novoscale.optimizer.checkpointed import CheckpointedOptimizer
 from novoscale.optimizer.telemetry import Telemetry
 from novoscale.sharding.plan import Plan
 
 
-class NovoGrad(LayerwiseOptimizer):
+class NovoGrad(CheckpointedOptimizer):
     r"""Stochastic gradients normalised by one second moment per layer.
 
     For each layer (by default one parameter tensor), with gradient g and weight w:
@@ -65,8 +51,11 @@ class NovoGrad(LayerwiseOptimizer):
         eps: added to the square root of the second moment.
         weight_decay: times the weight, added to the normalised gradient.
         preset: a word for a set of options, of which each that is given wins: "paper" (Algorithm 1, the
-            default) or "adamw" (learns as AdamW does, at its learning rates: factored second moments, AdamW's
-            averages, Nesterov). A param group may have its own. See ``novoscale.optimizer.presets``.
+            default), "adamw" (learns as AdamW does, at its learning rates: factored second moments, AdamW's
+            averages, Nesterov) or "muon" (one second moment for each layer, and orthogonal directions for the
+            matrices of hidden layers, which are found by ``param_groups`` or by the names of named
+            parameters; their learning rate is ``presets.HIDDEN_LR`` times ``lr``, unless their group has
+            its own). A param group may have its own. See ``novoscale.optimizer.presets``.
         bias_correction: divide m by ``1 - beta1**t`` and sqrt(v) by ``sqrt(1 - beta2**t)``, t counting the
             layer's own steps (as Apex; the paper has none).
         grad_averaging: weight the new term of the first moment with 1 - beta1.
@@ -98,6 +87,11 @@ class NovoGrad(LayerwiseOptimizer):
             layers, of factored parameters over the rows. None: no clipping.
         scale_parameter: multiply u by max(1e-3, rms(w)) of the full parameter (Adafactor's option), so that
             the learning rate is relative to the weights; the decay is not. Reads the weights once more.
+        orthogonalize: move matrices along the orthogonal factor of their first moment (Muon,
+            kellerjordan.github.io/posts/muon), with the root mean square of an AdamW step; the decay stays
+            out of it. A matrix is a layer; of convolutions the first dimension by all others. A matrix must
+            lie whole on the rank that steps it.
+        ns_steps: how many steps of Newton and Schulz make a direction orthogonal.
         stochastic_rounding: of the weights where they are bfloat16 (and have no float32 master: a wrapper
             that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost; of
             float16 weights it always is, which is said once.
@@ -126,7 +120,6 @@ class NovoGrad(LayerwiseOptimizer):
     # Private, not copied.
     _telemetry: Telemetry
     _veto: Tensor | None  # see veto()
-    _loading: dict[str, Any] | None  # the state dict, while it is loaded
 
     def __init__(
         self,
@@ -150,6 +143,8 @@ class NovoGrad(LayerwiseOptimizer):
         nesterov: bool | None = None,
         clip_threshold: float | None = None,
         scale_parameter: bool = False,
+        orthogonalize: bool | None = None,
+        ns_steps: int = 5,
         stochastic_rounding: bool = True,
         seed: int = 0,
         allow_lossy_load: bool = False,
@@ -176,6 +171,8 @@ class NovoGrad(LayerwiseOptimizer):
             "nesterov": nesterov,
             "clip_threshold": clip_threshold,
             "scale_parameter": scale_parameter,
+            "orthogonalize": orthogonalize,
+            "ns_steps": ns_steps,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
             "allow_lossy_load": allow_lossy_load,
@@ -186,7 +183,10 @@ class NovoGrad(LayerwiseOptimizer):
         presets.complete(defaults, "NovoGrad")
         options.check_options(defaults, "NovoGrad")
         self._clear_caches()
-        super().__init__(tensor_checks.listed(params), defaults)
+        listed = tensor_checks.listed(params)
+        if isinstance(listed, list):
+            listed = hidden.split(listed, preset, orthogonalize)
+        super().__init__(listed, defaults)
 
     # ---- the step -----------------------------------------------------------------------------
 
@@ -277,6 +277,8 @@ class NovoGrad(LayerwiseOptimizer):
             for position, entry in enumerate([params] if isinstance(params, Tensor) else params):
                 name, p = entry if isinstance(entry, tuple) else (None, entry)
                 tensor_checks.check_parameter(name or f"parameter {position} of param group {index}", p)
+            if hidden.is_open(param_group, self.defaults["preset"]):
+                hidden.decide(param_group, f"param group {index}")
             presets.of_group(param_group, self.defaults, f"param group {index}")
             options.check_options(param_group, f"param group {index}")
             options.one_max_grad_norm([*self.param_groups, param_group])
@@ -330,8 +332,6 @@ class NovoGrad(LayerwiseOptimizer):
     def _plans(self) -> list[Plan]:
         return [*(ready.plan for ready in self._step_tables.values()), *self._plans_of_others.values()]
 
-    # ---- state in and out -----------------------------------------------------------------------
-
     def __repr__(self) -> str:
         common = {name: parameter.default for name, parameter in _OPTIONS.items()}
         groups = (
@@ -340,109 +340,9 @@ class NovoGrad(LayerwiseOptimizer):
         )
         return "NovoGrad (\n" + "\n".join(groups) + "\n)"
 
-    def state_dict(self) -> dict[str, Any]:
-        """As ``torch.optim.Optimizer.state_dict``, in a form that does not depend on how parameters are
-        sharded.
-
-        Of moments in blocks that are sharded, or whose rows are no whole blocks, it has copies. Where tensor
-        parallelism shards such rows, it is a collective. Under a wrapper it says what each tensor holds; else
-        each state has markers, empty tensors whose keys say of what kind it is: see ``checkpoint.kinds``.
-        """
-        for group in self.param_groups:
-            options.plain_numbers(group)
-        kept = self.state
-        self.state = defaultdict(dict, kept)
-        for index, position, number, p in self._numbered_tensors():
-            state = kept.get(p, {})
-            if state and self._wrapper is not None:
-                self.state[p] = reshard.flat_state(state, self._find_layout(index, position, number, p))
-            elif state:
-                if "exp_avg_scale" in state:
-                    state = saved_state(p, state, self._find_layout(index, position, number, p))
-                self.state[p] = kinds.marked(p, state, self.param_groups[index])
-        try:
-            return super().state_dict()
-        finally:
-            self.state = kept
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.load_state_dict``, but every state keeps the bits that were saved.
-
-        (torch casts state to the parameter's dtype: a float32 v of a bfloat16 parameter would lose
-        half its digits.) Options come from the state dict, but for ``momentum_dtype`` and ``granularity``,
-        which stay what they are: a first moment in another format is converted where that loses nothing, or
-        with ``allow_lossy_load``. Load and save hooks run as usual.
-
-        Takes the state of an Adam too, with ``allow_lossy_load``, and that of another NovoGrad: see
-        ``checkpoint.imported`` and ``docs/coming-from.md``. A collective then, where layers are sharded.
-
-        Raises:
-            ValueError: a state that is not NovoGrad's, that belongs to other shapes or layers, or that would
-                lose digits. Nothing has been changed then.
-        """
-        said: list[str] = []
-        with ordinary_tensors(), recorded_load(self, partial(self._converted, said=said)) as record:
-            self._loading = record
-            try:
-                super().load_state_dict(state_dict)
-            finally:
-                self._loading = None
-        if said and not (dist.is_initialized() and dist.get_rank()):
-            warnings.warn(said[0], stacklevel=2)
-
-    def _converted(self, state_dict: dict[str, Any], said: list[str]) -> dict[str, Any]:
-        """A state dict as it is, if it is this NovoGrad's; else as one, and what to say of it."""
-        state_dicts.check_groups(state_dict, self.param_groups)
-        if state_dicts.is_own(state_dict):
-            return kinds.unmarked(state_dict)
-        targets = [
-            Target(
-                self._name_of(index, position),
-                p,
-                self._find_layout(index, position, number, p),
-                self.param_groups[index],
-            )
-            for index, position, number, p in self._numbered_tensors()
-        ]
-        found, line = state_dicts.converted(state_dict, self.param_groups, targets)
-        said += [line] if line else []
-        return found
-
-    def _load(self, state: dict[str, Any], saved: dict[str, Any]) -> None:
-        """Put the saved tensors in place of those that torch has cast to the parameters' dtypes."""
-        keep_structural_options(state["param_groups"], self.param_groups)
-        keys = [key for group in saved["param_groups"] for key in group["params"]]
-        for (index, position, number, p), key in zip(self._numbered_tensors(), keys, strict=True):
-            if key in saved["state"]:
-                name = self._name_of(index, position)
-                layout = self._find_layout(index, position, number, p)
-                group = state["param_groups"][index]
-                origin = kinds.Origin(saved["param_groups"][index], self.param_groups[index])
-                state["state"][p] = loaded_state(
-                    name, saved["state"][key], p, layout, group, None if self._wrapper else origin
-                )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_wrapper": self._wrapper}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        loading = self.__dict__.get("_loading")
-        if loading is not None:  # from load_state_dict
-            self._load(state, loading)
-        for group in state["param_groups"]:
-            for option, default in state.get("defaults", self.__dict__.get("defaults", {})).items():
-                group.setdefault(option, default)
-        super().__setstate__(state)
-        if "_layouts" not in self.__dict__:  # from deepcopy or pickle: a new object
-            self._clear_caches()
-            self._wrapper = state.get("_wrapper")
-            for index in range(len(self.param_groups) if self._wrapper is None else 0):
-                self._note_layouts(index)
-        self._note_presets()
-
     def _clear_caches(self) -> None:
         super()._clear_caches()
-        self._telemetry, self._veto, self._loading = Telemetry(), None, None
+        self._telemetry, self._veto = Telemetry(), None
 
 
 _OPTIONS = inspect.signature(NovoGrad.__init__).parameters

@@ -24,6 +24,7 @@ FLAGS = (
     "allow_lossy_load",
     "nesterov",
     "scale_parameter",
+    "orthogonalize",
 )
 NUMBERS = ("lr", "eps", "weight_decay", "max_grad_norm", "clip_threshold")
 GRANULARITIES = ("tensor", "row", "factored", "element")
@@ -168,6 +169,8 @@ def check_options(options: dict[str, Any], where: str) -> None:
         if options["clip_threshold"] == 0:
             raise ValueError(f"{where}: clip_threshold must be above 0; None does not clip the update")
     _check_together(options, where)
+    if options["orthogonalize"]:
+        _check_orthogonal(options, where)
     seed = options["seed"]
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise ValueError(f"{where}: seed must be an integer of at least 0 and below 2**32, got {seed!r}")
@@ -207,6 +210,40 @@ def _check_together(options: Mapping[str, Any], where: str) -> None:
             f"{where}: {said(of_update[0])} scales the normalised gradient before it enters the moment; "
             "with reg_inside_moment=False the plain gradient enters it. Set reg_inside_moment=True"
         )
+
+
+def _check_orthogonal(options: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for options that are not for matrices that move along an orthogonal direction."""
+    steps = options["ns_steps"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps < 100:
+        raise ValueError(f"{where}: ns_steps must be an integer of at least 1 and below 100, got {steps!r}")
+    refused = {
+        "granularity": (
+            options["granularity"] in ("row", "factored", "element"),
+            'a layer is one matrix there: use granularity="tensor", or the number of equal matrices that a '
+            "parameter consists of",
+        ),
+        "norm_type": (options["norm_type"] == 0, "use norm_type=2"),
+        "reg_inside_moment": (
+            not options["reg_inside_moment"],
+            "the normalised gradient enters the moment, and the decay stays outside of it: leave "
+            "reg_inside_moment out",
+        ),
+        "clip_threshold": (
+            options["clip_threshold"] is not None,
+            "the direction has one size whatever the update is clipped to: leave clip_threshold out",
+        ),
+        "scale_parameter": (
+            options["scale_parameter"],
+            "the direction has one size whatever multiplies the gradient: leave scale_parameter out",
+        ),
+    }
+    for option, (found, advice) in refused.items():
+        if found:
+            raise ValueError(
+                f"{where}: orthogonalize=True{presets.origin(options, 'orthogonalize')} cannot be used with "
+                f"{option}={options[option]!r}{presets.origin(options, option)}: {advice}"
+            )
 
 
 def _momentum_dtype(value: Any, where: str) -> str:

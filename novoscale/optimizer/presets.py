@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 PRESETS: dict[str, dict[str, Any]] = {
     # Algorithm 1 of arXiv 1905.11286.
     "paper": {
@@ -16,6 +18,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "granularity": "tensor",
         "normalize": "norm",
         "nesterov": False,
+        "orthogonalize": False,
     },
     # What learns as AdamW does, at its learning rates: docs/quality.md.
     "adamw": {
@@ -26,9 +29,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "granularity": "factored",
         "normalize": "rms",
         "nesterov": True,
+        "orthogonalize": False,
+    },
+    # Orthogonal directions for hidden matrices, and one scalar for each tensor: docs/quality.md.
+    "muon": {
+        "betas": (0.95, 0.98),
+        "bias_correction": True,
+        "grad_averaging": True,
+        "init_zero": True,
+        "granularity": "tensor",
+        "normalize": "rms",
+        "nesterov": True,
+        "orthogonalize": True,
     },
 }
 DEFAULT = "paper"
+# With the preset "muon", how many times the learning rate of all else hidden matrices move with.
+HIDDEN_LR = 4.0
 
 
 def check(preset: Any, where: str) -> None:
@@ -69,7 +86,22 @@ def of_group(group: dict[str, Any], defaults: Mapping[str, Any], where: str) -> 
         for option, value in {**PRESETS[group["preset"]], **given}.items():
             group.setdefault(option, value)
     for option, default in defaults.items():
+        if option == "lr" and "lr" not in group:
+            group["lr"] = _lr(group, defaults, where)
         group.setdefault(option, default)
+
+
+def _lr(group: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> Any:
+    """The learning rate of a param group that has none of its own."""
+    known = {**defaults, **group}
+    if known["preset"] != "muon" or not known["orthogonalize"]:
+        return defaults["lr"]
+    if isinstance(defaults["lr"], Tensor):
+        raise ValueError(
+            f'{where}: preset="muon" has {HIDDEN_LR:g} times the learning rate for the matrices of hidden '
+            "layers, which cannot follow a tensor: give every param group an lr of its own"
+        )
+    return HIDDEN_LR * defaults["lr"]
 
 
 def chosen(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ STRUCTURE = (
     "foreach",
     "nesterov",
     "scale_parameter",
+    "orthogonalize",
+    "ns_steps",
 )
 
 OPS = {2: dist.ReduceOp.SUM, 0: dist.ReduceOp.MAX}  # by norm_type

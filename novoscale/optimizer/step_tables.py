@@ -16,11 +16,12 @@ from torch import Tensor
 from novoscale import kernels
 from novoscale.kernels import Coefficients, Kernels, LayerKernels, ShardTensors, VectorSizes
 from novoscale.kernels.interface import AdvanceInputs, States
-from novoscale.kernels.layers import WEIGHTS, OptionTable
+from novoscale.kernels.layers import LR, WEIGHTS, OptionTable
 from novoscale.optimizer.layer_table import Absent, Group, Groups, State, states_of, table_of_layers
 from novoscale.optimizer.step_plan import STRUCTURE, AbsentLayout, Mode, plan, plan_key
 from novoscale.optimizer.telemetry import Telemetry
 from novoscale.sharding.dtensors import local_gradients, local_tensor, local_tensors
+from novoscale.sharding.layers import layer_matrix
 from novoscale.sharding.layout import Layout
 from novoscale.sharding.placed import Packing, PlacedLayout
 from novoscale.sharding.plan import Plan
@@ -119,6 +120,7 @@ class StepTables:
         """
         share = self.plan.share
         made = self.layers.advance(AdvanceInputs(self.options, statistic, finite, total, scale, share))
+        made = replace(made, lr=self.options.table[:, LR])
         if self.plan.shares and not self.clips_updates:  # other ranks have tensors that are
             share(statistic.new_zeros(self.plan.parameters))
         return made
@@ -311,11 +313,19 @@ def shards(
                         stochastic_rounding=group["stochastic_rounding"],
                         fused=False if group["foreach"] else group["fused"],
                         nesterov=group["nesterov"] and has_moment,
+                        matrices=_matrices(group, at.layout),
                     )
                 )
                 named.append((tensor, name))
             tensor += 1
     return made, named
+
+
+def _matrices(group: Group, layout: Layout) -> kernels.Matrices | None:
+    """How the layers of a full parameter are made orthogonal, if they are."""
+    if not group["orthogonalize"]:
+        return None
+    return kernels.Matrices(*layer_matrix(layout.local_shards[0].parameter), group["ns_steps"])
 
 
 def of_weights(
@@ -337,6 +347,7 @@ def of_weights(
                 exp_avg=None,
                 exp_avg_scale=None,
                 nesterov=False,  # which needs a first moment
+                matrices=None,
                 pieces=momentum.pieces(one, momentum.stored(one, "float32")[0], at.first_parameter),
             )
     return shown

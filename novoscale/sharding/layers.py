@@ -66,6 +66,19 @@ def matrix_dimensions(shape: Sequence[int]) -> int:
     return min(range(1, len(shape)), key=lambda k: math.prod(shape[:k]) + math.prod(shape[k:]))
 
 
+def layer_matrix(parameter: Parameter) -> tuple[int, int]:
+    """The rows and columns of a layer as a matrix: its first dimension by all others.
+
+    A layer is a part of the parameter along its first dimension. One that is a single index of it has the
+    parameter's other dimensions: an expert of ``[experts, rows, columns]`` is ``[rows, columns]``.
+    """
+    first, *others = parameter.shape or (1,)
+    rows = first // parameter.layers
+    if rows == 1 and len(others) > 1:
+        rows = others[0]
+    return rows, parameter.layer_numel // max(rows, 1)
+
+
 def counts_once(granularity: str | int) -> bool:
     """Whether a parameter has one count of steps, and not one for each layer."""
     return granularity in ("element", "factored")

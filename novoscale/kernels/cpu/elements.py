@@ -98,6 +98,11 @@ class Kernels(ByAddress, ElementKernels):
         for entry, address in zip(self._shards, addresses, strict=True):
             entry.grad = address
 
+    def move_params(self, addresses: Sequence[int]) -> None:
+        """See :class:`ElementKernels`."""
+        for entry, address in zip(self._shards, addresses, strict=True):
+            entry.param = address
+
     def sum_of_squares(self, more: int = 0) -> Tensor:
         """See :class:`ElementKernels`. The bits do not depend on the number of threads."""
         layers, columns = self._sizes.layers, self._sizes.columns

@@ -46,6 +46,9 @@ class Kernels(ElementKernels):
     def move_gradients(self, addresses: Sequence[int]) -> None:
         """Do nothing: :meth:`hold` takes the gradients of each step."""
 
+    def move_params(self, addresses: Sequence[int]) -> None:
+        """Do nothing: :meth:`hold` takes the weights of each step."""
+
     def hold(self, tensors: Callable[[int], ShardTensors]) -> None:
         """Take the tensors of each shard, for one step."""
         self._shards = [replace(s, **tensors(index)._asdict()) for index, s in enumerate(self._shards)]

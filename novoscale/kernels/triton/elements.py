@@ -179,6 +179,7 @@ class Kernels(ByAddress, ElementKernels):
         self._options = list(dict.fromkeys(options))
         option_of = _int64([self._options.index(o) for o in options])
         self._runs = update_runs(shards, option_of, CHUNK, TILE)
+        self._params = _int64([s.param.data_ptr() for s in shards])
         self._arrange()
 
     def _make_statistic(self, shards: Sequence[Shard]) -> None:
@@ -249,6 +250,24 @@ class Kernels(ByAddress, ElementKernels):
         if not aligned_alike:
             self._addresses = moved_to
             self._arrange()
+
+    def move_params(self, addresses: Sequence[int]) -> None:
+        """See :class:`ElementKernels`.
+
+        Raises:
+            RuntimeError: one of them is aligned otherwise, or a CUDA graph is being captured.
+        """
+        moved_to = _int64(addresses)
+        if torch.equal(moved_to, self._params):
+            return
+        if capturing() or not torch.equal(moved_to % 16, self._params % 16):
+            raise RuntimeError(
+                "weights must not move in a captured CUDA graph, and stay aligned as they were"
+            )
+        rows = self._runs.rows
+        rows[:, update.PARAM.value] += (moved_to - self._params)[rows[:, update.SHARD.value]]
+        self._params = moved_to
+        self._arrange()
 
     def sum_of_squares(self, more: int = 0) -> Tensor:
         """See :class:`ElementKernels`."""
