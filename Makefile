@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	$(RUN) python benchmarks/demo.py $(ARGS)
 
 test: lint
-	$(RUN) python -m pytest -n 2 --dist loadfile --durations 20 $(ARGS)
+	$(RUN) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 20 $(ARGS)
 
 lint: $(VENV)/.installed
 	$(RUN) ruff check .

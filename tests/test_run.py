@@ -25,13 +25,11 @@ print(__name__, sys.argv[1:], type(engine.basic_optimizer).__name__)
 import helper
 """
 ACCELERATED = """
-import sys
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DummyOptim, InitProcessGroupKwargs
+from accelerate.utils import DummyOptim
 
-handlers = [InitProcessGroupKwargs(backend="gloo")] if "--gloo" in sys.argv else []
-accelerator = Accelerator(kwargs_handlers=handlers)
+accelerator = Accelerator()
 model = torch.nn.Linear(1, 4)
 data = torch.utils.data.DataLoader(torch.arange(4.0)[:, None], batch_size=1)
 engine, _, data = accelerator.prepare(model, DummyOptim(model.parameters()), data)
@@ -76,8 +74,7 @@ def test_missing_script_is_named(tmp_path):
 
 
 @pytest.mark.usefixtures("deepspeed_operation")
-@pytest.mark.parametrize("handler", [[], ["--gloo"]], ids=["plain", "with InitProcessGroupKwargs"])
-def test_ranks_of_accelerate_launch_train_on_different_batches(handler, tmp_path):
+def test_ranks_of_accelerate_launch_train_on_different_batches(tmp_path):
     (tmp_path / "train.py").write_text(ACCELERATED)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -86,7 +83,7 @@ def test_ranks_of_accelerate_launch_train_on_different_batches(handler, tmp_path
     command += ["--config_file", "configs/accelerate_zero2_novograd.yaml", "-m", "novoscale.run"]
     try:
         done = subprocess.run(
-            [sys.executable, "-m", *command, tmp_path / "train.py", *handler],
+            [sys.executable, "-m", *command, tmp_path / "train.py"],
             cwd=ROOT,
             env={**os.environ, "LOCAL_SIZE": "2"},
             capture_output=True,

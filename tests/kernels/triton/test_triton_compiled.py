@@ -33,7 +33,8 @@ def compiled():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_compiled_code(compiled, architecture, record_property):
     mine = [kernel for kernel in compiled if kernel["architecture"] == architecture]
-    assert {kernel["name"] for kernel in mine} >= {k["name"] for k in compiled if "in words" not in k["name"]}
+    everywhere = {k["name"] for k in compiled if "in words" not in k["name"] and not k["rare"]}
+    assert {kernel["name"] for kernel in mine} >= everywhere
     for kernel in mine:
         print(json.dumps(kernel))
         record_property(kernel["name"], kernel["registers"])

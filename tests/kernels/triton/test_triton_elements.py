@@ -46,7 +46,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.
 
 
 @settings(
-    max_examples=int(os.environ.get("NOVOSCALE_EXAMPLES", "120")),
+    max_examples=int(os.environ.get("NOVOSCALE_EXAMPLES", "60")),
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
     phases=[Phase.explicit, Phase.reuse, Phase.generate],  # in the interpreter, shrinking takes minutes

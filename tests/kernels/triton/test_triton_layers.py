@@ -31,7 +31,7 @@ def tiles(request, monkeypatch):
         monkeypatch.setattr(triton_layers, "MANY", {**triton_layers.MANY, "tile": 32})
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases())
 def test_any_layers_give_the_bits_of_the_reference(tiles, case):
     assert_as_reference(triton_layers, case, DEVICE)
