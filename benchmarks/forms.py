@@ -51,7 +51,12 @@ MESHES: dict[str, tuple[int, ...]] = {
 
 def measured(form: str, config: str | dict[str, Any]) -> dict[str, Any]:
     """Both findings of ``verify`` for a form of NovoGrad under a configuration."""
-    verdict = verify(config, ranks=RANKS, optimizer="novoscale:NovoGrad", options={"lr": LR, **FORMS[form]})
+    verdict = verify(
+        config,
+        ranks=RANKS,
+        optimizer="novoscale:NovoGrad",
+        options={"lr": LR, "preset": "paper", **FORMS[form]},
+    )
     assert verdict.bits is not None
     name, worst = verdict.training.worst
     return {

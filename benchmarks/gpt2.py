@@ -79,7 +79,7 @@ CASES = {
     "NovoGrad, adamw": Case("NovoGrad", {"preset": "adamw"}, seeds=2),
     "NovoGrad, adamw, int8": _preset("int8"),
     "NovoGrad, adamw, int4": _preset("int4"),
-    "NovoGrad, paper": Case("NovoGrad", {}, (0.005, 0.01, 0.02), 0.001),
+    "NovoGrad, paper": Case("NovoGrad", {"preset": "paper"}, (0.005, 0.01, 0.02), 0.001),
 }
 
 

@@ -49,7 +49,7 @@ def steps_of_both() -> dict[str, float]:
     """Median seconds of ``step()`` of each optimizer on this rank."""
     torch.set_num_threads(1)
     return {
-        "NovoGrad": _median_step(lambda params: NovoGrad(params, lr=1e-3)),
+        "NovoGrad": _median_step(lambda params: NovoGrad(params, lr=1e-3, preset="paper")),
         "torch AdamW, fused": _median_step(lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True)),
     }
 

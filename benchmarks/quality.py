@@ -84,7 +84,7 @@ class Run(NamedTuple):
 
 # Both moments averaged as Adam does it, so that the first gradients do not weigh more than others.
 AVERAGES = {"normalize": "rms", "grad_averaging": True, "init_zero": True, "bias_correction": True}
-ROW = {"betas": BETAS, **AVERAGES}
+ROW = {"preset": "paper", "betas": BETAS, **AVERAGES}
 FACTORED = {**ROW, "granularity": "factored"}
 NESTEROV = {**FACTORED, "nesterov": True}
 LION_RATES = tuple(lr / 8 for lr in RATES)
@@ -92,6 +92,7 @@ LION_RATES = tuple(lr / 8 for lr in RATES)
 RELATIVE_RATES = (0.01, 0.02, 0.04, 0.08)
 
 WINNER = "NovoGrad: factored, Nesterov"
+MUON = "NovoGrad: muon"
 FORMATS = ("bfloat16", "int8", "int4")
 CASES = [
     Case("llama", "AdamW", "AdamW", seeds=5, long=True),
@@ -100,7 +101,7 @@ CASES = [
     Case("llama", "Adafactor", "Adafactor", {}, RELATIVE_RATES),
     Case("llama", "Lion", "Lion", {"betas": (0.9, 0.99)}, LION_RATES),
     Case("llama", "Adam-mini", "AdamMini", {"betas": BETAS}),
-    Case("llama", "NovoGrad: the paper's", options={}, rates=(0.001, 0.002, 0.004, 0.008)),
+    Case("llama", "NovoGrad: the paper's", options={"preset": "paper"}, rates=(0.001, 0.002, 0.004, 0.008)),
     Case("llama", "NovoGrad: row", options=ROW, by_row=True),
     Case("llama", "NovoGrad: factored", options=FACTORED),
     Case("llama", WINNER, options=NESTEROV, long=True),
@@ -114,6 +115,27 @@ CASES = [
     *(
         Case("llama", f"{WINNER}, {name}", options={**NESTEROV, "momentum_dtype": name}, rate_of=WINNER)
         for name in FORMATS
+    ),
+    *(
+        case
+        for model in MODELS
+        for case in (
+            Case(model, "Muon with AdamW", "Muon", {"betas": BETAS, "ratio": 4}, long=True),
+            Case(model, "Muon with AdamW, half", "Muon", {"betas": BETAS, "ratio": 2}),
+            Case(model, MUON, options={"preset": "muon"}, long=True),
+            Case(model, f"{MUON}, half", options={"preset": "muon", "ratio": 2}, seeds=1),
+            Case(model, f"{MUON}, all else adamw", options={"preset": "muon", "others": "adamw"}),
+        )
+    ),
+    *(
+        Case(
+            "llama",
+            f"{MUON}, {name}",
+            options={"preset": "muon", "momentum_dtype": name},
+            rate_of=MUON,
+            long=True,
+        )
+        for name in ("int8", "int4")
     ),
 ]
 
@@ -223,7 +245,7 @@ def make_optimizer(case: Case, model: nn.Module, run: Run) -> torch.optim.Optimi
     """The optimizer of a run, with weight decay on matrices only."""
     options = {"lr": run.lr, "seed": run.seed, **case.options}
     if case.by_row:
-        return NovoGrad(param_groups(model, weight_decay=run.weight_decay), **options)
+        return NovoGrad(param_groups(model, weight_decay=run.weight_decay), **{"preset": "paper", **options})
     return trials.make_optimizer(case.kind, model, run.weight_decay, **options)
 
 

@@ -30,9 +30,9 @@ from novoscale.tools.provenance import provenance
 from novoscale.verify import runs
 
 FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
-    "float32, the paper's form": (torch.float32, {}),
+    "float32, the paper's form": (torch.float32, {"preset": "paper"}),
     "float32, preset adamw": (torch.float32, {"preset": "adamw"}),
-    "bfloat16, int8": (torch.bfloat16, {"momentum_dtype": "int8"}),
+    "bfloat16, int8": (torch.bfloat16, {"preset": "paper", "momentum_dtype": "int8"}),
     "bfloat16, int8, preset adamw": (torch.bfloat16, {"momentum_dtype": "int8", "preset": "adamw"}),
     "bfloat16, int4, preset adamw": (torch.bfloat16, {"momentum_dtype": "int4", "preset": "adamw"}),
 }

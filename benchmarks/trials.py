@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from novoscale import NovoGrad, param_groups
+
 Key = TypeVar("Key")
 
 BETAS = (0.9, 0.98)
@@ -47,12 +49,76 @@ def make_optimizer(
         return made(model, weight_decay=weight_decay, **options)
     if kind == "NovoGrad":
         options["seed"] = seed
+        if options.get("preset") == "muon":
+            return _novograd_muon(model, weight_decay, **options)
+    if kind == "Muon":
+        return MuonWithAdamW(model, weight_decay=weight_decay, **options)
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return made([group for group in groups if group["params"]], **options)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon for the matrices of hidden layers, and torch's AdamW for all else.
+
+    Args:
+        model: whose parameters are trained.
+        lr: of AdamW.
+        ratio: how many times that Muon has, whose steps have the root mean square of AdamW's.
+        betas: of AdamW.
+        weight_decay: of matrices.
+    """
+
+    def __init__(
+        self, model: nn.Module, lr: float, ratio: float, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        groups = param_groups(model, preset="muon")
+        hidden, others = (
+            [p for group in groups if group["orthogonalize"] == is_hidden for p in group["params"]]
+            for is_hidden in (True, False)
+        )
+        of_others = [
+            {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
+            {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        muon = torch.optim.Muon(
+            hidden, lr=ratio * lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        self._parts = muon, torch.optim.AdamW(of_others, lr=lr, betas=betas)
+        super().__init__([group for part in self._parts for group in part.param_groups], {})
+
+    def step(self, closure: Any = None) -> None:
+        """Take a step of both."""
+        for part in self._parts:
+            part.step()
+
+
+def _novograd_muon(
+    model: nn.Module,
+    weight_decay: float,
+    lr: float,
+    ratio: float | None = None,
+    others: str | None = None,
+    **options: Any,
+) -> NovoGrad:
+    """NovoGrad with orthogonal directions for the matrices of hidden layers.
+
+    Args:
+        model: whose parameters are trained.
+        weight_decay: of matrices.
+        lr: of all else.
+        ratio: how many times that the matrices have; None: what the preset has.
+        others: the preset of all else; None: the same.
+        options: NovoGrad's.
+    """
+    groups = param_groups(model, weight_decay=weight_decay, preset="muon", others=others)
+    for group in groups:
+        if ratio is not None and group["orthogonalize"]:
+            group["lr"] = ratio * lr
+    return NovoGrad(groups, lr=lr, **{"preset": "paper", **options})
 
 
 def rates(

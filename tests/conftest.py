@@ -43,7 +43,7 @@ LONG = ("test_triton_compiled", "test_packaging", "test_chip", "test_demo", "tes
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take long come first; the command of the Makefile keeps xdist from ordering them anew."""
+    """The files that take long come first; the Makefile keeps xdist from ordering them anew."""
     items.sort(key=lambda item: item.path.stem not in LONG)
 
 

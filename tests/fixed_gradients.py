@@ -61,7 +61,7 @@ def unsharded(
     ``master``: of the weights that are updated, which begin as ``dtype``; None: the same.
     """
     model = FixedGradients(frozen=frozen).to(dtype).to(master or dtype)
-    optimizer = NovoGrad(model.named_parameters(), **options)
+    optimizer = NovoGrad(model.named_parameters(), **{"preset": "paper", **options})
     for step in range(STEPS):
         optimizer.zero_grad()
         model(torch.tensor(step)).backward()

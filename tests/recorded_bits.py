@@ -50,7 +50,7 @@ def model() -> nn.Module:
 def in_one_process(form: str, dtype: torch.dtype, fused: bool | None) -> str:
     """The digest after training in one process."""
     net = model().to(dtype)
-    optimizer = NovoGrad(net.named_parameters(), **COMMON, **FORMS[form], fused=fused)
+    optimizer = NovoGrad(net.named_parameters(), **{"preset": "paper", **COMMON, **FORMS[form]}, fused=fused)
     params = [*net.parameters()]
     for step in range(STEPS):
         for p, g in zip(params, fixed_gradients.gradients(step), strict=True):
@@ -64,7 +64,7 @@ def as_dtensors(form: str) -> str:
     mesh = init_device_mesh("cpu", (RANKS,))
     names, whole = zip(*model().named_parameters(), strict=True)
     params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in whole]
-    optimizer = NovoGrad(zip(names, params, strict=True), **COMMON, **FORMS[form])
+    optimizer = NovoGrad(zip(names, params, strict=True), **{"preset": "paper", **COMMON, **FORMS[form]})
     for step in range(STEPS):
         for p, g in zip(params, fixed_gradients.gradients(step), strict=True):
             p.grad = distribute_tensor(g, mesh, [Shard(0)])

@@ -42,7 +42,7 @@ def gradients(params: Sequence[Tensor], step: int) -> list[Tensor]:
 
 def optimizer(params: Sequence[Tensor], **options: Any) -> NovoGrad:
     """With options that everything is in play with."""
-    return NovoGrad(params, **{"lr": 0.01, "weight_decay": 0.1, **options})
+    return NovoGrad(params, **{"preset": "paper", "lr": 0.01, "weight_decay": 0.1, **options})
 
 
 def snapshot(optimizer: NovoGrad) -> dict[str, list[Tensor]]:

@@ -67,7 +67,7 @@ METHODS = {
     "NovoGrad, adamw, int4": _preset("int4"),
     # Added when Adafactor, whose rate is relative to the weights too, had won on translation.
     "NovoGrad, adamw, scaled": Method("NovoGrad", 0.02, options={"preset": "adamw", "scale_parameter": True}),
-    "NovoGrad, paper": Method("NovoGrad", 0.02, 0.001),
+    "NovoGrad, paper": Method("NovoGrad", 0.02, 0.001, {"preset": "paper"}),
     "SGD": Method("SGD", 0.1, 0.001, {"momentum": 0.9}),
     "NAdamW": Method("NAdam", options=NADAMW),
     # Its rate is relative to the root mean square of the weights.

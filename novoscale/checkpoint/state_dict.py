@@ -18,7 +18,7 @@ from novoscale.sharding.layout import Layout
 from novoscale.state import formats, momentum, second_moment, step_counts
 
 # Options that say what the state is, and not what to do with it.
-STRUCTURE = ("momentum_dtype", "granularity", "allow_lossy_load")
+STRUCTURE = ("momentum_dtype", "granularity", "allow_lossy_load", "orthogonalize")
 
 
 @contextmanager

@@ -77,6 +77,11 @@ def memory(case: Case, now: Running, section: dict[str, Any], model: str) -> Mem
     before = "torch.optim.AdamW" if runs_novograd else str(now.optimizer)
     before_rule = _state(before, case)
     params = {k: v for k, v in section_of(section, "params").items() if v != "auto"}
+    orthogonal = params.get("preset") == "muon"
+    if orthogonal and sharding not in ("none", "ddp"):
+        raise NotPlannedError(
+            f'preset="muon" needs whole matrices on each rank, which {sharding} does not leave'
+        )
     try:
         novograd = novograd_rule(params)
     except (KeyError, TypeError):
@@ -89,7 +94,7 @@ def memory(case: Case, now: Running, section: dict[str, Any], model: str) -> Mem
         precision,
         before,
         plan(built, before_rule, sharding, ranks, precision),
-        plan(built, novograd, sharding, ranks, precision),
+        plan(built, novograd, sharding, ranks, precision, orthogonal=orthogonal),
     )
 
 

@@ -135,13 +135,16 @@ def megatron(case: Case) -> Iterator[Finding]:
         yield _refuses(case, "distributed_type", "Megatron-LM makes its own optimizer; use DEEPSPEED or FSDP")
 
 
-def paper_preset(case: Case) -> Iterator[Finding]:
-    """The default is the paper's form. Source: docs/quality.md."""
-    if case.names_novograd and "preset" not in case.params and "granularity" not in case.params:
+def muon_preset(case: Case) -> Iterator[Finding]:
+    """DeepSpeed makes the optimizer from parameters without names. Source: optimizer/hidden.py."""
+    if case.names_novograd and case.params.get("preset") == "muon":
         text = (
-            'is not given: the paper\'s form, far behind AdamW on language models; "adamw" is level with it'
+            'NovoGrad is refused with "muon" here: DeepSpeed gives it parameters without names, which do not '
+            "say which are matrices of hidden layers, and ZeRO gives each rank a part of them; use "
+            '"adamw", or make NovoGrad(novoscale.param_groups(model, preset="muon")) in the script, for one '
+            "process or DistributedDataParallel"
         )
-        yield note("optimizer.params.preset", text)
+        yield wrong("optimizer.params.preset", text)
 
 
 def adams_betas(case: Case) -> Iterator[Finding]:
@@ -186,7 +189,7 @@ RULES: tuple[Rule, ...] = (
     autocast_to_float16,
     fsdp1,
     megatron,
-    paper_preset,
+    muon_preset,
     adams_betas,
     needless_keys,
     offload_of_a_client,

@@ -19,7 +19,7 @@ from rich.progress import track
 from novoscale.memory import models, releasing, report
 from novoscale.memory.comparison import compare
 from novoscale.memory.models import MemoryToolError
-from novoscale.memory.optimizers import CANDIDATES, COMPARED
+from novoscale.memory.optimizers import CANDIDATES, COMPARED, why_not_sharded
 from novoscale.memory.planning import plan as planned
 from novoscale.memory.planning import smallest_world
 from novoscale.memory.rules import Rule
@@ -128,6 +128,9 @@ def plan(
         rules = {name: CANDIDATES[name].state for name in names}
         for name in (name for name, rule in rules.items() if rule is None):
             raise MemoryToolError(f"{name}: no rule gives its state before it runs: use novoscale memory")
+        for why in (why_not_sharded(name, over) for over in shardings for name in names):
+            if why is not None:
+                raise MemoryToolError(why)
         built = models.build(model, "meta")
     except MemoryToolError as error:
         _refuse(console, error)
@@ -135,8 +138,9 @@ def plan(
     def row(name: str, rule: Rule, over: str) -> dict[str, Any]:
         why_not = releasing.why_not(name, over) if release else None
         released = release and why_not is None
-        smallest = smallest_world(built, rule, over, precision, device_memory * report.GIB, released)
-        found = report.plan_row(name, over, planned(built, rule, over, world, precision, released), smallest)
+        how = (released, CANDIDATES[name].orthogonal)
+        smallest = smallest_world(built, rule, over, precision, device_memory * report.GIB, *how)
+        found = report.plan_row(name, over, planned(built, rule, over, world, precision, *how), smallest)
         return {**found, "released": released, "why_not_released": why_not} if release else found
 
     rows = [row(name, rule, over) for over in shardings for name, rule in rules.items() if rule is not None]

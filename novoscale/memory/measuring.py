@@ -14,7 +14,7 @@ from torch import Tensor
 from novoscale.memory import models, releasing
 from novoscale.memory.accounting import Account, account
 from novoscale.memory.models import MemoryToolError
-from novoscale.memory.optimizers import CANDIDATES
+from novoscale.memory.optimizers import CANDIDATES, why_not_sharded
 from novoscale.memory.phases import Phase, Recorder
 from novoscale.memory.shardings import SHARDINGS, Training, set_up
 from novoscale.tools.local_ranks import preload, run_ranks
@@ -113,6 +113,8 @@ def check(job: Job) -> None:
     why_not = releasing.why_not(job.optimizer, job.sharding) if job.release else None
     if why_not is not None:
         raise MemoryToolError(f"gradients are not released: {why_not}")
+    if (why := why_not_sharded(job.optimizer, job.sharding)) is not None:
+        raise MemoryToolError(why)
     if not CANDIDATES[job.optimizer].installed():
         raise MemoryToolError(f"not installed: pip install {CANDIDATES[job.optimizer].package}")
     if SHARDINGS[job.sharding] is not None and importlib.util.find_spec("deepspeed") is None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from novoscale.memory import rules
 from novoscale.memory.rules import Rule
 from novoscale.optimizer import presets
+from novoscale.optimizer.param_groups import param_groups
 from novoscale.state.formats import FORMATS
 
 LR = 1e-3
@@ -36,6 +37,7 @@ class Candidate:
             clipping; None where that depends on the shape.
         state_bytes: of an element of state that is moved; None: as the weight.
         clips: the option that clips by the global norm in the step, if it has one.
+        orthogonal: it moves hidden matrices along orthogonal directions, and needs them whole.
         unfused: a step is many operations of torch's, on a CPU several times slower.
     """
 
@@ -49,6 +51,7 @@ class Candidate:
     state_bytes: float | None = None
     clips: str | None = None
     unfused: bool = False
+    orthogonal: bool = False
 
     def make(self, params: Iterable[Tensor] | nn.Module, clip: float | None = None) -> torch.optim.Optimizer:
         """The optimizer of some parameters, or of the trained parameters of a model.
@@ -59,8 +62,11 @@ class Candidate:
         module, name = self.path.split(":")
         options = {**self.options, **({self.clips: clip} if clip and self.clips else {})}
         if isinstance(params, nn.Module) and not self.takes_model:
-            params = [p for p in params.parameters() if p.requires_grad]
-        made: torch.optim.Optimizer = getattr(importlib.import_module(module), name)(params, **options)
+            given: Any = [p for p in params.parameters() if p.requires_grad]
+            given = param_groups(params, preset="muon") if self.orthogonal else given
+        else:
+            given = params
+        made: torch.optim.Optimizer = getattr(importlib.import_module(module), name)(given, **options)
         return made
 
     def installed(self) -> bool:
@@ -94,11 +100,19 @@ def _novograd(**options: Any) -> Candidate:
         "novoscale",
         state=novograd_rule(options),
         timed_on=BOTH,
-        moved=(3 if options.get("scale_parameter") else 2, 2, 2),
+        moved=None if options.get("preset") == "muon" else (3 if options.get("scale_parameter") else 2, 2, 2),
         state_bytes=FORMATS[options.get("momentum_dtype", "float32")].bytes,
         clips="max_grad_norm",
         unfused=options.get("fused") is False,
+        orthogonal=options.get("preset") == "muon",
     )
+
+
+def why_not_sharded(name: str, sharding: str) -> str | None:
+    """Why an optimizer of the catalogue cannot have a model sharded so; None: it can."""
+    if not CANDIDATES[name].orthogonal or sharding in ("none", "ddp"):
+        return None
+    return f"{name} needs whole matrices on each rank, which {sharding} does not leave: use none or ddp"
 
 
 def _adamw(
@@ -134,16 +148,22 @@ def _transformers_adafactor(**options: Any) -> Candidate:
 BOTH = ("cpu", "cuda")
 CUDA = ("cuda",)
 CANDIDATES: dict[str, Candidate] = {
-    "NovoGrad": _novograd(),
-    "NovoGrad, bfloat16": _novograd(momentum_dtype="bfloat16"),
-    "NovoGrad, int8": _novograd(momentum_dtype="int8"),
-    "NovoGrad, int4": _novograd(momentum_dtype="int4"),
-    "NovoGrad, int8, by row": _novograd(momentum_dtype="int8", granularity="row", normalize="rms"),
+    # The paper's form, of one second moment for each tensor.
+    "NovoGrad": _novograd(preset="paper"),
+    "NovoGrad, bfloat16": _novograd(preset="paper", momentum_dtype="bfloat16"),
+    "NovoGrad, int8": _novograd(preset="paper", momentum_dtype="int8"),
+    "NovoGrad, int4": _novograd(preset="paper", momentum_dtype="int4"),
+    "NovoGrad, int8, by row": _novograd(
+        preset="paper", momentum_dtype="int8", granularity="row", normalize="rms"
+    ),
     "NovoGrad, adamw": _novograd(preset="adamw"),
     "NovoGrad, adamw, scaled": _novograd(preset="adamw", scale_parameter=True),
     "NovoGrad, adamw, int8": _novograd(preset="adamw", momentum_dtype="int8"),
     "NovoGrad, adamw, int4": _novograd(preset="adamw", momentum_dtype="int4"),
-    "NovoGrad, reference": _novograd(fused=False),
+    "NovoGrad, muon": _novograd(preset="muon"),
+    "NovoGrad, muon, int8": _novograd(preset="muon", momentum_dtype="int8"),
+    "NovoGrad, muon, int4": _novograd(preset="muon", momentum_dtype="int4"),
+    "NovoGrad, reference": _novograd(preset="paper", fused=False),
     "torch AdamW": _adamw(),
     "torch AdamW, fused": _adamw(BOTH, (2, 1, 4), fused=True),
     "torch AdamW, foreach": _adamw(BOTH, foreach=True),

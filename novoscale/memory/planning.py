@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
+from novoscale.kernels import orthogonal as directions
 from novoscale.memory import releasing
 from novoscale.memory.rules import FLOAT32, Piece, Rule, Stepped
+from novoscale.optimizer import hidden
 
 BFLOAT16 = 2
 # Elements. Under stage 3 a rank keeps smaller parameters in full, beside its shards (DeepSpeed's default).
@@ -34,7 +36,8 @@ class Plan:
         state: of the optimizer.
         master_weights: the copies that DeepSpeed gives to the optimizer.
         transient: gradients that DeepSpeed holds for a moment besides: under stage 1 all of them until the
-            backward pass ends; under stages 1 and 2 the partition's once more in the step.
+            backward pass ends; under stages 1 and 2 the partition's once more in the step. Of NovoGrad with
+            orthogonal directions those that are there at a time.
         on_host: what of the former lies in the host's memory, by offload.
     """
 
@@ -57,7 +60,13 @@ class Plan:
 
 
 def plan(
-    model: nn.Module, rule: Rule, sharding: str, world: int, precision: str, release: bool = False
+    model: nn.Module,
+    rule: Rule,
+    sharding: str,
+    world: int,
+    precision: str,
+    release: bool = False,
+    orthogonal: bool = False,
 ) -> Plan:
     """Plan the memory of the rank that holds most.
 
@@ -69,9 +78,12 @@ def plan(
         world: number of ranks.
         precision: of ``novoscale.memory.shardings.PRECISIONS``.
         release: with ``novoscale.release_gradients``; where ``releasing.why_not`` has nothing against it.
+        orthogonal: NovoGrad with ``preset="muon"``.
     """
     shapes = [tuple(p.shape) for p in model.parameters()]
     planned = _SHARDINGS[sharding](shapes, rule, world, precision)
+    if orthogonal:
+        planned = replace(planned, transient=planned.transient + _directions(model, release))
     if release:
         alive = releasing.alive_at_once(model, sharding, world)
         return replace(planned, gradients=_torch_size(precision) * alive)
@@ -79,12 +91,19 @@ def plan(
 
 
 def smallest_world(
-    model: nn.Module, rule: Rule, sharding: str, precision: str, device_bytes: float, release: bool = False
+    model: nn.Module,
+    rule: Rule,
+    sharding: str,
+    precision: str,
+    device_bytes: float,
+    release: bool = False,
+    orthogonal: bool = False,
 ) -> int | None:
     """The fewest ranks on which the model states fit the device; None if no number of ranks is enough."""
 
     def fits(world: int) -> bool:
-        return plan(model, rule, sharding, world, precision, release).on_device <= device_bytes
+        found = plan(model, rule, sharding, world, precision, release, orthogonal)
+        return found.on_device <= device_bytes
 
     low, high = 0, 1  # does not fit, may fit
     while not fits(high):
@@ -95,6 +114,14 @@ def smallest_world(
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high
+
+
+def _directions(model: nn.Module, release: bool) -> int:
+    """Bytes of the directions that are there at a time on a GPU: in bfloat16, see ``kernels.orthogonal``."""
+    roles = hidden.of_model(model, None)
+    sizes = [BFLOAT16 * p.numel() for p in model.parameters() if roles[id(p)].hidden]
+    largest = max(sizes, default=0)
+    return largest if release else min(sum(sizes), max(directions.BUFFER, largest))
 
 
 Shapes = Sequence[tuple[int, ...]]

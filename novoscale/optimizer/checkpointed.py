@@ -58,9 +58,9 @@ class CheckpointedOptimizer(LayerwiseOptimizer):
         """As ``torch.optim.Optimizer.load_state_dict``, but every state keeps the bits that were saved.
 
         (torch casts state to the parameter's dtype: a float32 v of a bfloat16 parameter would lose
-        half its digits.) Options come from the state dict, but for ``momentum_dtype`` and ``granularity``,
-        which stay what they are: a first moment in another format is converted where that loses nothing, or
-        with ``allow_lossy_load``. Load and save hooks run as usual.
+        half its digits.) Options come from the state dict, but for ``momentum_dtype``, ``granularity`` and
+        ``orthogonalize``, which stay what they are: a first moment in another format is converted where that
+        loses nothing, or with ``allow_lossy_load``. Load and save hooks run as usual.
 
         Takes the state of an Adam too, with ``allow_lossy_load``, and that of another NovoGrad: see
         ``checkpoint.imported`` and ``docs/coming-from.md``. A collective then, where layers are sharded.

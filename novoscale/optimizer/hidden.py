@@ -97,7 +97,7 @@ def of_names(named: Iterable[tuple[str, Tensor]], where: str) -> dict[int, Role]
     """What each parameter is, by its id, as names say it.
 
     Raises:
-        ValueError: no name is that of an embedding or a head, or a parameter may be a stack of matrices.
+        ValueError: a parameter may be a stack of matrices, or a convolution.
     """
     found = {}
     for name, p in named:
@@ -109,11 +109,6 @@ def of_names(named: Iterable[tuple[str, Tensor]], where: str) -> dict[int, Role]
                 f"matrices or a convolution: use {ADVICE}"
             )
         found[id(p)] = role or Role(True, "matrix")
-    if _has_no_edge(found):
-        raise ValueError(
-            f'{where}: preset="muon" is for the matrices of hidden layers, and no parameter has the name of '
-            f"an embedding or of a head: use {ADVICE}"
-        )
     return found
 
 
@@ -202,42 +197,55 @@ def split(params: list[Any], preset: str, orthogonalize: bool | None) -> list[An
         ValueError: names do not say which is which.
     """
     groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-    if not any(isinstance(g, dict) and is_open(g, preset) for g in groups) or not params:
+    opened = {i: g for i, g in enumerate(groups) if isinstance(g, dict) and is_open(g, preset)}
+    if not opened or not params:
         return params
+    if orthogonalize is not None:
+        return [{**g, "orthogonalize": orthogonalize} if i in opened else g for i, g in enumerate(groups)]
+    entries = {index: _named(group, f"param group {index}") for index, group in opened.items()}
+    roles = of_names([entry for own in entries.values() for entry in own], "NovoGrad")
+    if _has_no_edge(roles):
+        raise ValueError(
+            'NovoGrad: preset="muon" is for the matrices of hidden layers, and no parameter has the name of '
+            f"an embedding or of a head: use {ADVICE}"
+        )
     made: list[Any] = []
     for index, group in enumerate(groups):
-        if not isinstance(group, dict) or not is_open(group, preset):
-            made.append(group)
-        elif orthogonalize is not None:
-            made.append({**group, "orthogonalize": orthogonalize})
-        else:
-            made += _split(group, f"param group {index}")
+        made += _split(group, entries[index], roles) if index in opened else [group]
     return made
 
 
-def _split(group: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """A param group as one of hidden matrices and one of all else; or as one of them."""
+def _named(group: Mapping[str, Any], where: str) -> list[tuple[str, Tensor]]:
+    """The parameters of a param group with their names; vectors need none.
+
+    Raises:
+        ValueError: a matrix has no name.
+    """
     entries = group["params"]
     entries = [entries] if isinstance(entries, Tensor) else list(entries)
     names = group.get("param_names")
     if names is not None and len(names) == len(entries):
         entries = list(zip(names, entries, strict=True))
-    unnamed = [entry for entry in entries if not isinstance(entry, tuple)]
-    if any(len(shape_of(p)) > 1 for p in unnamed if isinstance(p, Tensor)):
+    unnamed = [entry for entry in entries if isinstance(entry, Tensor)]
+    if any(len(shape_of(p)) > 1 for p in unnamed):
         raise ValueError(
             f'{where}: preset="muon" is for the matrices of hidden layers, and parameters without names do '
             f"not say which these are: give NovoGrad model.named_parameters(), or use {ADVICE}"
         )
-    if unnamed:  # vectors
-        return [{**group, "params": entries, "orthogonalize": False}]
-    roles = of_names(entries, where)
+    return [] if unnamed else entries
+
+
+def _split(
+    group: Mapping[str, Any], entries: Sequence[tuple[str, Tensor]], roles: Mapping[int, Role]
+) -> list[dict[str, Any]]:
+    """A param group as one of hidden matrices and one of all else; or as one of them."""
+    rest = {key: value for key, value in group.items() if key != "param_names"}
     made = []
-    for hidden in (True, False):
-        own = [(name, p) for name, p in entries if roles[id(p)].hidden == hidden]
+    for is_hidden in (True, False):
+        own = [(name, p) for name, p in entries if roles[id(p)].hidden == is_hidden]
         if own:
-            rest = {key: value for key, value in group.items() if key != "param_names"}
-            made.append({**rest, "params": own, "orthogonalize": hidden})
-    return made or [{**group, "params": entries, "orthogonalize": False}]
+            made.append({**rest, "params": own, "orthogonalize": is_hidden})
+    return made or [{**group, "orthogonalize": False}]
 
 
 def decide(group: dict[str, Any], where: str) -> None:
@@ -246,13 +254,14 @@ def decide(group: dict[str, Any], where: str) -> None:
     Raises:
         ValueError: names do not say it, or some are and some are not.
     """
-    parts = _split(group, where)
+    entries = _named(group, where)
+    parts = _split(group, entries, of_names(entries, where))
     if len(parts) > 1:
         raise ValueError(
             f'{where}: preset="muon" has hidden matrices and other parameters in groups of their own: add '
             "them as two, one with orthogonalize=True and one with orthogonalize=False"
         )
-    group.update(parts[0])
+    group["orthogonalize"] = parts[0]["orthogonalize"]
 
 
 def check_matrices(name: str, p: Tensor, parameter: Parameter) -> None:

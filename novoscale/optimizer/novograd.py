@@ -50,9 +50,9 @@ class NovoGrad(CheckpointedOptimizer):
             put others into the param group.
         eps: added to the square root of the second moment.
         weight_decay: times the weight, added to the normalised gradient.
-        preset: a word for a set of options, of which each that is given wins: "paper" (Algorithm 1, the
-            default), "adamw" (learns as AdamW does, at its learning rates: factored second moments, AdamW's
-            averages, Nesterov) or "muon" (one second moment for each layer, and orthogonal directions for the
+        preset: a word for a set of options, of which each that is given wins: "adamw" (the default: learns as
+            AdamW does, at its learning rates: factored second moments, AdamW's averages, Nesterov), "paper"
+            (Algorithm 1) or "muon" (one second moment for each layer, and orthogonal directions for the
             matrices of hidden layers, which are found by ``param_groups`` or by the names of named
             parameters; their learning rate is ``presets.HIDDEN_LR`` times ``lr``, unless their group has
             its own). A param group may have its own. See ``novoscale.optimizer.presets``.

@@ -43,7 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "orthogonalize": True,
     },
 }
-DEFAULT = "paper"
+DEFAULT = "adamw"
 # With the preset "muon", how many times the learning rate of all else hidden matrices move with.
 HIDDEN_LR = 4.0
 
@@ -127,8 +127,8 @@ def check_effect(group: Mapping[str, Any], noted: Mapping[str, Any], where: str)
 
 def origin(group: Mapping[str, Any], option: str) -> str:
     """Where an option of a param group comes from, for messages; empty if it was given."""
-    preset = group.get("preset", DEFAULT)
-    of_preset = PRESETS.get(preset, {})
+    preset = group.get("preset")
+    of_preset = PRESETS.get(str(preset), {})
     return f" (from preset={preset!r})" if option in of_preset and group[option] == of_preset[option] else ""
 
 

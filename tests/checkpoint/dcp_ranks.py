@@ -27,7 +27,7 @@ def sharding(kind: str, options: dict[str, Any]) -> tuple[nn.Module, NovoGrad]:
             ((world,), ("shard",)) if kind == "fsdp2" else ((2, world // 2), ("replicate", "shard"))
         )
         fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
-    return model, NovoGrad(model.named_parameters(), **options)
+    return model, NovoGrad(model.named_parameters(), **{"preset": "paper", **options})
 
 
 def train(model: nn.Module, optimizer: NovoGrad, first: int, stop: int) -> None:

@@ -55,7 +55,7 @@ def make(sharding: str, options: dict[str, Any], dtype: torch.dtype) -> tuple[nn
         shape = (dist.get_world_size(),) if sharding == "fsdp2" else (2, dist.get_world_size() // 2)
         names = ("replicate", "shard")[-len(shape) :]
         fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
-    return model, NovoGrad(model.named_parameters(), **{"lr": 0.05, **options})
+    return model, NovoGrad(model.named_parameters(), **{"preset": "paper", "lr": 0.05, **options})
 
 
 def step(model: nn.Module, optimizer: NovoGrad, number: int) -> None:

@@ -27,7 +27,9 @@ def trained(shapes, options):
     """The whole states of one process, by name, and its param group."""
     generator = torch.Generator().manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
-    optimizer = NovoGrad([(f"p{i}", p) for i, p in enumerate(params)], lr=0.1, **options)
+    optimizer = NovoGrad(
+        [(f"p{i}", p) for i, p in enumerate(params)], lr=0.1, **{"preset": "paper", **options}
+    )
     for _ in range(2):
         for p in params:
             p.grad = torch.randn(p.shape, generator=generator)

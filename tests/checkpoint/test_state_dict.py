@@ -18,7 +18,7 @@ from novoscale.state import momentum
 def test_resuming_gives_the_same_bits_as_not_stopping(how, dtype):
     params = parameters(dtype)
     options = {"lr": 0.03, "weight_decay": 0.1, "bias_correction": True}
-    optimizer = NovoGrad(params, **options)
+    optimizer = NovoGrad(params, **{"preset": "paper", **options})
     for step in range(3):
         set_gradients(params, gradients(step))
         optimizer.step()
@@ -27,7 +27,7 @@ def test_resuming_gives_the_same_bits_as_not_stopping(how, dtype):
         others = clone.param_groups[0]["params"]
     else:
         others = copy.deepcopy(params)
-        clone = NovoGrad(others, lr=1.0)
+        clone = NovoGrad(others, lr=1.0, preset="paper")
         saved = optimizer.state_dict()
         if how == "torch.save":
             buffer = io.BytesIO()
@@ -49,11 +49,11 @@ def test_resuming_gives_the_same_bits_as_not_stopping(how, dtype):
 
 def test_load_state_dict_hooks_see_and_may_change_what_is_loaded():
     params = parameters(torch.bfloat16)
-    optimizer = NovoGrad(params, lr=0.03)
+    optimizer = NovoGrad(params, lr=0.03, preset="paper")
     set_gradients(params, gradients(0))
     optimizer.step()
     saved = optimizer.state_dict()
-    other = NovoGrad(parameters(torch.bfloat16), lr=1.0)
+    other = NovoGrad(parameters(torch.bfloat16), lr=1.0, preset="paper")
 
     def double(_, state_dict):
         state = {k: {**v, "exp_avg": v["exp_avg"] * 2} for k, v in state_dict["state"].items()}
@@ -69,7 +69,7 @@ def test_load_state_dict_hooks_see_and_may_change_what_is_loaded():
 
 def test_state_of_a_jasper_family_novograd_loads():
     params = parameters()[:2]
-    optimizer = NovoGrad(params, lr=0.1)
+    optimizer = NovoGrad(params, lr=0.1, preset="paper")
     state = {
         i: {"step": 3, "exp_avg": torch.randn_like(p), "exp_avg_sq": torch.tensor(float(i + 1))}
         for i, p in enumerate(params)
@@ -82,7 +82,7 @@ def test_state_of_a_jasper_family_novograd_loads():
 
 def test_only_private_attributes_are_not_copied():
     # torch's own conformance test: deepcopy keeps defaults, state and param_groups.
-    optimizer = NovoGrad(parameters(), lr=0.1)
+    optimizer = NovoGrad(parameters(), lr=0.1, preset="paper")
     public = lambda o: {k for k in vars(o) if not k.startswith("_")}  # noqa: E731
     assert public(optimizer) == public(copy.deepcopy(optimizer)) == {"defaults", "state", "param_groups"}
     assert "NovoGrad" in repr(optimizer)
@@ -93,7 +93,7 @@ def test_state_of_another_optimizer_or_model_is_refused_and_nothing_changed():
     adam = torch.optim.AdamW([p])
     p.grad = torch.ones(4)
     adam.step()
-    optimizer = NovoGrad([p], lr=0.1)
+    optimizer = NovoGrad([p], lr=0.1, preset="paper")
     optimizer.step()
     before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(
@@ -118,7 +118,9 @@ LARGE = [(70, 128), (33, 131), (9,)]
 def trained(momentum_dtype, steps=3, dtype=torch.float32, **options):
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in LARGE]
-    optimizer = NovoGrad(params, lr=0.03, momentum_dtype=momentum_dtype, seed=5, **options)
+    optimizer = NovoGrad(
+        params, lr=0.03, momentum_dtype=momentum_dtype, seed=5, **{"preset": "paper", **options}
+    )
     for step in range(steps):
         set_gradients(params, gradients(step, LARGE))
         optimizer.step()
@@ -140,7 +142,7 @@ def moments(optimizer, params):
 def test_resuming_in_every_format_gives_the_same_bits(momentum_dtype, dtype, granularity):
     params, optimizer = trained(momentum_dtype, dtype=dtype, granularity=granularity)
     others = copy.deepcopy(params)
-    clone = NovoGrad(others, momentum_dtype=momentum_dtype, granularity=granularity)
+    clone = NovoGrad(others, momentum_dtype=momentum_dtype, granularity=granularity, preset="paper")
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
@@ -163,7 +165,7 @@ def test_a_state_in_another_format_is_converted_where_that_loses_nothing(source,
     before = moments(optimizer, params)
     lossless = source == target or target == "float32" or (source, target) == ("int4", "int8")
     others = copy.deepcopy(params)
-    clone = NovoGrad(others, momentum_dtype=target)
+    clone = NovoGrad(others, momentum_dtype=target, preset="paper")
     if lossless:
         clone.load_state_dict(optimizer.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(moments(clone, others), before, strict=True))
@@ -171,7 +173,7 @@ def test_a_state_in_another_format_is_converted_where_that_loses_nothing(source,
         with pytest.raises(ValueError, match=rf"parameter 0 .*{target}.* allow_lossy_load=True"):
             clone.load_state_dict(optimizer.state_dict())
         assert not clone.state
-        clone = NovoGrad(others, momentum_dtype=target, allow_lossy_load=True)
+        clone = NovoGrad(others, momentum_dtype=target, allow_lossy_load=True, preset="paper")
         clone.load_state_dict(optimizer.state_dict())
         spacing = {"bfloat16": 2**-8, "int8": 1 / 127, "int4": 1 / 7}[target]
         for mine, its in zip(moments(clone, others), before, strict=True):
@@ -187,7 +189,7 @@ def test_a_state_that_was_loaded_or_made_in_inference_mode_is_stepped(momentum_d
     params, optimizer = trained(momentum_dtype, fused=fused)
     saved = copy.deepcopy(optimizer.state_dict())
     others = [nn.Parameter(p.detach().clone()) for p in params]
-    clone = NovoGrad(others, momentum_dtype=momentum_dtype, fused=fused)
+    clone = NovoGrad(others, momentum_dtype=momentum_dtype, fused=fused, preset="paper")
     with torch.inference_mode():
         set_gradients(others, [torch.zeros(shape) for shape in LARGE])
         clone.step()  # as torch's get_optimizer_state_dict does

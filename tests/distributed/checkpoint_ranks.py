@@ -23,7 +23,7 @@ def fixed_pieces(options: dict[str, Any], shape: tuple[int, ...], bfloat16: bool
     names = ("shard",) if len(shape) == 1 else ("replicate", "shard")
     model = fixed_gradients.FixedGradients().to(torch.bfloat16 if bfloat16 else torch.float32)
     fully_shard(model, mesh=init_device_mesh("cpu", shape, mesh_dim_names=names))
-    optimizer = NovoGrad(model.named_parameters(), **options)
+    optimizer = NovoGrad(model.named_parameters(), **{"preset": "paper", **options})
     for step in range(fixed_gradients.STEPS):
         optimizer.zero_grad()
         model(torch.tensor(step)).backward()
@@ -44,7 +44,7 @@ def fixed_checkpoint(
 
     model = fixed_gradients.FixedGradients(shapes)
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = NovoGrad(model.named_parameters(), lr=LR, **options)
+    optimizer = NovoGrad(model.named_parameters(), lr=LR, **{"preset": "paper", **options})
     for step in range(2 if what == "save" else 0):
         optimizer.zero_grad()
         model(torch.tensor(step)).backward()
@@ -67,7 +67,7 @@ def carried(options: dict[str, Any], folder: str) -> dict[str, bool]:
 
     def made() -> tuple[nn.Module, Any]:
         model = fsdp_model(init_device_mesh("cpu", (world,)))
-        return model, NovoGrad(model.named_parameters(), lr=LR, **options)
+        return model, NovoGrad(model.named_parameters(), lr=LR, **{"preset": "paper", **options})
 
     model, optimizer = made()
     train(model, optimizer, rank, world, 2)
@@ -102,7 +102,7 @@ def second_moments(options: dict[str, Any], folder: str, save: bool) -> dict[str
     shapes = {"a": (36, 256), "b": (33,), "c": (7, 8, 128), "d": (5, 3, 2, 3)}
     model = fixed_gradients.FixedGradients(shapes)
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    optimizer = NovoGrad(model.named_parameters(), lr=LR, **options)
+    optimizer = NovoGrad(model.named_parameters(), lr=LR, **{"preset": "paper", **options})
     for step in range(2 if save else 0):
         optimizer.zero_grad()
         model(torch.tensor(step)).backward()
@@ -128,7 +128,7 @@ def reshard(folder: str, save: bool) -> dict[str, Any]:
 
     rank, world = dist.get_rank(), dist.get_world_size()
     model = fsdp_model(init_device_mesh("cpu", (world,)))
-    optimizer = NovoGrad(model.parameters(), lr=LR)
+    optimizer = NovoGrad(model.parameters(), lr=LR, preset="paper")
     if save:
         train(model, optimizer, rank, world, 3)
         m, o = get_state_dict(model, optimizer)

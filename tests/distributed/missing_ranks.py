@@ -43,10 +43,10 @@ def plain_expert(options: dict[str, Any], gradients: list[list[bool]]) -> list[s
     model = WithExpert()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     fully_shard(model, mesh=mesh, ignored_params={model.expert.weight})
-    optimizer = NovoGrad(model.named_parameters(), lr=LR, **options)
+    optimizer = NovoGrad(model.named_parameters(), lr=LR, **{"preset": "paper", **options})
     alone = [nn.Parameter(_full(p).clone()) for p in model.parameters()]
     expected = NovoGrad([(n, p) for (n, _), p in zip(model.named_parameters(), alone, strict=True)],
-                        lr=LR, **options)  # fmt: skip
+                        lr=LR, **{"preset": "paper", **options})  # fmt: skip
     for step, used in enumerate(gradients):
         optimizer.zero_grad()
         x = torch.randn(3, 6, generator=torch.Generator().manual_seed(10 * step + dist.get_rank()))
@@ -83,7 +83,7 @@ def missing_gradient(
         "b": nn.Parameter(distribute_tensor(torch.randn(8, 5), mesh, of_b)),
         "c": nn.Parameter(torch.randn(4)),
     }
-    optimizer = NovoGrad(named.items(), lr=LR, **options)
+    optimizer = NovoGrad(named.items(), lr=LR, **{"preset": "paper", **options})
 
     def give() -> None:
         for p in named.values():
@@ -163,7 +163,9 @@ def _one_case(rng: random.Random, meshes: Sequence[DeviceMesh]) -> list[str]:
         for name, _, ranks, mesh in tensors
         if rank in ranks
     }
-    optimizer, expected = (NovoGrad(n.items(), lr=LR, **options) for n in (mine, whole))
+    optimizer, expected = (
+        NovoGrad(n.items(), lr=LR, **{"preset": "paper", **options}) for n in (mine, whole)
+    )
     found = []
     for step in range(3):
         uneven: set[int] = set()

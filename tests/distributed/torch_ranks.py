@@ -23,7 +23,7 @@ def fsdp2(shape: tuple[int, ...], options: dict[str, Any]) -> dict[str, Any]:
     """FSDP2 over a mesh of one dimension, HSDP over one of two."""
     names = ("shard",) if len(shape) == 1 else ("replicate", "shard")
     model = fsdp_model(init_device_mesh("cpu", shape, mesh_dim_names=names))
-    optimizer = NovoGrad(model.named_parameters(), lr=LR, **options)
+    optimizer = NovoGrad(model.named_parameters(), lr=LR, **{"preset": "paper", **options})
     train(model, optimizer, dist.get_rank(), dist.get_world_size())
     return {n: full(p) for n, p in model.named_parameters()}
 
@@ -74,7 +74,7 @@ def tensor_parallel(
     params = [p for p in model.parameters() if p.ndim > 1], [p for p in model.parameters() if p.ndim <= 1]
     vectors = {} if "preset" in options else {"granularity": "tensor"}  # of one dimension
     optimizer = NovoGrad(
-        [{"params": params[0], **options}, {"params": params[1], **options, **vectors}], lr=LR
+        [{"params": params[0], **options}, {"params": params[1], **options, **vectors}], lr=LR, preset="paper"
     )
     placed = set()
     for step in range(STEPS):
@@ -104,7 +104,7 @@ def any_placement() -> float:
         whole = torch.randn(5, 7)
         p = nn.Parameter(distribute_tensor(whole, mesh, placements))
         oracle = Oracle([whole.numpy()], lr=LR, weight_decay=0.1)
-        optimizer = NovoGrad([("p", p)], lr=LR, weight_decay=0.1)
+        optimizer = NovoGrad([("p", p)], lr=LR, weight_decay=0.1, preset="paper")
         for step in range(4):
             grad = torch.randn(5, 7, generator=torch.Generator().manual_seed(step))
             p.grad = distribute_tensor(grad, mesh, placements)
@@ -152,7 +152,7 @@ def partial_sum_where_the_gradient_was() -> float:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     p = nn.Parameter(distribute_tensor(torch.ones(6, 5), mesh, [Replicate()]))
     oracle = Oracle([torch.ones(6, 5).numpy()], lr=LR)
-    optimizer = NovoGrad([("p", p)], lr=LR)
+    optimizer = NovoGrad([("p", p)], lr=LR, preset="paper")
     memory = torch.empty(6, 5)
     for step in range(6):
         grad = torch.randn(6, 5, generator=torch.Generator().manual_seed(step))
@@ -174,7 +174,7 @@ def fixed_gradients_bits(kind: str) -> Any:
         params = [nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in full_weights]
     else:
         params = [nn.Parameter(w) for w in full_weights]
-    optimizer = NovoGrad(params, lr=LR, weight_decay=0.1, max_grad_norm=1.0)
+    optimizer = NovoGrad(params, lr=LR, weight_decay=0.1, max_grad_norm=1.0, preset="paper")
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
         for p, w in zip(params, full_weights, strict=True):
@@ -189,7 +189,7 @@ def collectives(kind: str) -> int:
     rank, world = dist.get_rank(), dist.get_world_size()
     if kind == "ddp":
         model = nn.parallel.DistributedDataParallel(OddModel())
-        optimizer: Any = NovoGrad(model.parameters(), lr=LR)
+        optimizer: Any = NovoGrad(model.parameters(), lr=LR, preset="paper")
     elif kind == "zero redundancy":
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -197,13 +197,13 @@ def collectives(kind: str) -> int:
         optimizer = ZeroRedundancyOptimizer(model.parameters(), NovoGrad, lr=LR)
     elif kind == "fsdp2+tp":
         model, mesh = tensor_parallel_model(data_world=2)
-        optimizer = NovoGrad(model.parameters(), lr=LR)
+        optimizer = NovoGrad(model.parameters(), lr=LR, preset="paper")
     else:
         shape, names = (
             ((world,), ("shard",)) if kind == "fsdp2" else ((2, world // 2), ("replicate", "shard"))
         )
         model = fsdp_model(init_device_mesh("cpu", shape, mesh_dim_names=names))
-        optimizer = NovoGrad(model.parameters(), lr=LR)
+        optimizer = NovoGrad(model.parameters(), lr=LR, preset="paper")
     for step in range(2):
         optimizer.zero_grad()
         if kind == "fsdp2+tp":
@@ -222,7 +222,7 @@ def data_parallel(kind: str) -> dict[str, Any]:
 
     model = nn.parallel.DistributedDataParallel(OddModel())
     if kind == "ddp":
-        optimizer: Any = NovoGrad(model.parameters(), lr=LR)
+        optimizer: Any = NovoGrad(model.parameters(), lr=LR, preset="paper")
     else:
         optimizer = ZeroRedundancyOptimizer(model.parameters(), NovoGrad, lr=LR)
     train(model, optimizer, dist.get_rank(), dist.get_world_size())
@@ -237,7 +237,7 @@ def data_parallel_bits(kind: str, options: dict[str, Any]) -> list[bytes]:
     matrices = [p for p in model.parameters() if p.ndim > 1]
     groups = [{"params": matrices}, {"params": [p for p in model.parameters() if p.ndim < 2]}]
     if kind == "ddp":
-        optimizer: Any = NovoGrad(groups, lr=LR, **options)
+        optimizer: Any = NovoGrad(groups, lr=LR, **{"preset": "paper", **options})
     else:
         optimizer = ZeroRedundancyOptimizer(groups[:1], NovoGrad, lr=LR, **options)
         if kind == "numbered":
@@ -251,7 +251,7 @@ def nan_on_one_rank() -> dict[str, Any]:
     """A NaN in the local shard of one gradient on the last rank."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = fsdp_model(init_device_mesh("cpu", (world,)))
-    optimizer = NovoGrad(model.named_parameters(), lr=LR)
+    optimizer = NovoGrad(model.named_parameters(), lr=LR, preset="paper")
     train(model, optimizer, rank, world, 2)
     before = copy.deepcopy([full(p) for p in model.parameters()])
     state = copy.deepcopy(
@@ -278,7 +278,7 @@ def overflow_on_one_rank() -> bool:
     """Whether nothing changes on this rank when torch.amp.GradScaler saw an overflow on the last one only."""
     rank, world = dist.get_rank(), dist.get_world_size()
     model = fsdp_model(init_device_mesh("cpu", (world,)))
-    optimizer = NovoGrad(model.parameters(), lr=LR)
+    optimizer = NovoGrad(model.parameters(), lr=LR, preset="paper")
     before = [full(p) for p in model.parameters()]
     loss_of(model, 0, rank, world).backward()
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(8.0), torch.tensor(float(rank == world - 1))
@@ -292,7 +292,7 @@ def fsdp1() -> str:
 
     model = FullyShardedDataParallel(OddModel(), use_orig_params=True, device_id=torch.device("cpu"))
     try:
-        optimizer = NovoGrad(model.parameters(), lr=LR)
+        optimizer = NovoGrad(model.parameters(), lr=LR, preset="paper")
         train(model, optimizer, dist.get_rank(), dist.get_world_size(), 1)
     except (RuntimeError, ValueError) as error:
         return str(error)
@@ -314,7 +314,7 @@ def accelerate_fsdp2(folder: str) -> dict[str, Any]:
         state._shared_state["distributed_type"] = DistributedType.FSDP
     rank, world = dist.get_rank(), dist.get_world_size()
     model = OddModel()
-    optimizer = NovoGrad(model.named_parameters(), lr=LR)
+    optimizer = NovoGrad(model.named_parameters(), lr=LR, preset="paper")
     model, optimizer = accelerator.prepare(model, optimizer)
     inner = optimizer.optimizer
     for step in range(STEPS):

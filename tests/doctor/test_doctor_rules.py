@@ -179,7 +179,7 @@ INLINE = YAML.format("{}", "zero_stage: 2")
         ("fsdp1", "wrong", "fsdp_config.fsdp_version", "distributed_type: FSDP\nfsdp_config: {}\n", CLIENT),
         ("fsdp1", "warning", "fsdp_config.fsdp_version", "distributed_type: FSDP\n", None),
         ("megatron", "warning", "distributed_type", "distributed_type: MEGATRON_LM\n", None),
-        ("paper_preset", "note", "optimizer.params.preset", zero(optimizer={"type": "NovoGrad"}), None),
+        ("muon_preset", "wrong", "optimizer.params.preset", params(preset="muon"), None),
         ("adams_betas", "warning", "optimizer.params.betas", params(betas="auto"), None),
         ("needless_keys", "note", "zero_force_ds_cpu_optimizer", zero(more=KEPT, **OFFLOAD), None),
         (

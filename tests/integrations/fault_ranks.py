@@ -67,7 +67,7 @@ class Fsdp2:
 
         self.folder, self.model = folder, fixed_gradients.FixedGradients(SHAPES)
         fully_shard(self.model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-        self.optimizer = NovoGrad(self.model.named_parameters(), **options)
+        self.optimizer = NovoGrad(self.model.named_parameters(), **{"preset": "paper", **options})
 
     def step(self, number: int) -> None:
         self.optimizer.zero_grad()

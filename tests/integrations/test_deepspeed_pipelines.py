@@ -38,7 +38,10 @@ def config(wrapper, replicas=1, accumulate=1, **options):
         "train_micro_batch_size_per_gpu": pipeline_ranks.SAMPLES // (replicas * accumulate),
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage},
-        "optimizer": {"type": "NovoGrad", "params": {"lr": 0.05, "weight_decay": 0.01, **options}},
+        "optimizer": {
+            "type": "NovoGrad",
+            "params": {"lr": 0.05, "weight_decay": 0.01, "preset": "paper", **options},
+        },
         **change,
     }
 

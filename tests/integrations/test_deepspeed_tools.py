@@ -39,7 +39,9 @@ def unsharded(options, bfloat16):
     """exp_avg and exp_avg_sq by elements of a training in one process, after three steps."""
     model = fixed_gradients.FixedGradients()
     model = model.bfloat16().float() if bfloat16 else model
-    optimizer = NovoGrad(model.named_parameters(), lr=0.05, weight_decay=0.1, **options)
+    optimizer = NovoGrad(
+        model.named_parameters(), lr=0.05, weight_decay=0.1, **{"preset": "paper", **options}
+    )
     for step in range(3):
         optimizer.zero_grad()
         model(torch.tensor(step)).backward()
@@ -82,8 +84,8 @@ def test_moments_are_set_through_the_format(momentum_dtype, stage, zero, more, g
     ranks = run_ranks(tools_ranks.moments_set, 3, ds(stage, 3, options, more, **zero), groups)
     for name, shape in fixed_gradients.SHAPES.items():
         p = torch.nn.Parameter(torch.zeros(shape))
-        one = NovoGrad([p], allow_lossy_load=True, **options)
-        saved = NovoGrad([p])
+        one = NovoGrad([p], allow_lossy_load=True, **{"preset": "paper", **options})
+        saved = NovoGrad([p], preset="paper")
         saved.state[p] = {"exp_avg": tools_ranks.new_moments(shape)}
         one.load_state_dict({**one.state_dict(), "state": saved.state_dict()["state"]})
         (piece,) = fixed_gradients.pieces(one)

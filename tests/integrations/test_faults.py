@@ -184,12 +184,12 @@ def test_ranks_with_other_options_are_told_so(stage, option, value):
 @pytest.mark.parametrize("momentum_dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_state_dict_loads_with_weights_only(momentum_dtype, options, tmp_path):
     p = torch.nn.Parameter(torch.randn(70, 130))
-    optimizer = NovoGrad([("p", p)], momentum_dtype=momentum_dtype, **options)
+    optimizer = NovoGrad([("p", p)], momentum_dtype=momentum_dtype, **{"preset": "paper", **options})
     p.grad = torch.randn_like(p)
     optimizer.step()
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     loaded = torch.load(tmp_path / "state.pt", weights_only=True)
-    other = NovoGrad([("p", p)], momentum_dtype=momentum_dtype, **options)
+    other = NovoGrad([("p", p)], momentum_dtype=momentum_dtype, **{"preset": "paper", **options})
     other.load_state_dict(loaded)
     for key, value in optimizer.state[p].items():
         assert torch.equal(other.state[p][key], value)

@@ -36,7 +36,7 @@ def test_accelerate_trains_the_same(accumulated):
         torch.manual_seed(0)
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulated)
         model = nn.Sequential(nn.Linear(8, 80), nn.Tanh(), nn.Linear(80, 80), nn.Linear(80, 3))
-        optimizer = NovoGrad(model.parameters(), lr=0.02, momentum_dtype="int8")
+        optimizer = NovoGrad(model.parameters(), lr=0.02, momentum_dtype="int8", preset="paper")
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=4)
         model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
         if released:
@@ -60,7 +60,7 @@ def deepspeed_refuses(stage: int, before: bool) -> str:
     import novoscale.integrations.deepspeed  # noqa: F401
 
     model = nn.Linear(8, 8)
-    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    optimizer = NovoGrad(model.parameters(), lr=0.1, preset="paper")
     config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage}}
     weights = model.weight.detach().clone()
     try:

@@ -232,7 +232,7 @@ def saved_distributed(folder: str, count: int) -> None:
 
     model = fixed_gradients.FixedGradients()
     fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-    optimizer = NovoGrad(model.parameters(), momentum_dtype="int8")
+    optimizer = NovoGrad(model.parameters(), momentum_dtype="int8", preset="paper")
     for step in range(count):
         optimizer.zero_grad()
         model(torch.tensor(step)).backward()

@@ -127,7 +127,7 @@ def accelerate_client(config: str) -> str:
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     m = model()
     try:
-        engine, _ = accelerator.prepare(m, NovoGrad(m.parameters(), lr=0.1))
+        engine, _ = accelerator.prepare(m, NovoGrad(m.parameters(), lr=0.1, preset="paper"))
     except RuntimeError as error:
         return str(error)
     return type(engine.basic_optimizer).__name__
@@ -158,7 +158,7 @@ def trainer_error(folder: str, ds: dict[str, Any], route: str) -> str:
 
     m = model()
     given = {
-        "optimizers": {"optimizers": (NovoGrad(m.parameters(), lr=0.1), None)},
+        "optimizers": {"optimizers": (NovoGrad(m.parameters(), lr=0.1, preset="paper"), None)},
         "class": {"optimizer_cls_and_kwargs": (NovoGrad, {"lr": 0.1})},
     }[route]
     try:

@@ -138,7 +138,7 @@ def resumed_from_state_dict(path: str, options: dict[str, Any], fsdp: bool) -> A
     made.load_state_dict(found["model"])
     if fsdp:
         fully_shard(made, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-    optimizer = NovoGrad(made.named_parameters(), **options)
+    optimizer = NovoGrad(made.named_parameters(), **{"preset": "paper", **options})
     set_optimizer_state_dict(
         made, optimizer, found["optimizer"], options=StateDictOptions(full_state_dict=True)
     )
@@ -159,7 +159,7 @@ def saved_under_fsdp2(path: str, options: dict[str, Any]) -> None:
 
     made = fixed_gradients.FixedGradients()
     fully_shard(made, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-    optimizer = NovoGrad(made.named_parameters(), **options)
+    optimizer = NovoGrad(made.named_parameters(), **{"preset": "paper", **options})
     for step in range(HALF):
         optimizer.zero_grad()
         made(torch.tensor(step)).backward()
@@ -176,7 +176,7 @@ def taken_over(universal: Path, options: dict[str, Any]) -> dict[str, tuple[torc
     from novoscale.checkpoint.imported import from_adam, state_dicts
 
     made = fixed_gradients.FixedGradients()
-    optimizer = NovoGrad(made.named_parameters(), **options)
+    optimizer = NovoGrad(made.named_parameters(), **{"preset": "paper", **options})
     (group,) = optimizer.param_groups
     saved = torch.load(universal / "zero" / "optimizer_state.pt", weights_only=False)
     adam = {"step": HALF, **saved["param_groups"][0]}

@@ -141,7 +141,9 @@ def experts_with_other_bits(ds: dict[str, Any]) -> list[str]:
     names = {p: name for name, p in e.module.named_parameters()}
     ordered = [p for group in e.optimizer.bit16_groups for p in group]  # as the optimizer numbers them
     unsharded = {p: nn.Parameter(safe_get_full_fp32_param(p).clone()) for p in ordered}
-    optimizer = NovoGrad([(names[p], w) for p, w in unsharded.items()], **ds["optimizer"]["params"])
+    optimizer = NovoGrad(
+        [(names[p], w) for p, w in unsharded.items()], **{"preset": "paper", **ds["optimizer"]["params"]}
+    )
     backward = e.backward
 
     def recorded(loss: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ def config(
             "allgather_bucket_size": 200,
             **zero,
         },
-        "optimizer": {"type": "NovoGrad", "params": {"lr": 0.02}},
+        "optimizer": {"type": "NovoGrad", "params": {"lr": 0.02, "preset": "paper"}},
     }
 
 
@@ -83,9 +83,9 @@ def trained_by(ds: dict[str, Any], route: str, clip: float = 0.0) -> tuple[str, 
     del ds["optimizer"]
     model = OddModel()
     if route == "callable":
-        e = engine(ds, model=model, optimizer=lambda params: NovoGrad(params, lr=0.02))
+        e = engine(ds, model=model, optimizer=lambda params: NovoGrad(params, lr=0.02, preset="paper"))
     elif route == "instance":
-        e = engine(ds, model=model, optimizer=NovoGrad(model.named_parameters(), lr=0.02))
+        e = engine(ds, model=model, optimizer=NovoGrad(model.named_parameters(), lr=0.02, preset="paper"))
     else:
         ds["zero_allow_untested_optimizer"] = True
         e = engine(ds, model=model, optimizer=PlainNovoGrad(model.parameters(), lr=0.02))
@@ -144,7 +144,7 @@ def bytes_of_gpt2(ds: dict[str, Any]) -> tuple[int, int]:
     from novoscale.memory import optimizer_state_bytes
 
     model = small_gpt2()
-    unsharded = NovoGrad(model.parameters(), **ds["optimizer"]["params"])
+    unsharded = NovoGrad(model.parameters(), **{"preset": "paper", **ds["optimizer"]["params"]})
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     unsharded.step()
@@ -276,7 +276,9 @@ def error_of(ds: dict[str, Any], **kwargs: Any) -> str:
             from novoscale import NovoGrad
 
             ds.pop("optimizer")
-            kwargs["optimizer"] = NovoGrad(model.parameters(), **kwargs.pop("options", {}))
+            kwargs["optimizer"] = NovoGrad(
+                model.parameters(), **{"preset": "paper", **kwargs.pop("options", {})}
+            )
         for name, value in kwargs.pop("mark", {}).items():
             setattr(model.middle.weight, name, value)
         engine(ds, model=model, **kwargs)
@@ -307,7 +309,7 @@ def bf16_trained(ds: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     e = engine(ds, model=OddModel().bfloat16())
     copies = {n: safe_get_full_fp32_param(p).clone().requires_grad_() for n, p in e.module.named_parameters()}
-    single = NovoGrad(copies.values(), lr=0.02)
+    single = NovoGrad(copies.values(), lr=0.02, preset="paper")
     flats = []
     e.basic_optimizer.register_step_pre_hook(
         lambda o, *_: flats.append(o.param_groups[0]["params"][0].grad.clone())
@@ -342,7 +344,7 @@ def unsharded_on_equal_data() -> dict[str, Any]:
     from novoscale import NovoGrad
 
     model = OddModel()
-    optimizer = NovoGrad(model.parameters(), lr=0.02)
+    optimizer = NovoGrad(model.parameters(), lr=0.02, preset="paper")
     for step in range(STEPS):
         x, y = _equal_data(step)
         optimizer.zero_grad()
@@ -381,4 +383,4 @@ def different_layers() -> None:
     mesh = init_device_mesh("cpu", (2,))
     p = nn.Parameter(distribute_tensor(torch.ones(4, 2), mesh, [Shard(0)]))
     p.grad = torch.ones_like(p)
-    NovoGrad([(f"of rank {torch.distributed.get_rank()}", p)], lr=0.1).step()
+    NovoGrad([(f"of rank {torch.distributed.get_rank()}", p)], lr=0.1, preset="paper").step()

@@ -40,7 +40,7 @@ def parameter(dtype=torch.float32, shape=(5, 4)):
 
 def used(p, **options):
     """The modules that a step used."""
-    optimizer = NovoGrad([p], lr=0.1, **options)
+    optimizer = NovoGrad([p], lr=0.1, **{"preset": "paper", **options})
     optimizer.step()
     ready = next(iter(optimizer._step_tables.values()))
     return {part.module.__name__.split(".")[-1] for part in ready.kernels.parts}
@@ -75,9 +75,13 @@ def test_a_gradient_in_another_order_than_its_parameter_goes_to_the_fused_kernel
 @needs_compiler
 def test_tensors_of_one_step_may_go_to_different_kernels():
     plain, wide = parameter(), parameter(torch.float64)
-    optimizer = NovoGrad([plain, wide], lr=0.1, max_grad_norm=0.1)
+    optimizer = NovoGrad([plain, wide], lr=0.1, max_grad_norm=0.1, preset="paper")
     alone = NovoGrad(
-        [a := parameter(), b := parameter(torch.float64)], lr=0.1, max_grad_norm=0.1, fused=False
+        [a := parameter(), b := parameter(torch.float64)],
+        lr=0.1,
+        max_grad_norm=0.1,
+        fused=False,
+        preset="paper",
     )
     for o in (optimizer, alone):
         for _ in range(3):
@@ -91,7 +95,9 @@ def test_all_kernels_give_the_same_bits_over_a_training():
     def train(fused):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(33, 17), nn.GELU(), nn.LayerNorm(17), nn.Linear(17, 5))
-        optimizer = NovoGrad(model.parameters(), lr=0.05, weight_decay=0.01, max_grad_norm=0.5, fused=fused)
+        optimizer = NovoGrad(
+            model.parameters(), lr=0.05, weight_decay=0.01, max_grad_norm=0.5, fused=fused, preset="paper"
+        )
         for step in range(20):
             optimizer.zero_grad()
             x = torch.randn(8, 33, generator=torch.Generator().manual_seed(step))
@@ -134,17 +140,17 @@ def test_however_a_kernel_fails_to_load_the_reference_serves(error, asked_anew, 
 
 def test_without_a_compiler_fused_true_is_an_error_that_says_why(no_compiler):
     with pytest.raises(RuntimeError, match=r"param group 0: `fused=True`: .*needs a C\+\+ compiler"):
-        NovoGrad([parameter()], fused=True)
+        NovoGrad([parameter()], fused=True, preset="paper")
 
 
 def test_fused_and_foreach_as_torch_words_it():
     with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
-        NovoGrad([parameter()], fused=True, foreach=True)
+        NovoGrad([parameter()], fused=True, foreach=True, preset="paper")
 
 
 def test_fused_true_where_there_is_no_fused_kernel():
     with pytest.raises(RuntimeError, match=r"`fused=True` requires all the params to be .*float64 on cpu"):
-        NovoGrad([parameter(torch.float64)], fused=True)
+        NovoGrad([parameter(torch.float64)], fused=True, preset="paper")
 
 
 @needs_compiler
@@ -152,12 +158,12 @@ def test_fused_true_with_a_parameter_it_cannot_take_is_an_error_before_anything_
     p = nn.Parameter(torch.ones(4, 5, dtype=torch.bfloat16).t())
     p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match=r"`fused=True`: the fused kernel takes .*equal strides"):
-        NovoGrad([p], lr=0.1, fused=True).step()
+        NovoGrad([p], lr=0.1, fused=True, preset="paper").step()
     assert torch.equal(p, torch.ones(5, 4))
 
 
 def test_a_param_group_that_was_refused_is_not_added():
-    optimizer = NovoGrad([parameter()])
+    optimizer = NovoGrad([parameter()], preset="paper")
     with pytest.raises(TypeError, match="fused must be True, False or None"):
         optimizer.add_param_group({"params": [parameter()], "fused": "yes"})
     assert len(optimizer.param_groups) == 1

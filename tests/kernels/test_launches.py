@@ -77,7 +77,7 @@ def launched(launches, model, groups, **options):
         p.grad = torch.ones_like(p)
     named = [*model.named_parameters()]
     split = [{"params": named[i::groups], "lr": 1e-3 * (i + 1)} for i in range(groups)]
-    optimizer = NovoGrad(split, **options)
+    optimizer = NovoGrad(split, **{"preset": "paper", **options})
     for _ in range(2):
         optimizer.step()
     launches.clear()

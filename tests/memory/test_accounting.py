@@ -18,8 +18,8 @@ ELEMENTS = 4 * accounting_ranks.WIDTH**2
     [
         (lambda p: torch.optim.AdamW(p, lr=0.1), 8, 2 * 4),  # and a 4-byte step for each parameter
         (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), 4, 0),
-        (lambda p: NovoGrad(p, lr=0.1), 4, 2 * 4),
-        (lambda p: NovoGrad(p, lr=0.1, betas=(0, 0.98)), 0, 2 * 4),
+        (lambda p: NovoGrad(p, lr=0.1, preset="paper"), 4, 2 * 4),
+        (lambda p: NovoGrad(p, lr=0.1, betas=(0, 0.98), preset="paper"), 0, 2 * 4),
     ],
 )
 def test_counts_what_each_optimizer_holds(make, per_parameter, rest):

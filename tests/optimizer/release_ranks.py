@@ -86,7 +86,7 @@ def shard_model(kind: str, checkpoints: str = "") -> tuple[nn.Module, int]:
 def optimizer_of(model: nn.Module, options: dict[str, Any]) -> NovoGrad:
     options = {"lr": LR, **options}
     preset = options.pop("preset", None)
-    return NovoGrad(param_groups(model, weight_decay=0.1, preset=preset), **options)
+    return NovoGrad(param_groups(model, weight_decay=0.1, preset=preset), **{"preset": "paper", **options})
 
 
 def same_training(
@@ -173,7 +173,7 @@ def refused_ddp(wrapped_first: bool) -> str:
     """What DDP is refused with; nothing has been changed then."""
     model = Stack("")
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = NovoGrad(model.parameters(), lr=LR)
+    optimizer = NovoGrad(model.parameters(), lr=LR, preset="paper")
     try:
         if wrapped_first:
             release_gradients(nn.parallel.DistributedDataParallel(model), optimizer)

@@ -86,7 +86,7 @@ def assert_same_training(make_model, make_optimizers, train_step=plain_step, **o
 
 
 def one(**options):
-    return lambda model: [NovoGrad(model.parameters(), **{"lr": 0.02, **options})]
+    return lambda model: [NovoGrad(model.parameters(), **{"preset": "paper", "lr": 0.02, **options})]
 
 
 def counting_steps(monkeypatch, check):

@@ -29,7 +29,7 @@ def thawed() -> dict[str, bool]:
     for m in (plain, sharded):
         m[1:].requires_grad_(False)
     fully_shard(sharded, mesh=mesh)
-    optimizers = [NovoGrad(m.parameters(), **FORM) for m in (plain, sharded)]
+    optimizers = [NovoGrad(m.parameters(), **{"preset": "paper", **FORM}) for m in (plain, sharded)]
     for step in range(4):
         generator = torch.Generator().manual_seed(step)
         grad = torch.randn(72, 70, generator=generator).bfloat16()  # the same for all
@@ -46,7 +46,7 @@ def thawed() -> dict[str, bool]:
 def made_before_fully_shard() -> list[str]:
     """What is said in three steps."""
     m = model()
-    optimizer = NovoGrad(m.parameters(), **FORM)
+    optimizer = NovoGrad(m.parameters(), **{"preset": "paper", **FORM})
     fully_shard(m, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
@@ -60,7 +60,7 @@ def made_before_fully_shard() -> list[str]:
 def other_options_under_ddp() -> bool:
     """Whether a step is made where the learning rates of the ranks differ."""
     m = DistributedDataParallel(nn.Linear(3, 2))
-    optimizer = NovoGrad(m.parameters(), lr=0.1 * (1 + dist.get_rank()))
+    optimizer = NovoGrad(m.parameters(), lr=0.1 * (1 + dist.get_rank()), preset="paper")
     m(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     weights = [torch.empty(2, 3) for _ in range(dist.get_world_size())]

@@ -32,7 +32,7 @@ def trained(**options):
     """An optimizer after a step, and its parameters."""
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(shape)) for shape in ((8, 4), (3,))]
-    optimizer = NovoGrad(params, lr=0.1, weight_decay=0.1, **options)
+    optimizer = NovoGrad(params, lr=0.1, weight_decay=0.1, **{"preset": "paper", **options})
     for p in params:
         p.grad = torch.randn_like(p)
     optimizer.step()
@@ -46,7 +46,7 @@ def tables(optimizer):
 
 def test_a_step_that_was_never_made_cannot_be_captured(capture):
     p = nn.Parameter(torch.ones(3))
-    optimizer = NovoGrad([p], lr=0.1)
+    optimizer = NovoGrad([p], lr=0.1, preset="paper")
     p.grad = torch.ones(3)
     capture(True)
     with pytest.raises(RuntimeError, match=r"never stepped these tensors.*before the capture"):

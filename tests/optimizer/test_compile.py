@@ -10,7 +10,7 @@ from novoscale import NovoGrad, release_gradients
 def train(compiled, release=False):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
-    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    optimizer = NovoGrad(model.parameters(), lr=0.1, preset="paper")
     if release:
         release_gradients(model, optimizer)
 
@@ -37,7 +37,7 @@ def test_a_compiled_training_step_gives_the_same_bits(release):
 def test_a_compiled_model_has_its_gradients_released():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
-    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    optimizer = NovoGrad(model.parameters(), lr=0.1, preset="paper")
     release_gradients(model, optimizer)
     compiled = torch.compile(model, backend="aot_eager")
     for _ in range(2):

@@ -49,8 +49,8 @@ def trained(options):
             optimizer.step()
         return optimizer
 
-    before = steps(NovoGrad(params, lr=0.1, weight_decay=0.1, **options), 3)
-    after = NovoGrad(params, lr=0.1, weight_decay=0.1, **options)
+    before = steps(NovoGrad(params, lr=0.1, weight_decay=0.1, **{"preset": "paper", **options}), 3)
+    after = NovoGrad(params, lr=0.1, weight_decay=0.1, **{"preset": "paper", **options})
     after.load_state_dict(copy.deepcopy(before.state_dict()))
     steps(after, 1)
     assert after.skipped_steps == 0

@@ -82,7 +82,7 @@ def test_each_option_follows_the_oracle(options, fused):
     for dtype, bound in ((torch.float64, 1e-9), (torch.float32, 3e-5)):
         params = parameters(dtype)
         oracle = FactoredOracle([p.detach().numpy() for p in params], lr=0.01, **options)
-        optimizer = NovoGrad(params, **ADAMW, **options, fused=fused)
+        optimizer = NovoGrad(params, **{"preset": "paper", **ADAMW, **options}, fused=fused)
         train(params, optimizer, oracle)
         # v is float32 whatever the parameters are.
         assert worst(params, oracle) < max(bound, 3e-6)
@@ -108,7 +108,7 @@ def test_unseen_rows_columns_and_parameters_are_left_as_they_are():
 
 def test_state_is_a_number_for_each_row_and_column_and_one_count():
     params = parameters(shapes=[(5, 7), (7,), (4, 3, 2, 2), (6, 2, 9), ()])
-    optimizer = NovoGrad(params, **ADAMW)
+    optimizer = NovoGrad(params, **{"preset": "paper", **ADAMW})
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
@@ -128,7 +128,7 @@ def test_a_vector_has_adams_second_moments():
     ours, theirs = (nn.Parameter(torch.linspace(-1, 1, 50, dtype=torch.float64)) for _ in range(2))
     nadam = torch.optim.NAdam([theirs], lr=0.01, betas=(0.9, 0.98), momentum_decay=1e9)
     # Its order is the other one: the average of the gradients, then the division.
-    mine = NovoGrad([ours], **ADAMW, reg_inside_moment=False)
+    mine = NovoGrad([ours], **{"preset": "paper", **ADAMW}, reg_inside_moment=False)
     for step in range(20):
         g = torch.randn(50, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
         ours.grad, theirs.grad = g.clone(), g.clone()
@@ -147,13 +147,13 @@ def test_granularity_element_is_for_vectors_and_follows_the_oracle():
         grad_averaging=False,
         nesterov=False,
     )
-    train(params, NovoGrad(params, **options), oracle)
+    train(params, NovoGrad(params, **{"preset": "paper", **options}), oracle)
     assert worst(params, oracle) < 3e-6
     matrix = nn.Parameter(torch.ones(30, 40))
     says = r'w has the shape \(30, 40\).*1,200 second moments here, 4,800 bytes.*"factored", which keeps 70'
     with pytest.raises(ValueError, match=says):
-        NovoGrad([("w", matrix)], **options)
-    optimizer = NovoGrad([("v", params[0])], **options)
+        NovoGrad([("w", matrix)], **{"preset": "paper", **options})
+    optimizer = NovoGrad([("v", params[0])], **{"preset": "paper", **options})
     with pytest.raises(ValueError, match=says):
         optimizer.add_param_group({"params": [("w", matrix)]})
     assert len(optimizer.param_groups) == 1
@@ -166,7 +166,13 @@ def test_clip_threshold_and_scale_parameter_with_other_granularities(granularity
     p = nn.Parameter(torch.randn(6, 9, dtype=torch.float64))
     w, m, v = p.detach().numpy().copy(), np.zeros((6, 9)), np.zeros(6)
     optimizer = NovoGrad(
-        [p], lr=0.1, granularity=granularity, normalize=normalize, clip_threshold=0.05, scale_parameter=True
+        [p],
+        lr=0.1,
+        granularity=granularity,
+        normalize=normalize,
+        clip_threshold=0.05,
+        scale_parameter=True,
+        preset="paper",
     )
     for step in range(5):
         g = np.random.default_rng(step).standard_normal((6, 9)) * (5.0 if step == 3 else 0.1)
@@ -188,7 +194,10 @@ def test_clip_threshold_and_scale_parameter_with_other_granularities(granularity
 def test_a_weight_changed_from_outside_has_its_present_norm():
     p, q = (nn.Parameter(torch.ones(8, 8)) for _ in range(2))
     options = {"lr": 0.1, "preset": "adamw", "scale_parameter": True, "betas": (0.0, 0.0)}
-    one, other = NovoGrad([p], **options), NovoGrad([q], **options)
+    one, other = (
+        NovoGrad([p], **{"preset": "paper", **options}),
+        NovoGrad([q], **{"preset": "paper", **options}),
+    )
     for step in range(2):
         p.grad = q.grad = torch.randn(8, 8, generator=torch.Generator().manual_seed(step))
         with torch.no_grad():
@@ -210,7 +219,8 @@ def test_the_fused_kernel_gives_the_bits_of_the_reference(momentum_dtype, dtype)
     options = {**ADAMW, "momentum_dtype": momentum_dtype, "clip_threshold": 1.0, "scale_parameter": True}
     every = [parameters(dtype, shapes=shapes) for _ in range(2)]
     optimizers = [
-        NovoGrad(params, **options, fused=fused) for params, fused in zip(every, (False, None), strict=True)
+        NovoGrad(params, **{"preset": "paper", **options}, fused=fused)
+        for params, fused in zip(every, (False, None), strict=True)
     ]
     for step in range(5):
         for params, optimizer in zip(every, optimizers, strict=True):
@@ -226,7 +236,7 @@ def test_the_fused_kernel_gives_the_bits_of_the_reference(momentum_dtype, dtype)
 def test_strides_do_not_matter():
     plain = nn.Parameter(torch.randn(4, 3, 5, 6))
     other = nn.Parameter(plain.detach().clone(memory_format=torch.channels_last))
-    optimizers = [NovoGrad([p], **ADAMW) for p in (plain, other)]
+    optimizers = [NovoGrad([p], **{"preset": "paper", **ADAMW}) for p in (plain, other)]
     for step in range(4):
         g = torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(step))
         plain.grad, other.grad = g, g.contiguous(memory_format=torch.channels_last)
@@ -237,7 +247,7 @@ def test_strides_do_not_matter():
 
 def test_a_gradient_that_is_not_finite_changes_nothing():
     params = parameters()
-    optimizer = NovoGrad(params, **ADAMW, clip_threshold=1.0, scale_parameter=True)
+    optimizer = NovoGrad(params, **{"preset": "paper", **ADAMW}, clip_threshold=1.0, scale_parameter=True)
     for p, g in zip(params, gradients(5), strict=True):
         p.grad = torch.as_tensor(g).float()
     optimizer.step()
@@ -252,7 +262,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 def test_clipping_and_loss_scale_are_folded_in():
     plain, folded = parameters(), parameters()
-    one, two = NovoGrad(plain, **ADAMW), NovoGrad(folded, **ADAMW, max_grad_norm=0.5)
+    one, two = (
+        NovoGrad(plain, **{"preset": "paper", **ADAMW}),
+        NovoGrad(folded, **{"preset": "paper", **ADAMW}, max_grad_norm=0.5),
+    )
     for step in range(4):
         for p, q, g in zip(plain, folded, gradients(step), strict=True):
             p.grad, q.grad = torch.as_tensor(g).float(), 64 * torch.as_tensor(g).float()
@@ -273,7 +286,7 @@ def test_clipping_and_loss_scale_are_folded_in():
 def test_a_state_dict_resumes_to_the_same_bits(momentum_dtype):
     options = {**ADAMW, "momentum_dtype": momentum_dtype}
     params = parameters(torch.bfloat16)
-    optimizer = NovoGrad(params, **options)
+    optimizer = NovoGrad(params, **{"preset": "paper", **options})
 
     def step(params, optimizer, n):
         for p, g in zip(params, gradients(n), strict=True):
@@ -283,7 +296,7 @@ def test_a_state_dict_resumes_to_the_same_bits(momentum_dtype):
     for n in range(3):
         step(params, optimizer, n)
     others = copy.deepcopy(params)
-    resumed = NovoGrad(others, **options)
+    resumed = NovoGrad(others, **{"preset": "paper", **options})
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for n in range(3, 6):
         step(params, optimizer, n)
@@ -295,7 +308,7 @@ def test_state_of_another_granularity_is_refused_and_nothing_changed():
     states = {}
     for granularity in ("tensor", "row", "factored"):
         p = nn.Parameter(torch.ones(6, 7))
-        optimizer = NovoGrad([p], lr=0.1, granularity=granularity, normalize="rms")
+        optimizer = NovoGrad([p], lr=0.1, granularity=granularity, normalize="rms", preset="paper")
         p.grad = torch.ones(6, 7)
         optimizer.step()
         states[granularity] = optimizer, copy.deepcopy(optimizer.state_dict())
@@ -311,7 +324,7 @@ def test_state_of_another_granularity_is_refused_and_nothing_changed():
 
 def test_a_granularity_that_is_changed_while_it_is_in_use_is_refused():
     p = nn.Parameter(torch.ones(6, 7))
-    optimizer = NovoGrad([p], **ADAMW)
+    optimizer = NovoGrad([p], **{"preset": "paper", **ADAMW})
     p.grad = torch.ones(6, 7)
     optimizer.step()
     optimizer.param_groups[0]["granularity"] = "row"
@@ -346,25 +359,30 @@ def test_a_granularity_that_is_changed_while_it_is_in_use_is_refused():
         ({"clip_threshold": 0.0}, "clip_threshold must be above 0; None"),
         ({"clip_threshold": -1.0}, "clip_threshold must be"),
         ({"granularity": "factord"}, "did you mean 'factored'"),
-        ({"preset": "adam"}, r"preset must be one of paper, adamw, got 'adam' \(did you mean 'adamw'\?\)"),
+        (
+            {"preset": "adam"},
+            r"preset must be one of paper, adamw, muon, got 'adam' \(did you mean 'adamw'\?\)",
+        ),
         ({"preset": None}, "preset must be one of"),
     ],
     ids=str,
 )
 def test_options_that_contradict_each_other_are_refused(options, says):
     with pytest.raises(ValueError, match=says):
-        NovoGrad([nn.Parameter(torch.ones(3, 4))], **options)
+        NovoGrad([nn.Parameter(torch.ones(3, 4))], **{"preset": "paper", **options})
     if options.get("preset", "") is not None:
-        optimizer = NovoGrad([nn.Parameter(torch.ones(2))])
+        optimizer = NovoGrad([nn.Parameter(torch.ones(2))], preset="paper")
         with pytest.raises(ValueError, match=says):
             optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 4))], **options})
         assert len(optimizer.param_groups) == 1
 
 
 def test_a_flag_that_is_none_is_the_presets_and_one_of_the_wrong_kind_is_refused():
-    assert NovoGrad([nn.Parameter(torch.ones(2))], nesterov=None).defaults["nesterov"] is False
+    assert (
+        NovoGrad([nn.Parameter(torch.ones(2))], nesterov=None, preset="paper").defaults["nesterov"] is False
+    )
     with pytest.raises(TypeError, match="nesterov must be True or False, got 1"):
-        NovoGrad([nn.Parameter(torch.ones(2))], nesterov=1)
+        NovoGrad([nn.Parameter(torch.ones(2))], nesterov=1, preset="paper")
 
 
 # ---- against what there was ------------------------------------------------------------------------------
@@ -386,7 +404,7 @@ def test_one_row_factored_is_adams_second_moment_and_one_column_that_of_rows():
 def test_the_paper_is_still_the_default():
     p = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
     oracle = Oracle([p.detach().numpy()], lr=0.1)
-    optimizer = NovoGrad([p], lr=0.1)
+    optimizer = NovoGrad([p], lr=0.1, preset="paper")
     for step in range(4):
         g = np.random.default_rng(step).standard_normal((5, 4))
         p.grad = torch.from_numpy(g)
@@ -398,7 +416,7 @@ def test_the_paper_is_still_the_default():
 def test_options_that_a_schedule_turns_on_and_off_take_effect():
     params = parameters()
     oracle = FactoredOracle([p.detach().numpy() for p in params], lr=0.01)
-    optimizer = NovoGrad(params, **ADAMW)
+    optimizer = NovoGrad(params, **{"preset": "paper", **ADAMW})
     for step in range(6):
         changed = {
             "clip_threshold": [None, 0.3, None][step % 3],

@@ -127,7 +127,7 @@ def test_documented_arguments_reproduce(row, dtype):
     theirs = {name: rng.standard_normal(shape) for name, shape in (("a", (7, 5)), ("b", (11,)))}
     ours = {name: torch.tensor(p, dtype=dtype, requires_grad=True) for name, p in theirs.items()}
     implementations = {name: IMPLEMENTATIONS[row]() for name in theirs}
-    optimizer = NovoGrad(ours.values(), weight_decay=WEIGHT_DECAY, **documented()[row])
+    optimizer = NovoGrad(ours.values(), weight_decay=WEIGHT_DECAY, **{"preset": "paper", **documented()[row]})
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = learning_rate(step)
         for name, p in theirs.items():

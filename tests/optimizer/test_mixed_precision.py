@@ -28,7 +28,9 @@ def scaler():
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_scaled_gradients_give_the_same_bits(options):
     plain, scaled, amp = model(), model(), scaler()
-    expected, optimizer = (NovoGrad(m.parameters(), lr=0.1, **options) for m in (plain, scaled))
+    expected, optimizer = (
+        NovoGrad(m.parameters(), lr=0.1, **{"preset": "paper", **options}) for m in (plain, scaled)
+    )
     for step in range(6):  # the scale grows on the way; it is a power of two
         for o in (expected, optimizer):
             o.zero_grad()
@@ -47,7 +49,7 @@ def test_scaled_gradients_give_the_same_bits(options):
 
 def test_unscaling_before_the_step_works_too():
     plain, scaled, amp = model(), model(), scaler()
-    expected, optimizer = (NovoGrad(m.parameters(), lr=0.1) for m in (plain, scaled))
+    expected, optimizer = (NovoGrad(m.parameters(), lr=0.1, preset="paper") for m in (plain, scaled))
     loss_of(plain, 0).backward()
     nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
     expected.step()
@@ -60,7 +62,7 @@ def test_unscaling_before_the_step_works_too():
 
 def test_a_step_with_an_overflow_changes_nothing_and_is_counted():
     m, amp = model(), scaler()
-    optimizer = NovoGrad(m.named_parameters(), lr=0.1)
+    optimizer = NovoGrad(m.named_parameters(), lr=0.1, preset="paper")
     for step in range(3):
         optimizer.zero_grad()
         amp.scale(loss_of(m, step)).backward()
@@ -89,7 +91,7 @@ def test_the_scale_may_be_on_another_device(options, another_device):
     weights = []
     for device in (torch.device("cpu"), another_device):
         m = model()
-        optimizer = NovoGrad(m.parameters(), lr=0.1, **options)
+        optimizer = NovoGrad(m.parameters(), lr=0.1, **{"preset": "paper", **options})
         for step, overflow in enumerate((0.0, 1.0, 0.0)):
             optimizer.zero_grad()
             (8 * loss_of(m, step)).backward()
@@ -104,7 +106,7 @@ def test_the_scale_may_be_on_another_device(options, another_device):
 
 def test_a_loss_scale_that_float32_could_not_square_is_no_overflow():
     p = nn.Parameter(torch.ones(4))
-    optimizer = NovoGrad([p], lr=0.1)
+    optimizer = NovoGrad([p], lr=0.1, preset="paper")
     p.grad = torch.full((4,), 1e25)
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(1e25), torch.tensor(0.0)
     optimizer.step()

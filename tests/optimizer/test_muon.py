@@ -283,7 +283,22 @@ def test_what_is_no_matrix_is_refused_by_name(shape):
         NovoGrad([("bias", nn.Parameter(torch.ones(shape)))], lr=0.1, **HIDDEN)
 
 
-def test_a_vector_that_a_loaded_state_orthogonalises_is_refused_at_the_step():
+def test_loading_leaves_it_to_the_optimizer_what_is_orthogonalised():
+    params, others = parameters([(4, 6), (6,)]), parameters([(4, 6), (6,)])
+    groups = [{"params": params[:1], "orthogonalize": True}, {"params": params[1:], "orthogonalize": False}]
+    optimizer = NovoGrad(groups, lr=0.1, preset="muon")
+    plain = NovoGrad(
+        [{"params": others[:1]}, {"params": others[1:]}], lr=0.2, preset="muon", orthogonalize=False
+    )
+    train(plain, others, gradients(others, 2))
+    saved = plain.state_dict()
+    del saved["param_groups"][0]["orthogonalize"]  # as of before there was the option
+    optimizer.load_state_dict(saved)
+    assert [(g["orthogonalize"], g["lr"]) for g in optimizer.param_groups] == [(True, 0.2), (False, 0.2)]
+    train(optimizer, params, gradients(params, 1))
+
+
+def test_a_vector_that_is_to_be_orthogonalised_is_refused_at_the_step():
     (p,) = parameters([(6,)])
     optimizer = NovoGrad([p], lr=0.1, preset="muon", orthogonalize=False)
     optimizer.param_groups[0]["orthogonalize"] = True

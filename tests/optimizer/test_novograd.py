@@ -36,7 +36,7 @@ def test_follows_algorithm_1(options, dtype, bound):
     # The bound of float64 is that of v, which is kept in float32.
     params = parameters(dtype)
     oracle = Oracle([p.detach().numpy() for p in params], lr=0.03, **options)
-    run(params, NovoGrad(params, lr=0.03, **options), oracle)
+    run(params, NovoGrad(params, lr=0.03, **{"preset": "paper", **options}), oracle)
     assert worst(params, oracle) < bound
 
 
@@ -45,7 +45,7 @@ def test_follows_algorithm_1(options, dtype, bound):
 def test_low_precision_weights_differ_by_their_own_rounding_only(dtype, bound):
     params = parameters(dtype)
     oracle = Oracle([p.detach().double().numpy() for p in params], lr=0.03)
-    optimizer = NovoGrad(params, lr=0.03)
+    optimizer = NovoGrad(params, lr=0.03, preset="paper")
     grads = set_gradients(params, gradients(0))
     optimizer.step()
     oracle.step(grads)
@@ -58,7 +58,7 @@ def test_low_precision_weights_differ_by_their_own_rounding_only(dtype, bound):
 def test_statistic_of_float16_gradients_does_not_overflow():
     p = nn.Parameter(torch.zeros(100, dtype=torch.float16))
     p.grad = torch.full_like(p, 60000.0)
-    optimizer = NovoGrad([p], lr=1.0)
+    optimizer = NovoGrad([p], lr=1.0, preset="paper")
     optimizer.step()
     assert optimizer.state[p]["exp_avg_sq"].item() == pytest.approx(100 * 60000.0**2, rel=1e-2)
     assert torch.allclose(p, torch.full_like(p, -0.1), rtol=1e-3)
@@ -67,7 +67,10 @@ def test_statistic_of_float16_gradients_does_not_overflow():
 @pytest.mark.parametrize("limit", [0.5, 1e9])
 def test_max_grad_norm_is_clip_grad_norm(limit):
     ours, theirs = parameters(), parameters()
-    optimizer, plain = NovoGrad(ours, lr=0.03, max_grad_norm=limit), NovoGrad(theirs, lr=0.03)
+    optimizer, plain = (
+        NovoGrad(ours, lr=0.03, max_grad_norm=limit, preset="paper"),
+        NovoGrad(theirs, lr=0.03, preset="paper"),
+    )
     oracle = Oracle([p.detach().numpy() for p in ours], lr=0.03)
     for step in range(5):
         grads = set_gradients(ours, gradients(step))
@@ -85,7 +88,7 @@ def test_max_grad_norm_counts_all_groups_together():
     params = parameters()
     groups = [{"params": params[:2], "lr": 0.03}, {"params": params[2:], "lr": 0.03}]
     oracle = Oracle([p.detach().numpy() for p in params], lr=0.03)
-    run(params, NovoGrad(groups, max_grad_norm=0.1), oracle, clip=0.1)
+    run(params, NovoGrad(groups, max_grad_norm=0.1, preset="paper"), oracle, clip=0.1)
     assert worst(params, oracle) < 2e-6
 
 
@@ -95,7 +98,7 @@ def test_groups_have_their_own_options():
         {"params": params[:3], "lr": 0.1, "weight_decay": 0.2, "betas": [0.5, 0.7]},
         {"params": params[3:], "grad_averaging": True, "norm_type": 0},
     ]
-    optimizer = NovoGrad(groups, lr=0.01)
+    optimizer = NovoGrad(groups, lr=0.01, preset="paper")
     first = Oracle([p.detach().numpy() for p in params[:3]], lr=0.1, weight_decay=0.2, betas=(0.5, 0.7))
     second = Oracle([p.detach().numpy() for p in params[3:]], lr=0.01, grad_averaging=True, norm_type=0)
     for step in range(6):
@@ -115,7 +118,7 @@ def test_groups_have_their_own_options():
 def test_layer_without_gradient_from_the_start_is_bit_for_bit_unchanged(options):
     params = parameters()
     before = [p.detach().clone() for p in params]
-    optimizer = NovoGrad(params, lr=0.1, weight_decay=0.5, **options)
+    optimizer = NovoGrad(params, lr=0.1, weight_decay=0.5, **{"preset": "paper", **options})
     for step in range(3):
         set_gradients(params, gradients(step))
         params[0].grad.zero_()
@@ -128,8 +131,8 @@ def test_layer_without_gradient_from_the_start_is_bit_for_bit_unchanged(options)
 def test_late_layer_starts_as_if_it_were_the_first_step():
     late, fresh = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
     optimizer, other = (
-        NovoGrad([late], lr=0.1, bias_correction=True),
-        NovoGrad([fresh], lr=0.1, bias_correction=True),
+        NovoGrad([late], lr=0.1, bias_correction=True, preset="paper"),
+        NovoGrad([fresh], lr=0.1, bias_correction=True, preset="paper"),
     )
     for _ in range(5):
         late.grad = torch.zeros(4)
@@ -146,7 +149,7 @@ def test_late_layer_starts_as_if_it_were_the_first_step():
 def test_nonfinite_gradient_changes_nothing_and_is_told_by_name(value, norm_type, when):
     named = dict(zip(["a", "b", "c", "d", "e", "f"], parameters(), strict=True))
     params = list(named.values())
-    optimizer = NovoGrad(named.items(), lr=0.1, weight_decay=0.1, norm_type=norm_type)
+    optimizer = NovoGrad(named.items(), lr=0.1, weight_decay=0.1, norm_type=norm_type, preset="paper")
     for step in range(when):
         set_gradients(params, gradients(step))
         optimizer.step()
@@ -169,7 +172,7 @@ def test_nonfinite_gradient_changes_nothing_and_is_told_by_name(value, norm_type
 
 def test_statistic_beyond_float32_skips_the_step_rather_than_poison_v():
     p = nn.Parameter(torch.zeros(4, dtype=torch.float64))
-    optimizer = NovoGrad([p], lr=0.1)
+    optimizer = NovoGrad([p], lr=0.1, preset="paper")
     p.grad = torch.full_like(p, 1e30)
     optimizer.step()
     assert optimizer.skipped_steps == 1
@@ -179,7 +182,9 @@ def test_statistic_beyond_float32_skips_the_step_rather_than_poison_v():
 def test_gradients_are_never_written_to():
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         params = parameters(dtype)
-        optimizer = NovoGrad(params, lr=0.1, weight_decay=0.1, max_grad_norm=0.1, maximize=True)
+        optimizer = NovoGrad(
+            params, lr=0.1, weight_decay=0.1, max_grad_norm=0.1, maximize=True, preset="paper"
+        )
         for step in range(2):
             set_gradients(params, gradients(step))
             kept = [p.grad.clone() for p in params]
@@ -189,7 +194,7 @@ def test_gradients_are_never_written_to():
 
 def test_parameters_without_gradient_get_no_state():
     params = parameters()
-    optimizer = NovoGrad(params, lr=0.1)
+    optimizer = NovoGrad(params, lr=0.1, preset="paper")
     optimizer.step()
     assert not optimizer.state
     params[1].grad = torch.ones_like(params[1])
@@ -203,7 +208,7 @@ def test_state_is_4_bytes_per_parameter_and_4_per_layer():
 
     params = parameters()
     for options, expected in (({}, 4), ({"betas": (0, 0.98)}, 0)):
-        optimizer = NovoGrad(params, lr=0.1, **options)
+        optimizer = NovoGrad(params, lr=0.1, **{"preset": "paper", **options})
         set_gradients(params, gradients(0))
         optimizer.step()
         elements = sum(p.numel() for p in params)
@@ -221,7 +226,7 @@ def test_any_memory_layout(layout):
     }[layout]()
     p = base.requires_grad_() if base.is_leaf else base.detach().requires_grad_()
     oracle = Oracle([p.detach().numpy()], lr=0.1, weight_decay=0.1)
-    optimizer = NovoGrad([p], lr=0.1, weight_decay=0.1)
+    optimizer = NovoGrad([p], lr=0.1, weight_decay=0.1, preset="paper")
     for _ in range(3):
         g = torch.randn(p.shape)
         p.grad = g.t().contiguous().t() if layout == "gradient only" else g
@@ -236,7 +241,7 @@ def test_any_memory_layout(layout):
 def test_schedulers_and_tensor_learning_rates():
     for lr in (0.1, torch.tensor(0.1), torch.tensor([0.1], dtype=torch.float64)):
         params = parameters()
-        optimizer = NovoGrad(params, lr=lr)
+        optimizer = NovoGrad(params, lr=lr, preset="paper")
         scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
         oracle = Oracle([p.detach().numpy() for p in params], lr=0.1)
         for step in range(4):
@@ -250,7 +255,7 @@ def test_schedulers_and_tensor_learning_rates():
 
 def test_one_cycle_momentum():
     params = parameters()
-    optimizer = NovoGrad(params, lr=0.1)
+    optimizer = NovoGrad(params, lr=0.1, preset="paper")
     scheduler = OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
     oracle = Oracle([p.detach().numpy() for p in params], lr=0.1)
     for step in range(8):
@@ -265,7 +270,7 @@ def test_one_cycle_momentum():
 
 def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
     p = nn.Parameter(torch.tensor([3.0]))
-    optimizer = NovoGrad([p], lr=0.5)
+    optimizer = NovoGrad([p], lr=0.5, preset="paper")
 
     def closure():
         optimizer.zero_grad()
@@ -279,7 +284,7 @@ def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
 
 def test_step_hooks_and_named_parameters():
     model = nn.Linear(3, 2)
-    optimizer = NovoGrad(model.named_parameters(), lr=0.1)
+    optimizer = NovoGrad(model.named_parameters(), lr=0.1, preset="paper")
     calls = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
     optimizer.register_step_post_hook(lambda *_: calls.append("post"))
@@ -292,7 +297,7 @@ def test_step_hooks_and_named_parameters():
 
 def test_added_group_is_stepped():
     params = parameters()
-    optimizer = NovoGrad(params[:2], lr=0.03)
+    optimizer = NovoGrad(params[:2], lr=0.03, preset="paper")
     optimizer.add_param_group({"params": params[2:]})
     oracle = Oracle([p.detach().numpy() for p in params], lr=0.03)
     run(params, optimizer, oracle)
@@ -304,7 +309,7 @@ def test_optimizer_keeps_no_parameter_alive():
     import weakref
 
     p = nn.Parameter(torch.ones(3))
-    optimizer = NovoGrad([p], lr=0.1)
+    optimizer = NovoGrad([p], lr=0.1, preset="paper")
     p.grad = torch.ones(3)
     optimizer.step()
     gone = weakref.ref(p)
@@ -320,7 +325,7 @@ def test_loss_goes_down_on_a_real_problem():
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
     x = torch.randn(256, 8)
     y = torch.sin(x.sum(1, keepdim=True))
-    optimizer = NovoGrad(model.parameters(), lr=0.01, betas=(0.9, 0.98))
+    optimizer = NovoGrad(model.parameters(), lr=0.01, betas=(0.9, 0.98), preset="paper")
     losses = []
     for _ in itertools.repeat(None, 300):
         optimizer.zero_grad()

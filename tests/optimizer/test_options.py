@@ -52,10 +52,10 @@ from novoscale import NovoGrad
 )
 def test_bad_option_is_named(options, error, says):
     with pytest.raises(error, match=says):
-        NovoGrad([nn.Parameter(torch.ones(2))], **options)
+        NovoGrad([nn.Parameter(torch.ones(2))], **{"preset": "paper", **options})
     if "lr" in options or "betas" in options:
         with pytest.raises(error, match=says):
-            NovoGrad([{"params": [nn.Parameter(torch.ones(2))], **options}])
+            NovoGrad([{"params": [nn.Parameter(torch.ones(2))], **options}], preset="paper")
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_bad_option_is_named(options, error, says):
 def test_bad_parameter_is_named_and_not_added(parameter, says):
     good = nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match=f"parameter 1 of param group 0.*{says}"):
-        NovoGrad([good, parameter()])
-    optimizer = NovoGrad([("good", good)])
+        NovoGrad([good, parameter()], preset="paper")
+    optimizer = NovoGrad([("good", good)], preset="paper")
     with pytest.raises(ValueError, match=f"odd.*{says}"):
         optimizer.add_param_group({"params": [("odd", parameter())]})
     assert len(optimizer.param_groups) == 1
@@ -80,7 +80,7 @@ def test_bad_parameter_is_named_and_not_added(parameter, says):
 def test_bad_gradient_is_named_and_nothing_changed():
     embedding = nn.Embedding(5, 3, sparse=True)
     other = nn.Parameter(torch.ones(2))
-    optimizer = NovoGrad([("other", other), ("table", embedding.weight)], lr=0.1)
+    optimizer = NovoGrad([("other", other), ("table", embedding.weight)], lr=0.1, preset="paper")
     other.grad = torch.ones(2)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(RuntimeError, match="table: NovoGrad does not support sparse gradients"):
@@ -92,13 +92,15 @@ def test_bad_gradient_is_named_and_nothing_changed():
 def test_groups_that_disagree_on_max_grad_norm_are_refused():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="max_grad_norm clips the gradient of the whole model"):
-        NovoGrad([{"params": [a], "max_grad_norm": 1.0}, {"params": [b], "max_grad_norm": 2.0}])
+        NovoGrad(
+            [{"params": [a], "max_grad_norm": 1.0}, {"params": [b], "max_grad_norm": 2.0}], preset="paper"
+        )
 
 
 @pytest.mark.parametrize("numel", [6, 9])
 def test_flat_tensor_of_unknown_origin_is_refused(numel):
     model = nn.Linear(2, 2)
-    optimizer = NovoGrad(model.named_parameters(), lr=0.1)
+    optimizer = NovoGrad(model.named_parameters(), lr=0.1, preset="paper")
     flat = torch.zeros(numel, requires_grad=True)
     flat.grad = torch.ones(numel)
     optimizer.param_groups[0]["params"] = [flat]
@@ -112,7 +114,7 @@ def test_flat_tensor_of_unknown_origin_is_refused(numel):
 
 def test_parameter_that_changed_its_size_is_refused():
     p = nn.Parameter(torch.ones(4))
-    optimizer = NovoGrad([("p", p)], lr=0.1)
+    optimizer = NovoGrad([("p", p)], lr=0.1, preset="paper")
     p.data = torch.ones(6)
     p.grad = torch.ones(6)
     with pytest.raises(RuntimeError, match=r"p: .*had 4 elements when NovoGrad was given it and has 6 now"):
@@ -122,7 +124,7 @@ def test_parameter_that_changed_its_size_is_refused():
 @pytest.mark.parametrize(("option", "value"), [("granularity", "row"), ("granularity", 2)])
 def test_a_granularity_that_is_changed_while_it_is_in_use_is_refused(option, value):
     p = nn.Parameter(torch.ones(4, 2))
-    optimizer = NovoGrad([("p", p)], lr=0.1)
+    optimizer = NovoGrad([("p", p)], lr=0.1, preset="paper")
     p.grad = torch.ones(4, 2)
     optimizer.step()
     before = p.detach().clone()
@@ -135,18 +137,18 @@ def test_a_granularity_that_is_changed_while_it_is_in_use_is_refused(option, val
 def test_a_learning_rate_on_the_cpu_is_read_at_each_step_and_one_on_a_device_never():
     p = nn.Parameter(torch.ones(2))
     rate = torch.tensor(0.1)
-    optimizer = NovoGrad([p], lr=rate)
+    optimizer = NovoGrad([p], lr=rate, preset="paper")
     p.grad = torch.ones(2)
     rate.fill_(float("nan"))
     with pytest.raises(ValueError, match="param group 0: lr must be a finite number of at least 0, got nan"):
         optimizer.step()
     assert torch.equal(p, torch.ones(2))
-    NovoGrad([p], lr=torch.tensor(-0.1, device="meta"))  # which has nothing to read
+    NovoGrad([p], lr=torch.tensor(-0.1, device="meta"), preset="paper")  # which has nothing to read
 
 
 def test_numbers_of_a_part_are_refused_where_they_are_not_known():
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    optimizer = NovoGrad([("a", a)])
+    optimizer = NovoGrad([("a", a)], preset="paper")
     with pytest.raises(ValueError, match="a is not in the param groups that number_as was given"):
         optimizer.number_as([{"params": [b]}])
     optimizer.number_as([{"params": [b, a]}])
@@ -166,7 +168,10 @@ def test_copies_that_have_other_places_stay_the_same_if_they_are_numbered_as_in_
         first, last = nn.Parameter(tied.clone()), nn.Parameter(tied.clone())
         layer, head = nn.Parameter(torch.zeros(80)), nn.Parameter(torch.zeros(64))
         options = {"lr": 0.01, "preset": "adamw", "momentum_dtype": momentum_dtype}
-        optimizers = NovoGrad([first, layer], **options), NovoGrad([head, last], **options)
+        optimizers = (
+            NovoGrad([first, layer], **{"preset": "paper", **options}),
+            NovoGrad([head, last], **{"preset": "paper", **options}),
+        )
         if numbered:
             optimizers[0].number_as([{"params": [first, layer, "of another stage"]}])
             optimizers[1].number_as([{"params": [last, "of another stage", head]}])

@@ -36,7 +36,7 @@ def test_fused_weights_are_as_many_layers_as_said():
     groups = param_groups(model, weight_decay=0.1, fused={"qkv": 3})
     assert of(groups, "qkv.weight") == (0.1, 3)
     assert of(groups, "qkv.bias") == (0.0, 3)
-    optimizer = NovoGrad(groups, lr=0.1)
+    optimizer = NovoGrad(groups, lr=0.1, preset="paper")
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()

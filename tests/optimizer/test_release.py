@@ -53,7 +53,7 @@ def test_it_is_the_same_training_with_param_groups_and_layers_that_are_left_out(
         made = param_groups(model, weight_decay=0.1)
         for index, group in enumerate(made):
             group["lr"] = 0.01 * (1 + index)
-        return [NovoGrad(made, momentum_dtype="int4")]
+        return [NovoGrad(made, momentum_dtype="int4", preset="paper")]
 
     assert_same_training(Model, groups, step, steps=9)
 
@@ -62,7 +62,10 @@ def test_it_is_the_same_training_with_two_optimizers():
     def two(model):
         blocks = list(model.blocks.parameters())
         others = [p for p in model.parameters() if not any(p is q for q in blocks)]
-        return [NovoGrad(blocks, lr=0.02, preset="adamw"), NovoGrad(others, lr=0.01, momentum_dtype="int8")]
+        return [
+            NovoGrad(blocks, lr=0.02, preset="adamw"),
+            NovoGrad(others, lr=0.01, momentum_dtype="int8", preset="paper"),
+        ]
 
     assert_same_training(Model, two)
 
@@ -112,7 +115,7 @@ def test_two_losses_of_one_graph_are_the_same_training():
 
 def test_a_learning_rate_that_is_a_tensor_is_the_one_of_the_step():
     def tensor(model):
-        return [NovoGrad(model.parameters(), lr=torch.tensor(0.02))]
+        return [NovoGrad(model.parameters(), lr=torch.tensor(0.02), preset="paper")]
 
     assert_same_training(Model, tensor)
 
@@ -121,7 +124,7 @@ def test_loaded_state_is_gone_on_with():
     def run(released):
         torch.manual_seed(0)
         model = Model()
-        optimizer = NovoGrad(model.parameters(), lr=0.02, momentum_dtype="int8")
+        optimizer = NovoGrad(model.parameters(), lr=0.02, momentum_dtype="int8", preset="paper")
         handle = release_gradients(model, optimizer) if released else None
         for step in range(6):
             if step == 3:  # between backward and step: what was stepped is as it was
@@ -144,7 +147,7 @@ def test_loaded_state_is_gone_on_with():
 @pytest.mark.filterwarnings("ignore:reentrant")
 def test_no_gradient_is_left_after_the_backward_pass(reentrant):
     model = Model(reentrant=reentrant)
-    optimizer = NovoGrad(model.parameters(), lr=0.02)
+    optimizer = NovoGrad(model.parameters(), lr=0.02, preset="paper")
     release_gradients(model, optimizer)
     before = copy.deepcopy(model.state_dict())
     for step in range(3):
@@ -172,7 +175,7 @@ def test_less_than_half_of_the_gradients_is_there_at_once(reentrant):
     for p in model.parameters():
         if p.requires_grad:
             p.register_post_accumulate_grad_hook(count)  # before that which releases
-    optimizer = NovoGrad(model.parameters(), lr=0.02)
+    optimizer = NovoGrad(model.parameters(), lr=0.02, preset="paper")
     release_gradients(model, optimizer)
     for step in range(3):
         most = 0
@@ -185,7 +188,7 @@ def test_less_than_half_of_the_gradients_is_there_at_once(reentrant):
 
 def test_a_step_has_few_calls_and_keeps_its_tables(monkeypatch):
     model = Model(tied=False, blocks=300)
-    optimizer = NovoGrad(model.parameters(), lr=0.02)
+    optimizer = NovoGrad(model.parameters(), lr=0.02, preset="paper")
     release_gradients(model, optimizer)
     calls = []
     counting_steps(monkeypatch, calls.append)
@@ -203,7 +206,7 @@ def test_a_step_has_few_calls_and_keeps_its_tables(monkeypatch):
 def test_thousands_of_tables_are_kept(monkeypatch):
     monkeypatch.setattr("novoscale.optimizer.release.ENOUGH", 1)  # each parameter alone
     model = Model(tied=False, blocks=300)
-    optimizer = NovoGrad(model.parameters(), lr=0.02)
+    optimizer = NovoGrad(model.parameters(), lr=0.02, preset="paper")
     release_gradients(model, optimizer)
     plain_step(model, [optimizer], 0, [])
     tables = {id(ready) for ready in optimizer._step_tables.values()}
@@ -230,13 +233,13 @@ def swapped(model):
 def test_parameters_whose_contents_are_swapped_release_their_gradients(before, swap):
     torch.manual_seed(0)
     model = Model()
-    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    optimizer = NovoGrad(model.parameters(), lr=0.1, preset="paper")
     handle = release_gradients(model, optimizer)
     for step in range(before):
         plain_step(model, [optimizer], step, [])
     swap(model)
     other = copy.deepcopy(model)
-    expected = NovoGrad(other.parameters(), lr=0.1)
+    expected = NovoGrad(other.parameters(), lr=0.1, preset="paper")
     expected.load_state_dict(optimizer.state_dict())
     for step in range(before, before + 2):
         loss_of(model, step).backward()
@@ -251,7 +254,7 @@ def test_parameters_whose_contents_are_swapped_release_their_gradients(before, s
 
 def test_the_former_contents_of_a_parameter_are_stepped_by_nobody():
     model = Model()
-    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    optimizer = NovoGrad(model.parameters(), lr=0.1, preset="paper")
     release_gradients(model, optimizer)
     former = torch.nn.Parameter(torch.zeros_like(model.norm.weight))
     torch.utils.swap_tensors(model.norm.weight, former)
@@ -262,7 +265,7 @@ def test_the_former_contents_of_a_parameter_are_stepped_by_nobody():
 @pytest.mark.parametrize("steps", [0, 1])
 def test_a_model_can_be_saved_and_copied(steps):
     model = torch.nn.Sequential(torch.nn.Linear(3, 3))
-    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    optimizer = NovoGrad(model.parameters(), lr=0.1, preset="paper")
     release_gradients(model, optimizer)
     for _ in range(steps):
         model(torch.ones(2, 3)).sum().backward()
@@ -280,7 +283,7 @@ def test_a_model_can_be_saved_and_copied(steps):
 
 def test_removed_it_is_a_step_as_usual():
     model = Model()
-    optimizer = NovoGrad(model.parameters(), lr=0.02)
+    optimizer = NovoGrad(model.parameters(), lr=0.02, preset="paper")
     with release_gradients(model, optimizer):
         plain_step(model, [optimizer], 0, [])
     loss_of(model, 1).backward()
@@ -299,7 +302,9 @@ def test_removed_it_is_a_step_as_usual():
 def test_a_gradient_that_is_not_finite_leaves_its_parameter_and_is_counted_and_named(bad, granularity):
     normalize = "rms" if granularity == "factored" else "norm"
     model = Model(tied=False)
-    optimizer = NovoGrad(model.named_parameters(), lr=0.02, granularity=granularity, normalize=normalize)
+    optimizer = NovoGrad(
+        model.named_parameters(), lr=0.02, granularity=granularity, normalize=normalize, preset="paper"
+    )
     release_gradients(model, optimizer)
     plain_step(model, [optimizer], 0, [])
     before = copy.deepcopy(model.state_dict())
@@ -326,7 +331,7 @@ def test_a_gradient_that_is_not_finite_leaves_its_parameter_and_is_counted_and_n
 
 def test_a_loss_that_is_not_finite_is_one_skipped_step():
     model = Model()
-    optimizer = NovoGrad(model.parameters(), lr=0.02)
+    optimizer = NovoGrad(model.parameters(), lr=0.02, preset="paper")
     release_gradients(model, optimizer)
     before = copy.deepcopy(model.state_dict())
     (loss_of(model, 0) * float("nan")).backward()

@@ -12,7 +12,7 @@ from novoscale import NovoGrad, release_gradients
 
 def released(**options):
     model = Model()
-    optimizer = NovoGrad(model.named_parameters(), lr=0.02, **options)
+    optimizer = NovoGrad(model.named_parameters(), lr=0.02, **{"preset": "paper", **options})
     return model, optimizer, release_gradients(model, optimizer)
 
 
@@ -42,7 +42,7 @@ def test_a_second_backward_pass_of_one_graph_is_refused():
 
 def test_max_grad_norm_is_refused_with_what_to_use_instead():
     model = Model()
-    optimizer = NovoGrad(model.parameters(), lr=0.02, max_grad_norm=1.0)
+    optimizer = NovoGrad(model.parameters(), lr=0.02, max_grad_norm=1.0, preset="paper")
     with pytest.raises(ValueError, match=r"max_grad_norm=1.0 .*clip_threshold"):
         release_gradients(model, optimizer)
     loss_of(model, 0).backward()
@@ -130,9 +130,9 @@ def test_a_model_that_is_wrapped_later_is_refused():
 def test_sparse_gradients_are_refused_by_name():
     model = nn.ModuleDict({"words": nn.Embedding(5, 3, sparse=True)})
     with pytest.raises(ValueError, match="words: sparse=True"):
-        release_gradients(model, NovoGrad(model.parameters(), lr=0.1))
+        release_gradients(model, NovoGrad(model.parameters(), lr=0.1, preset="paper"))
     plain = nn.Linear(2, 2)
-    optimizer = NovoGrad(plain.named_parameters(), lr=0.1)
+    optimizer = NovoGrad(plain.named_parameters(), lr=0.1, preset="paper")
     release_gradients(plain, optimizer)
     weight = torch.sparse.mm(torch.eye(2).to_sparse(), plain.weight)
     del weight
@@ -186,7 +186,7 @@ def test_out_of_memory_in_a_step_says_what_has_been_stepped(monkeypatch):
 
 def test_a_failure_inside_of_the_context_says_what_has_been_stepped():
     model = Model()
-    optimizer = NovoGrad(model.parameters(), lr=0.02)
+    optimizer = NovoGrad(model.parameters(), lr=0.02, preset="paper")
 
     def fail():
         with release_gradients(model, optimizer):

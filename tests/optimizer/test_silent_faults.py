@@ -38,7 +38,7 @@ def replaced(model):
 
 def test_an_optimizer_without_any_gradient_says_so_once():
     model = nn.Linear(3, 2)
-    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    optimizer = NovoGrad(model.parameters(), lr=0.1, preset="paper")
     replaced(model)
     model(torch.ones(1, 3)).sum().backward()
     with pytest.warns(UserWarning, match=r"none of its 2 parameters has a gradient.*fully_shard") as said:
@@ -48,7 +48,7 @@ def test_an_optimizer_without_any_gradient_says_so_once():
 
 def test_an_untrained_optimizer_says_so_though_its_state_was_made_for_a_checkpoint():
     model = nn.Linear(3, 2)
-    optimizer = NovoGrad(model.parameters(), lr=0.1)
+    optimizer = NovoGrad(model.parameters(), lr=0.1, preset="paper")
     get_optimizer_state_dict(model, optimizer)  # makes a step, with gradients of zeros
     assert optimizer.state
     with pytest.warns(UserWarning, match="none of its 2 parameters has a gradient"):
@@ -58,23 +58,23 @@ def test_an_untrained_optimizer_says_so_though_its_state_was_made_for_a_checkpoi
 def test_parameters_that_were_left_on_the_device_meta_are_named_as_such():
     with torch.device("meta"):
         model = nn.Linear(3, 2)
-    optimizer = NovoGrad(model.parameters())
+    optimizer = NovoGrad(model.parameters(), preset="paper")
     replaced(model)
     with pytest.warns(UserWarning, match=r"on the device meta.*to_empty"):
         optimizer.step()
 
 
 def test_no_gradient_is_no_fault_in_frozen_groups_after_a_step_or_where_it_is_released(silent):
-    frozen = NovoGrad([parameter(2, requires_grad=False)])
+    frozen = NovoGrad([parameter(2, requires_grad=False)], preset="paper")
     frozen.step()
     p = parameter(2)
-    optimizer = NovoGrad([p], lr=0.1)
+    optimizer = NovoGrad([p], lr=0.1, preset="paper")
     p.grad = torch.ones(2)
     optimizer.step()
     p.grad = None
     optimizer.step()
     model = nn.Linear(3, 2)
-    released = NovoGrad(model.parameters(), lr=0.0)
+    released = NovoGrad(model.parameters(), lr=0.0, preset="paper")
     with novoscale.release_gradients(model, released):
         model(torch.ones(1, 3)).sum().backward()
         released.step()
@@ -98,8 +98,8 @@ def test_misspelt_keys_of_param_groups_are_refused(key, option):
     good = parameter(2)
     group = {"params": [parameter(2)], key: 0.0}
     with pytest.raises(TypeError, match=f"param group 0: NovoGrad has no option '{key}': .*'{option}'"):
-        NovoGrad([group])
-    optimizer = NovoGrad([good])
+        NovoGrad([group], preset="paper")
+    optimizer = NovoGrad([good], preset="paper")
     with pytest.raises(TypeError, match=f"param group 1: NovoGrad has no option '{key}'"):
         optimizer.add_param_group(group)
     assert len(optimizer.param_groups) == 1
@@ -113,7 +113,7 @@ def test_keys_misspelt_or_of_other_optimizers_say_what_to_use():
         ("amsgrad", 1, "AMS"),
     ]:
         with pytest.raises(TypeError, match=f"param group 0: NovoGrad has no option '{key}': .*{says}"):
-            NovoGrad([{"params": [parameter(2)], key: value}])
+            NovoGrad([{"params": [parameter(2)], key: value}], preset="paper")
 
 
 def test_keys_that_others_put_there_are_no_misspelt_ones():
@@ -123,23 +123,23 @@ def test_keys_that_others_put_there_are_no_misspelt_ones():
     deepspeed = "moe allreduce name params_group_id"
     own = "label tags rank used weight_decay_start lr_of_epoch is_lora loraplus_lr_ratio correct_bias"
     for key in f"{schedulers} {timm} {megatron} {deepspeed} {own}".split():
-        NovoGrad([{"params": [parameter(2)], key: 0.5}])
+        NovoGrad([{"params": [parameter(2)], key: 0.5}], preset="paper")
     for kind in (torch.optim.AdamW, torch.optim.NAdam, torch.optim.Rprop, torch.optim.RMSprop):
         groups = copy.deepcopy(kind([parameter(2)]).param_groups)
         for group in groups:
             group.pop("momentum", None)
-        NovoGrad(groups)
+        NovoGrad(groups, preset="paper")
 
 
 def test_a_key_that_a_schedule_put_there_stays_through_a_copy_of_the_group():
-    optimizer = NovoGrad([parameter(2)], lr=0.1)
+    optimizer = NovoGrad([parameter(2)], lr=0.1, preset="paper")
     lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=4)
-    NovoGrad(optimizer.param_groups)
+    NovoGrad(optimizer.param_groups, preset="paper")
 
 
 def test_a_group_that_was_appended_is_said_to_need_add_param_group():
     p = parameter(2)
-    optimizer = NovoGrad([p], lr=0.1)
+    optimizer = NovoGrad([p], lr=0.1, preset="paper")
     optimizer.param_groups.append({"params": [parameter(2)], "lr": 0.1})
     p.grad = torch.ones(2)
     with pytest.raises(ValueError, match=r"param group 1 .* add it with optimizer.add_param_group"):
@@ -151,7 +151,7 @@ def test_a_group_that_was_appended_is_said_to_need_add_param_group():
 
 def test_a_preset_that_is_changed_later_is_refused():
     p, q = parameter(2, 2), parameter(2, 2)
-    optimizer = NovoGrad([{"params": [p]}, {"params": [q], "preset": "adamw"}], lr=0.1)
+    optimizer = NovoGrad([{"params": [p]}, {"params": [q], "preset": "adamw"}], lr=0.1, preset="paper")
     for changed in (optimizer, copy.deepcopy(optimizer)):
         (weight,) = changed.param_groups[0]["params"]
         weight.grad = torch.ones(2, 2)
@@ -197,7 +197,7 @@ def test_float16_weights_are_said_to_lose_small_steps_once(unsaid):
     for p in params:
         p.grad = torch.ones_like(p)
     with pytest.warns(UserWarning, match=r"parameter 0 of .* is float16, .*bfloat16") as said:
-        [NovoGrad(params, lr=1e-5).step() for _ in range(2)]
+        [NovoGrad(params, lr=1e-5, preset="paper").step() for _ in range(2)]
     assert len([w for w in said if "float16" in str(w.message)]) == 1
     assert torch.equal(params[0], torch.ones(2, dtype=torch.float16))  # they stand still
 
@@ -205,7 +205,7 @@ def test_float16_weights_are_said_to_lose_small_steps_once(unsaid):
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float16, False), (torch.bfloat16, True)])
 def test_nothing_is_said_of_float16_where_it_is_accepted(unsaid, silent, dtype, rounding):
     p = parameter(2, dtype=dtype)
-    optimizer = NovoGrad([p], stochastic_rounding=rounding)
+    optimizer = NovoGrad([p], stochastic_rounding=rounding, preset="paper")
     p.grad = torch.ones_like(p)
     optimizer.step()
 
@@ -215,7 +215,7 @@ def test_nothing_is_said_of_float16_where_it_is_accepted(unsaid, silent, dtype, 
 
 def grown(how, options):
     a, b, c = parameter(3, 4), parameter(5), parameter(2, 2)
-    optimizer = NovoGrad([{"params": [a]}, {"params": [b]}], lr=0.1, **options)
+    optimizer = NovoGrad([{"params": [a]}, {"params": [b]}], lr=0.1, **{"preset": "paper", **options})
     for p in (a, b):
         p.grad = torch.full_like(p, 0.3)
     optimizer.step()
@@ -252,7 +252,7 @@ def test_a_parameter_that_comes_in_the_middle_has_its_place_from_then_on():
 
 def test_what_cannot_be_stepped_is_not_adopted():
     p = parameter(4)
-    optimizer = NovoGrad([p], lr=0.1)
+    optimizer = NovoGrad([p], lr=0.1, preset="paper")
     flat = parameter(4)
     flat._fsdp_flattened = True
     odd = parameter(4, dtype=torch.complex64)
@@ -272,7 +272,7 @@ def thawed(frozen_at_first, resumed=False):
     options = {"lr": 0.01, "momentum_dtype": "int8"}
     params[1].requires_grad_(not frozen_at_first)
     params[2].requires_grad_(not frozen_at_first)
-    optimizer = NovoGrad(params, **options)
+    optimizer = NovoGrad(params, **{"preset": "paper", **options})
     for step in range(4):
         for number, p in enumerate(params):
             p.requires_grad_(number == 0 or step > 1 or not frozen_at_first)
@@ -283,7 +283,7 @@ def thawed(frozen_at_first, resumed=False):
         if resumed and step == 0:
             params[2].requires_grad_(True)
             state = copy.deepcopy(optimizer.state_dict())
-            optimizer = NovoGrad(params, **options)
+            optimizer = NovoGrad(params, **{"preset": "paper", **options})
             optimizer.load_state_dict(state)
     return params
 
@@ -300,7 +300,11 @@ def test_frozen_parameters_of_any_kind_are_accepted_and_refused_when_thawed(opti
     p = parameter(6, 3)
     frozen = [parameter(7, dtype=d, requires_grad=False) for d in (torch.uint8, torch.complex64)]
     sparse = nn.Parameter(torch.ones(2, 2).to_sparse(), requires_grad=False)
-    optimizer = NovoGrad([("p", p), ("codes", frozen[0]), ("z", frozen[1]), ("s", sparse)], lr=0.1, **options)
+    optimizer = NovoGrad(
+        [("p", p), ("codes", frozen[0]), ("z", frozen[1]), ("s", sparse)],
+        lr=0.1,
+        **{"preset": "paper", **options},
+    )
     p.grad = torch.ones_like(p)
     optimizer.step()
     assert len(optimizer.state) == 1
@@ -312,7 +316,7 @@ def test_frozen_parameters_of_any_kind_are_accepted_and_refused_when_thawed(opti
         optimizer.step()
     assert torch.equal(p, before)
     with pytest.raises(ValueError, match=r"z has dtype torch.complex64"):
-        NovoGrad([("z", frozen[1])])
+        NovoGrad([("z", frozen[1])], preset="paper")
 
 
 # ---- kinds of tensors ------------------------------------------------------------------------------------
@@ -356,12 +360,12 @@ class Named(torch.Tensor):
 def test_a_kind_of_tensor_without_elements_of_its_own_is_refused_by_name(kind):
     weight = nn.Parameter(kind(torch.ones(4, 2, dtype=torch.int8), torch.ones(())))
     with pytest.raises(ValueError, match=f"weight is a {kind.__name__}, a kind of tensor"):
-        NovoGrad([("weight", weight)])
-    optimizer = NovoGrad([("p", parameter(2))])
+        NovoGrad([("weight", weight)], preset="paper")
+    optimizer = NovoGrad([("p", parameter(2))], preset="paper")
     with pytest.raises(ValueError, match=f"weight is a {kind.__name__}, a kind of tensor"):
         optimizer.add_param_group({"params": [("weight", weight)]})
     assert not optimizer.state
-    NovoGrad([("weight", weight.requires_grad_(False))])  # which it need not read
+    NovoGrad([("weight", weight.requires_grad_(False))], preset="paper")  # which it need not read
 
 
 def test_a_kind_of_tensor_with_elements_of_its_own_is_stepped():
@@ -369,7 +373,7 @@ def test_a_kind_of_tensor_with_elements_of_its_own_is_stepped():
     assert type(weight) is Named
     plain = parameter(4, 2)
     for p in (weight, plain):
-        optimizer = NovoGrad([p], lr=0.1)
+        optimizer = NovoGrad([p], lr=0.1, preset="paper")
         p.grad = torch.ones(4, 2)
         optimizer.step()
     assert torch.equal(weight.as_subclass(torch.Tensor), plain)
@@ -402,14 +406,14 @@ def used_up(model):
 )
 def test_given_in_place_of_parameters_it_says_what_to_give(given, error, says):
     with pytest.raises(error, match=says):
-        NovoGrad(given(nn.Sequential(nn.Linear(3, 2))))
+        NovoGrad(given(nn.Sequential(nn.Linear(3, 2))), preset="paper")
 
 
 def test_given_parameters_in_place_of_a_model_it_says_so():
     model = nn.Linear(3, 2)
     with pytest.raises(TypeError, match=r"param_groups needs the model, .* got a generator"):
         novoscale.param_groups(model.parameters())
-    optimizer = NovoGrad(model.parameters())
+    optimizer = NovoGrad(model.parameters(), preset="paper")
     with pytest.raises(TypeError, match="release_gradients needs the model, and got a generator"):
         novoscale.release_gradients(model.parameters(), optimizer)
     novoscale.release_gradients(model, optimizer).remove()
@@ -420,15 +424,15 @@ def test_given_parameters_in_place_of_a_model_it_says_so():
 
 def test_an_unknown_option_has_the_nearest_or_else_the_list():
     with pytest.raises(TypeError) as near:
-        NovoGrad([parameter(2)], beta=0.9)
+        NovoGrad([parameter(2)], beta=0.9, preset="paper")
     assert str(near.value) == "NovoGrad has no option 'beta': did you mean 'betas'?"
     with pytest.raises(TypeError, match=r"its options are lr, preset, betas, .*fused$"):
-        NovoGrad([parameter(2)], xyz=1)
+        NovoGrad([parameter(2)], xyz=1, preset="paper")
 
 
 def test_fsdp1_is_refused_in_two_short_sentences():
     p = parameter(4)
-    optimizer = NovoGrad([("p", p)])
+    optimizer = NovoGrad([("p", p)], preset="paper")
     p._fsdp_flattened, p.grad = True, torch.ones(4)
     with pytest.raises(RuntimeError, match=r"p is a flat parameter of FSDP1.*use FSDP2") as refused:
         optimizer.step()

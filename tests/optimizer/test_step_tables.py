@@ -79,7 +79,7 @@ CHANGES = [
 def test_training_goes_on_when_something_has_moved(change, keep):
     params = parameters()
     oracle = Oracle([p.detach().numpy() for p in params], lr=0.1)
-    optimizer = NovoGrad(params, lr=0.1)
+    optimizer = NovoGrad(params, lr=0.1, preset="paper")
     for step in range(6):
         for p, g in zip(params, gradients(step), strict=True):
             if keep and p.grad is not None:
@@ -96,7 +96,7 @@ def test_training_goes_on_when_something_has_moved(change, keep):
 
 def test_a_cleared_state_starts_anew():
     params = parameters()
-    optimizer = NovoGrad(params, lr=0.1)
+    optimizer = NovoGrad(params, lr=0.1, preset="paper")
     for p, g in zip(params, gradients(0), strict=True):
         p.grad = g
     optimizer.step()
@@ -109,7 +109,7 @@ def test_a_cleared_state_starts_anew():
 
 def test_a_parameter_that_shrinks_in_place_is_refused_by_name():
     params = parameters()
-    optimizer = NovoGrad([(f"p{i}", p) for i, p in enumerate(params)], lr=0.1)
+    optimizer = NovoGrad([(f"p{i}", p) for i, p in enumerate(params)], lr=0.1, preset="paper")
     for p, g in zip(params, gradients(0), strict=True):
         p.grad = g
     optimizer.step()
@@ -122,7 +122,7 @@ def test_a_parameter_that_shrinks_in_place_is_refused_by_name():
 
 def test_options_and_the_set_of_gradients_may_change_from_step_to_step():
     params = parameters()
-    optimizer = NovoGrad(params, lr=0.1)
+    optimizer = NovoGrad(params, lr=0.1, preset="paper")
     oracles = [Oracle([p.detach().numpy()], lr=0.1) for p in params]
     rng = np.random.default_rng(0)
     for step in range(12):
@@ -140,7 +140,7 @@ def test_options_and_the_set_of_gradients_may_change_from_step_to_step():
 
 def test_a_schedule_of_an_option_makes_no_new_plan():
     params = parameters()
-    optimizer = NovoGrad(params, lr=0.1)
+    optimizer = NovoGrad(params, lr=0.1, preset="paper")
     with mock.patch.object(step_tables, "plan", wraps=step_tables.plan) as plans:
         for step in range(5):
             optimizer.param_groups[0]["weight_decay"] = 0.1 * step
@@ -155,7 +155,7 @@ def test_a_schedule_of_an_option_makes_no_new_plan():
 @pytest.mark.parametrize("options", [{}, {"preset": "adamw", "scale_parameter": True}], ids=str)
 def test_tables_are_made_once(options):
     params = parameters()
-    optimizer = NovoGrad(params, lr=0.1, **options)
+    optimizer = NovoGrad(params, lr=0.1, **{"preset": "paper", **options})
     with mock.patch.object(step_tables, "build", wraps=step_tables.build) as made:
         for step in range(4):
             for p, g in zip(params, gradients(step), strict=True):
@@ -170,7 +170,7 @@ def test_tables_are_made_once(options):
 def test_the_state_of_each_tensor_is_its_own():
     """No view of a vector of all: it can be saved, copied and moved by itself."""
     params = parameters()
-    optimizer = NovoGrad(params, lr=0.1, bias_correction=True)
+    optimizer = NovoGrad(params, lr=0.1, bias_correction=True, preset="paper")
     for p, g in zip(params, gradients(0), strict=True):
         p.grad = g
     optimizer.step()
@@ -216,7 +216,9 @@ def test_gradients_may_have_any_order_and_another_at_each_step(of_param, options
     """Dense in another order, expanded from one element: the step is that of a contiguous copy."""
     torch.manual_seed(0)
     weight = of_param(torch.randn(16, 8, 9, 16))
-    optimizers = [NovoGrad([nn.Parameter(weight.clone())], lr=0.1, **options) for _ in range(2)]
+    optimizers = [
+        NovoGrad([nn.Parameter(weight.clone())], lr=0.1, **{"preset": "paper", **options}) for _ in range(2)
+    ]
     params = [optimizer.param_groups[0]["params"][0] for optimizer in optimizers]
     for step in range(2 * len(ORDERS)):
         params[0].grad = ORDERS[(3 * step) % len(ORDERS)](torch.randn(weight.shape))
@@ -241,7 +243,7 @@ COST = {
 @pytest.mark.parametrize("change", COST.values(), ids=COST)
 def test_options_that_change_make_no_new_tables(change):
     params = parameters()
-    optimizer = NovoGrad(params, lr=0.1, weight_decay=1.0)
+    optimizer = NovoGrad(params, lr=0.1, weight_decay=1.0, preset="paper")
     with mock.patch.object(step_tables, "build", wraps=step_tables.build) as made:
         for step in range(1, 6):
             change(optimizer.param_groups[0], step)
@@ -268,7 +270,9 @@ def test_one_tensor_for_the_reference_does_not_cost_the_others_their_tables(monk
     monkeypatch.setattr(step_tables, "build", lambda *args: made.append(1) or build(*args))
     for fused in (None, False):
         params = [*parameters(), nn.Parameter(torch.ones(4, 6).t())]
-        optimizers.append((NovoGrad(params, lr=0.1, momentum_dtype="bfloat16", fused=fused), params))
+        optimizers.append(
+            (NovoGrad(params, lr=0.1, momentum_dtype="bfloat16", fused=fused, preset="paper"), params)
+        )
     for step in range(4):
         for optimizer, params in optimizers:
             for p, g in zip(params, [*gradients(step), torch.full((6, 4), 0.1 * step)], strict=True):

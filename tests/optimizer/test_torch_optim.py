@@ -27,7 +27,7 @@ from novoscale import NovoGrad, kernels
 @pytest.mark.parametrize("contiguous", [True, False])
 def test_the_loss_goes_the_right_way(options, implementation, contiguous):
     problem = Problem(contiguous)
-    optimizer = NovoGrad(problem.params, **options_of(options, implementation))
+    optimizer = NovoGrad(problem.params, **{"preset": "paper", **options_of(options, implementation)})
     before = problem.loss().item()
     if implementation == "fused" and not contiguous:
         with pytest.raises(RuntimeError, match=r"fused.*dense tensors of .* equal strides.*Leave fused out"):
@@ -66,8 +66,8 @@ def test_parameters_of_several_dtypes_are_stepped_as_each_by_itself(options, imp
         return params
 
     together, apart = made(), made()
-    optimizers = [NovoGrad(together, **chosen)]
-    optimizers += [NovoGrad([p], **copy.deepcopy(chosen), seed=0) for p in apart]
+    optimizers = [NovoGrad(together, **{"preset": "paper", **chosen})]
+    optimizers += [NovoGrad([p], **{"preset": "paper", **copy.deepcopy(chosen)}, seed=0) for p in apart]
     for optimizer, (number, p) in zip(optimizers[1:], enumerate(apart), strict=True):
         # The random bits depend on the number of the parameter.
         optimizer.number_as([{"params": [*apart[:number], p]}])
@@ -81,7 +81,7 @@ def test_parameters_of_several_dtypes_are_stepped_as_each_by_itself(options, imp
 def test_a_step_without_gradients_changes_nothing_and_makes_no_state(options, implementation):
     problem = Problem()
     before = problem.twin()
-    optimizer = NovoGrad(problem.params, **options_of(options, implementation))
+    optimizer = NovoGrad(problem.params, **{"preset": "paper", **options_of(options, implementation)})
     optimizer.step()
     assert problem.same_bits(before)
     assert not optimizer.state
@@ -91,7 +91,7 @@ def test_a_step_without_gradients_changes_nothing_and_makes_no_state(options, im
 def test_a_step_with_gradients_of_zero_changes_nothing(options, implementation):
     problem = Problem()
     before = problem.twin()
-    optimizer = NovoGrad(problem.params, **options_of(options, implementation))
+    optimizer = NovoGrad(problem.params, **{"preset": "paper", **options_of(options, implementation)})
     for p in problem.params:
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -109,7 +109,9 @@ def test_every_stepped_parameter_has_state(options, implementation):
 def test_an_empty_parameter_does_not_disturb_the_others(options, implementation):
     alone, _ = trained(options, implementation)
     problem, empty = Problem(), nn.Parameter(torch.empty(0, 5))
-    optimizer = NovoGrad([*problem.params, empty], **options_of(options, implementation))
+    optimizer = NovoGrad(
+        [*problem.params, empty], **{"preset": "paper", **options_of(options, implementation)}
+    )
     empty.grad = torch.empty(0, 5)
     problem.train(optimizer)
     assert problem.same_bits(alone)
@@ -132,7 +134,7 @@ def test_the_default_dtype_does_not_matter(options, implementation):
     problem = Problem()
     torch.set_default_dtype(torch.float64)
     try:
-        problem.train(NovoGrad(problem.params, **options_of(options, implementation)))
+        problem.train(NovoGrad(problem.params, **{"preset": "paper", **options_of(options, implementation)}))
     finally:
         torch.set_default_dtype(torch.float32)
     assert problem.same_bits(expected)

@@ -54,18 +54,26 @@ SCHEDULERS = {
 def test_a_learning_rate_of_any_kind_is_that_number(options, implementation, lr):
     problem, twin = Problem(), Problem()
     chosen = options_of(options, implementation)
-    problem.train(NovoGrad(problem.params, **chosen | {"lr": lr}))
-    assert problem.same_bits(twin.train(NovoGrad(twin.params, **chosen | {"lr": 0.125})))
+    problem.train(NovoGrad(problem.params, **{"preset": "paper", **chosen | {"lr": lr}}))
+    assert problem.same_bits(
+        twin.train(NovoGrad(twin.params, **{"preset": "paper", **chosen | {"lr": 0.125}}))
+    )
 
 
 @each_implementation
 @pytest.mark.parametrize("kind", [torch.tensor, lambda n: torch.tensor([n]), np.float32])
 def test_betas_of_any_kind_are_those_numbers(implementation, kind):
     problem, twin = Problem(), Problem()
-    optimizer = NovoGrad(problem.params, betas=(kind(0.5), kind(0.75)), **IMPLEMENTATIONS[implementation])
+    optimizer = NovoGrad(
+        problem.params,
+        betas=(kind(0.5), kind(0.75)),
+        **{"preset": "paper", **IMPLEMENTATIONS[implementation]},
+    )
     assert optimizer.param_groups[0]["betas"] == (0.5, 0.75)
     problem.train(optimizer)
-    expected = NovoGrad(twin.params, betas=(0.5, 0.75), **IMPLEMENTATIONS[implementation])
+    expected = NovoGrad(
+        twin.params, betas=(0.5, 0.75), **{"preset": "paper", **IMPLEMENTATIONS[implementation]}
+    )
     assert problem.same_bits(twin.train(expected))
 
 
@@ -75,9 +83,11 @@ def test_groups_are_as_an_optimizer_each(options, implementation):
     chosen["max_grad_norm"] = None  # it is of all groups together
     own = {"lr": 0.03125, "weight_decay": 0.25}
     together, apart = Problem(), Problem()
-    optimizer = NovoGrad([{"params": [together.weight]}, {"params": [together.bias], **own}], **chosen)
-    first = NovoGrad([apart.weight], **copy.deepcopy(chosen))
-    second = NovoGrad([apart.bias], **copy.deepcopy(chosen) | own)
+    optimizer = NovoGrad(
+        [{"params": [together.weight]}, {"params": [together.bias], **own}], **{"preset": "paper", **chosen}
+    )
+    first = NovoGrad([apart.weight], **{"preset": "paper", **copy.deepcopy(chosen)})
+    second = NovoGrad([apart.bias], **{"preset": "paper", **copy.deepcopy(chosen) | own})
     second.number_as([*first.param_groups, *second.param_groups])
     for _ in range(3):
         optimizer.step(together.loss)
@@ -91,7 +101,7 @@ def test_groups_are_as_an_optimizer_each(options, implementation):
 @pytest.mark.parametrize("options", ["paper", "tensor lr", "int8", "adamw"])
 def test_schedulers_lower_the_loss_and_resume_to_the_bit(options, scheduler):
     def made(problem):
-        optimizer = NovoGrad(problem.params, **copy.deepcopy(OPTIONS[options]))
+        optimizer = NovoGrad(problem.params, **{"preset": "paper", **copy.deepcopy(OPTIONS[options])})
         return optimizer, SCHEDULERS[scheduler](optimizer)
 
     def train(problem, optimizer, schedule, steps):
@@ -116,7 +126,12 @@ def test_schedulers_lower_the_loss_and_resume_to_the_bit(options, scheduler):
 def test_options_are_saved_as_plain_numbers():
     problem = Problem()
     optimizer = NovoGrad(
-        problem.params, lr=np.float64(0.1), eps=np.float32(0), weight_decay=torch.tensor(0.5), max_grad_norm=1
+        problem.params,
+        lr=np.float64(0.1),
+        eps=np.float32(0),
+        weight_decay=torch.tensor(0.5),
+        max_grad_norm=1,
+        preset="paper",
     )
     optimizer.param_groups[0]["lr"] = np.float32(0.25)  # as a scheduler leaves it
     (group,) = through_file(optimizer.state_dict())["param_groups"]
@@ -130,7 +145,9 @@ def test_options_are_saved_as_plain_numbers():
 
 @everywhere
 def test_it_can_be_printed(options, implementation):
-    assert "lr: " in repr(NovoGrad(Problem().params, **options_of(options, implementation)))
+    assert "lr: " in repr(
+        NovoGrad(Problem().params, **{"preset": "paper", **options_of(options, implementation)})
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,32 +163,32 @@ def test_it_can_be_printed(options, implementation):
 )
 def test_parameters_are_refused_as_torch_does(params, error, says):
     with pytest.raises(error, match=says):
-        NovoGrad(params(nn.Parameter(torch.ones(2))))
+        NovoGrad(params(nn.Parameter(torch.ones(2))), preset="paper")
 
 
 def test_a_parameter_given_twice_is_warned_of():
     p = nn.Parameter(torch.ones(2))
     with pytest.warns(UserWarning, match="duplicate parameters"):
-        NovoGrad([p, p])
+        NovoGrad([p, p], preset="paper")
 
 
 @pytest.mark.parametrize("given", [{"capturable": True}, {"capturable": False}, {"differentiable": False}])
 def test_options_of_ported_code_that_change_nothing_are_taken(given):
     problem, twin = Problem(), Problem()
-    problem.train(NovoGrad(problem.params, **given))
-    assert problem.same_bits(twin.train(NovoGrad([{"params": twin.params, **given}])))
+    problem.train(NovoGrad(problem.params, **{"preset": "paper", **given}))
+    assert problem.same_bits(twin.train(NovoGrad([{"params": twin.params, **given}], preset="paper")))
 
 
 def test_a_step_is_not_differentiable():
     with pytest.raises(ValueError, match="NovoGrad: differentiable=True"):
-        NovoGrad(Problem().params, differentiable=True)
+        NovoGrad(Problem().params, differentiable=True, preset="paper")
     with pytest.raises(ValueError, match="param group 0: differentiable=True"):
-        NovoGrad([{"params": Problem().params, "differentiable": True}])
+        NovoGrad([{"params": Problem().params, "differentiable": True}], preset="paper")
 
 
 def test_foreach_and_fused_together_are_refused():
     with pytest.raises(RuntimeError, match="`fused` and `foreach` cannot be `True` together"):
-        NovoGrad(Problem().params, foreach=True, fused=True)
+        NovoGrad(Problem().params, foreach=True, fused=True, preset="paper")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +197,7 @@ def test_foreach_and_fused_together_are_refused():
 )
 def test_parameters_without_memory_are_refused_at_the_step(options, says):
     p = nn.Parameter(torch.ones(2, device="meta"))
-    optimizer = NovoGrad([p], **options)
+    optimizer = NovoGrad([p], **{"preset": "paper", **options})
     optimizer.step()
     p.grad = torch.ones_like(p)
     with pytest.raises(RuntimeError, match=says):
@@ -192,7 +209,7 @@ def test_parameters_without_memory_are_refused_at_the_step(options, says):
 def test_parameters_that_get_memory_in_their_place_are_stepped():
     with torch.device("meta"):
         model = nn.Linear(3, 2)
-    optimizer = NovoGrad(model.named_parameters(), fused=True)
+    optimizer = NovoGrad(model.named_parameters(), fused=True, preset="paper")
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
         model.to_empty(device="cpu")

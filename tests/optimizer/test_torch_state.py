@@ -20,7 +20,7 @@ def test_a_loaded_optimizer_goes_on_with_the_same_bits_and_leaves_the_state_dict
 ):
     problem, optimizer = trained(options, implementation)
     resumed = problem.twin()
-    again = NovoGrad(resumed.params, **options_of(options, implementation))
+    again = NovoGrad(resumed.params, **{"preset": "paper", **options_of(options, implementation)})
     saved = through_file(optimizer.state_dict())
     kept = copy.deepcopy(saved)
     again.load_state_dict(saved)
@@ -38,7 +38,7 @@ def test_a_state_dict_of_before_the_options_were_made_loads(options, implementat
     (group,) = saved["param_groups"]
     saved["param_groups"] = [{name: group[name] for name in ("params", state_dicts.OWN)}]
     resumed = problem.twin()
-    again = NovoGrad(resumed.params, **options_of(options, implementation))
+    again = NovoGrad(resumed.params, **{"preset": "paper", **options_of(options, implementation)})
     again.load_state_dict(saved)
     problem.train(optimizer)
     assert resumed.train(again).same_bits(problem)
@@ -52,7 +52,7 @@ def test_a_count_of_steps_that_is_a_number_loads(options, implementation):
         if "step" in state:
             state["step"] = state["step"].view(-1)[0].item()
     resumed = problem.twin()
-    again = NovoGrad(resumed.params, **options_of(options, implementation))
+    again = NovoGrad(resumed.params, **{"preset": "paper", **options_of(options, implementation)})
     again.load_state_dict(saved)
     problem.train(optimizer)
     assert resumed.train(again).same_bits(problem)
@@ -61,10 +61,10 @@ def test_a_count_of_steps_that_is_a_number_loads(options, implementation):
 @pytest.mark.parametrize(("from_names", "to_names"), [(True, False), (False, True), (True, True)])
 def test_names_do_not_decide_what_is_loaded(from_names, to_names):
     problem = Problem()
-    optimizer = NovoGrad(problem.named if from_names else problem.params)
+    optimizer = NovoGrad(problem.named if from_names else problem.params, preset="paper")
     problem.train(optimizer)
     resumed = problem.twin()
-    again = NovoGrad(resumed.named if to_names else resumed.params)
+    again = NovoGrad(resumed.named if to_names else resumed.params, preset="paper")
     again.load_state_dict(through_file(optimizer.state_dict()))
     assert again.param_groups[0].get("param_names") == ["weight", "bias"]
     problem.train(optimizer)
@@ -92,7 +92,7 @@ def test_a_copy_goes_on_with_the_same_bits_and_shares_nothing(options, implement
 
 def test_hooks_are_called_in_order():
     problem = Problem()
-    optimizer = NovoGrad(problem.params)
+    optimizer = NovoGrad(problem.params, preset="paper")
     calls = []
     note = lambda what: lambda *_: calls.append(what)  # noqa: E731
     optimizer.register_step_pre_hook(note("before the step"))
@@ -121,7 +121,7 @@ def test_hooks_of_the_state_dict_may_change_it():
     saved = optimizer.state_dict()
     assert (saved["param_groups"][0]["lr"], saved["more"], saved["first"]) == (0.5, 1, True)
 
-    again, calls = NovoGrad(problem.twin().params), []
+    again, calls = NovoGrad(problem.twin().params, preset="paper"), []
 
     def doubled(_, given):
         calls.append("second")

@@ -98,7 +98,7 @@ class Problem:
 
 def trained(options, implementation, steps=3):
     problem = Problem()
-    optimizer = NovoGrad(problem.params, **options_of(options, implementation))
+    optimizer = NovoGrad(problem.params, **{"preset": "paper", **options_of(options, implementation)})
     problem.train(optimizer, steps)
     return problem, optimizer
 

@@ -74,7 +74,7 @@ def differing(
 
 def trained(tensors: dict[str, Tensor], options: dict[str, Any]) -> list[fixed_gradients.Piece]:
     params = {name: nn.Parameter(t.detach().clone()) for name, t in tensors.items()}
-    optimizer = NovoGrad([*params.items()], **options)
+    optimizer = NovoGrad([*params.items()], **{"preset": "paper", **options})
     train([*params.values()], optimizer)
     return fixed_gradients.pieces(optimizer)
 
@@ -120,7 +120,7 @@ def resumed(options: dict[str, Any], folder: str, sharding: tuple[int, ...] | No
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
     model = wrapped(sharding)
-    optimizer = NovoGrad(model.named_parameters(), **options)
+    optimizer = NovoGrad(model.named_parameters(), **{"preset": "paper", **options})
     if save:
         train([*model.parameters()], optimizer)
     model_state, state = get_state_dict(model, optimizer)
@@ -132,7 +132,7 @@ def resumed(options: dict[str, Any], folder: str, sharding: tuple[int, ...] | No
     set_state_dict(model, optimizer, model_state_dict=model_state, optim_state_dict=state)
     train([*model.parameters()], optimizer, range(STEPS, STEPS + MORE))
     whole = wrapped(None)
-    uninterrupted = NovoGrad(whole.named_parameters(), **options)
+    uninterrupted = NovoGrad(whole.named_parameters(), **{"preset": "paper", **options})
     train([*whole.parameters()], uninterrupted, range(STEPS + MORE))
     expected = {name: (w, m) for name, _, w, m in fixed_gradients.pieces(uninterrupted)}
     return {
@@ -148,9 +148,9 @@ def rounded_when_loaded(
 ) -> list[fixed_gradients.Piece]:
     """Weights, and first moments that were float32 and are in blocks since they were loaded."""
     model = wrapped(sharding)
-    exact = NovoGrad(model.named_parameters(), **{**options, "momentum_dtype": "float32"})
+    exact = NovoGrad(model.named_parameters(), **{"preset": "paper", **options, "momentum_dtype": "float32"})
     train([*model.parameters()], exact)
-    optimizer = NovoGrad(model.named_parameters(), allow_lossy_load=True, **options)
+    optimizer = NovoGrad(model.named_parameters(), allow_lossy_load=True, **{"preset": "paper", **options})
     optimizer.load_state_dict(exact.state_dict())
     return fixed_gradients.pieces(optimizer)
 

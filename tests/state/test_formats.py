@@ -28,7 +28,7 @@ OPTIONS = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_each_row_of_a_matrix_is_a_layer(options, dtype, fused):
     params = parameters(dtype)
-    optimizer = NovoGrad(params, lr=0.01, granularity="row", fused=fused, **options)
+    optimizer = NovoGrad(params, lr=0.01, granularity="row", fused=fused, **{"preset": "paper", **options})
     oracle = RowOracle([p.detach().double().numpy() for p in params], lr=0.01, **options)
     run(params, optimizer, oracle)
     assert worst(params, oracle) < (2e-6 if dtype == torch.float32 else 2e-7)  # v is float32 always
@@ -41,10 +41,15 @@ def test_rows_of_strided_parameters_are_those_of_their_first_dimension():
         nn.Parameter(torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)),
     ]
     optimizer = NovoGrad(
-        params, lr=0.01, granularity="row", momentum_dtype="bfloat16", stochastic_rounding=False
+        params,
+        lr=0.01,
+        granularity="row",
+        momentum_dtype="bfloat16",
+        stochastic_rounding=False,
+        preset="paper",
     )
     plain = [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in params]
-    other = NovoGrad(plain, lr=0.01, granularity="row", momentum_dtype="bfloat16")
+    other = NovoGrad(plain, lr=0.01, granularity="row", momentum_dtype="bfloat16", preset="paper")
     for _ in range(3):
         for p, q in zip(params, plain, strict=True):
             p.grad = torch.randn_like(p)
@@ -59,7 +64,10 @@ def test_a_fused_weight_is_as_many_layers_as_said():
     fused = torch.randn(6, 5)
     parts = [p.clone().requires_grad_() for p in fused.chunk(3)]
     fused.requires_grad_()
-    optimizer, separate = NovoGrad([("qkv", fused)], lr=0.1, granularity=3), NovoGrad(parts, lr=0.1)
+    optimizer, separate = (
+        NovoGrad([("qkv", fused)], lr=0.1, granularity=3, preset="paper"),
+        NovoGrad(parts, lr=0.1, preset="paper"),
+    )
     for _ in range(3):
         fused.grad = torch.randn(6, 5) * torch.tensor([1.0, 1, 10, 10, 0, 0])[:, None]
         for p, g in zip(parts, fused.grad.chunk(3), strict=True):
@@ -73,7 +81,7 @@ def test_a_fused_weight_is_as_many_layers_as_said():
 
 def test_a_row_that_is_not_finite_is_named():
     p = nn.Parameter(torch.ones(3, 4))
-    optimizer = NovoGrad([("w", p)], lr=0.1, granularity="row")
+    optimizer = NovoGrad([("w", p)], lr=0.1, granularity="row", preset="paper")
     p.grad = torch.ones(3, 4)
     p.grad[1, 2] = torch.inf
     optimizer.step()
@@ -93,7 +101,10 @@ def test_a_step_is_off_by_no_more_than_the_spacing_of_the_format(momentum_dtype,
     }
     params = [nn.Parameter(torch.randn(64, 100)), nn.Parameter(torch.randn(30))]
     others = copy.deepcopy(params)
-    exact, rounded = NovoGrad(params, **options), NovoGrad(others, momentum_dtype=momentum_dtype, **options)
+    exact, rounded = (
+        NovoGrad(params, **{"preset": "paper", **options}),
+        NovoGrad(others, momentum_dtype=momentum_dtype, **{"preset": "paper", **options}),
+    )
     for _ in range(4):
         for p, q in zip(params, others, strict=True):
             p.grad = torch.randn_like(p)
@@ -122,7 +133,9 @@ def gpt2_124m():
 def test_bytes_of_state_of_gpt2_124m(gpt2_124m, momentum_dtype, most, options):
     numel = sum(p.numel() for p in gpt2_124m.parameters())
     assert round(numel / 1e6) == 124
-    optimizer = NovoGrad(gpt2_124m.parameters(), momentum_dtype=momentum_dtype, **options)
+    optimizer = NovoGrad(
+        gpt2_124m.parameters(), momentum_dtype=momentum_dtype, **{"preset": "paper", **options}
+    )
     group = optimizer.param_groups[0]
     for p in gpt2_124m.parameters():
         optimizer._init_state(p, optimizer._layouts[id(p)], group, counts_steps(group))
@@ -135,7 +148,10 @@ def test_bytes_of_state_of_gpt2_124m(gpt2_124m, momentum_dtype, most, options):
 def test_float64_parameters_have_every_format(momentum_dtype):
     torch.manual_seed(0)
     p, q = (nn.Parameter(torch.linspace(-1, 1, 9000, dtype=torch.float64).view(90, 100)) for _ in range(2))
-    optimizer, exact = NovoGrad([p], lr=1e-3, momentum_dtype=momentum_dtype), NovoGrad([q], lr=1e-3)
+    optimizer, exact = (
+        NovoGrad([p], lr=1e-3, momentum_dtype=momentum_dtype, preset="paper"),
+        NovoGrad([q], lr=1e-3, preset="paper"),
+    )
     for _ in range(3):
         p.grad = torch.randn_like(p)
         q.grad = p.grad.clone()
@@ -151,7 +167,7 @@ def test_float64_parameters_have_every_format(momentum_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_formats_and_dtypes_of_torch_are_names_too(dtype):
     p = nn.Parameter(torch.randn(70, 70).to(dtype))
-    optimizer = NovoGrad([p], momentum_dtype=torch.int8)
+    optimizer = NovoGrad([p], momentum_dtype=torch.int8, preset="paper")
     set_gradients([p], [np.ones((70, 70))])
     optimizer.step()
     assert optimizer.param_groups[0]["momentum_dtype"] == "int8"
@@ -164,7 +180,9 @@ def test_memory_formats_and_dtypes_of_torch_are_names_too(dtype):
 def test_the_seed_and_the_number_of_the_parameter_are_in_the_bits():
     def trained(seed, first):
         params = [nn.Parameter(torch.zeros(80, 80)) for _ in range(2)]
-        optimizer = NovoGrad(params[::1] if first else params, lr=0.1, momentum_dtype="int4", seed=seed)
+        optimizer = NovoGrad(
+            params[::1] if first else params, lr=0.1, momentum_dtype="int4", seed=seed, preset="paper"
+        )
         grad = torch.randn(80, 80, generator=torch.Generator().manual_seed(0))
         for _ in range(2):
             for p in params:
@@ -180,7 +198,9 @@ def test_the_seed_and_the_number_of_the_parameter_are_in_the_bits():
 
 def test_an_embedding_row_without_gradient_keeps_still_and_one_that_had_some_comes_to_rest():
     p = nn.Parameter(torch.ones(50, 128))
-    optimizer = NovoGrad([p], lr=0.01, momentum_dtype="int8", granularity="row", betas=(0.9, 0.9))
+    optimizer = NovoGrad(
+        [p], lr=0.01, momentum_dtype="int8", granularity="row", betas=(0.9, 0.9), preset="paper"
+    )
     for step in range(400):
         p.grad = torch.zeros_like(p)
         p.grad[0] = 1.0

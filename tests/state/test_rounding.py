@@ -147,7 +147,9 @@ def decayed(momentum_dtype, beta1, steps):
     """First moments of which one element alone gets gradients, over those that they had."""
     torch.manual_seed(0)
     p = nn.Parameter(torch.zeros(64, 128))
-    optimizer = NovoGrad([p], lr=0.0, betas=(beta1, 0.9), momentum_dtype=momentum_dtype, fused=False)
+    optimizer = NovoGrad(
+        [p], lr=0.0, betas=(beta1, 0.9), momentum_dtype=momentum_dtype, fused=False, preset="paper"
+    )
     p.grad = torch.randn_like(p)
     optimizer.step()
     read = lambda: momentum.read(  # noqa: E731
@@ -188,7 +190,9 @@ def test_small_steps_of_bfloat16_weights_are_not_lost():
     means = {}
     for stochastic in (True, False):
         p = nn.Parameter(torch.ones(64, 128, dtype=torch.bfloat16))
-        optimizer = NovoGrad([p], lr=1e-4, betas=(0.0, 0.0), normalize="rms", stochastic_rounding=stochastic)
+        optimizer = NovoGrad(
+            [p], lr=1e-4, betas=(0.0, 0.0), normalize="rms", stochastic_rounding=stochastic, preset="paper"
+        )
         p.grad = torch.ones_like(p)
         for _ in range(100):
             optimizer.step()

@@ -181,7 +181,8 @@ def _check_directions(saved: Sequence[Group], present: Sequence[Group]) -> None:
 
 def rates_mean_the_same(group: Group) -> bool:
     """Whether a learning rate (and weight decay) of AdamW means the same to a param group of NovoGrad."""
-    return group["normalize"] == "rms" and group["grad_averaging"] and not group["scale_parameter"]
+    of_update = group["scale_parameter"] or group["orthogonalize"]
+    return group["normalize"] == "rms" and group["grad_averaging"] and not of_update
 
 
 def options_from_adam(saved: Group, present: Group) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
 
 
 def novograd(model: nn.Module, options: dict[str, Any]) -> NovoGrad:
-    return NovoGrad(model.named_parameters(), lr=LR, allow_lossy_load=True, **options)
+    return NovoGrad(model.named_parameters(), lr=LR, allow_lossy_load=True, **{"preset": "paper", **options})
 
 
 def take_over(model: nn.Module, optimizer: NovoGrad, before: Any, how: str) -> None:

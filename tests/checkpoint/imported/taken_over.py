@@ -41,7 +41,9 @@ def state_dict_of_adam(gradients, betas=(0.9, 0.98), params=None, kind=torch.opt
 
 
 def taken_over(saved, params=None, **options):
-    optimizer = NovoGrad(params or parameters(), **{"lr": LR, "allow_lossy_load": True, **options})
+    optimizer = NovoGrad(
+        params or parameters(), **{"preset": "paper", "lr": LR, "allow_lossy_load": True, **options}
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         optimizer.load_state_dict(saved)

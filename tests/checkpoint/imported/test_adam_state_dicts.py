@@ -118,7 +118,7 @@ def test_learning_rate_and_decay_go_over_where_they_mean_the_same_and_no_other_o
     assert (first["momentum_dtype"], first["my own"]) == ("int8", 1)
     assert not {"amsgrad", "capturable", "decoupled_weight_decay"} & first.keys()
     torch.optim.lr_scheduler.LinearLR(optimizer, 0.5).load_state_dict(scheduler.state_dict())
-    paper = NovoGrad(mine(), lr=1.0, weight_decay=0.5, allow_lossy_load=True)
+    paper = NovoGrad(mine(), lr=1.0, weight_decay=0.5, allow_lossy_load=True, preset="paper")
     paper.load_state_dict(saved)
     assert [(g["lr"], g["weight_decay"]) for g in paper.param_groups] == [(1.0, 0.5)] * 2
 
@@ -137,7 +137,7 @@ def test_what_was_converted_is_said_in_one_line():
     assert said[0].filename == __file__
     assert "lr and weight_decay from the state dict" in str(said[0].message)
     with pytest.warns(UserWarning, match="; all other options as NovoGrad was made"):
-        NovoGrad(parameters(), allow_lossy_load=True).load_state_dict(saved)
+        NovoGrad(parameters(), allow_lossy_load=True, preset="paper").load_state_dict(saved)
 
 
 # ---- refusals ------------------------------------------------------------------------------------------

@@ -94,7 +94,9 @@ def test_each_row_goes_on_from_the_state_of_its_optimizer(row):
         for name, g in gradients(step).items():
             theirs[name] = implementations[name](theirs[name], g, learning_rate(step))
     params = [nn.Parameter(tensor(p)) for p in theirs.values()]
-    optimizer = NovoGrad(params, lr=1.0, weight_decay=WEIGHT_DECAY, **documented()[row])
+    optimizer = NovoGrad(
+        params, lr=1.0, weight_decay=WEIGHT_DECAY, **{"preset": "paper", **documented()[row]}
+    )
     saved = LAYOUTS.get(row[0], jasper_layout)(row, [*implementations.values()])
     optimizer.load_state_dict(saved)
     for option, value in documented()[row].items():
@@ -146,7 +148,7 @@ def test_the_package_itself_goes_on_as_it_would_have(package, grad_averaging):
     buffer.seek(0)
     ours = copy.deepcopy(params)
     options = documented()[(package, "its defaults")]
-    optimizer = NovoGrad(ours, lr=1.0, **options)
+    optimizer = NovoGrad(ours, lr=1.0, **{"preset": "paper", **options})
     optimizer.load_state_dict(torch.load(buffer, weights_only=True))
     for nth in range(BEFORE, BEFORE + AFTER):
         step(their, params, nth)
@@ -174,7 +176,10 @@ def test_optax_itself():
     inner = next(s for s in state if hasattr(s, "nu"))
     params = [nn.Parameter(torch.tensor(w)) for w in theirs.values()]
     optimizer = NovoGrad(
-        params, lr=0.05, weight_decay=WEIGHT_DECAY, **documented()[("optax", "its defaults")]
+        params,
+        lr=0.05,
+        weight_decay=WEIGHT_DECAY,
+        **{"preset": "paper", **documented()[("optax", "its defaults")]},
     )
     optimizer.load_state_dict(
         {
@@ -207,7 +212,7 @@ def test_apex_norms_are_given_by_dtype_and_order_to_those_that_had_gradients():
     }
     del group["reg_inside_moment"]
     state = {i: {"exp_avg": torch.ones(3, dtype=dtypes[i])} for i in (1, 2, 3)}
-    optimizer = NovoGrad(params, **documented()[("Apex", "its defaults")])
+    optimizer = NovoGrad(params, **{"preset": "paper", **documented()[("Apex", "its defaults")]})
     optimizer.load_state_dict({"state": state, "param_groups": [group]})
     found = [optimizer.state[p]["exp_avg_sq"].tolist() if p in optimizer.state else None for p in params]
     assert found == [None, [4.0], [25.0], [9.0]]
@@ -255,7 +260,7 @@ BAD = {
 def test_what_does_not_fit_is_named_and_nothing_is_changed(case):
     saved, message = BAD[case]
     p = nn.Parameter(torch.ones(3))
-    optimizer = NovoGrad([("p", p)], lr=0.7)
+    optimizer = NovoGrad([("p", p)], lr=0.7, preset="paper")
     p.grad = torch.ones(3)
     optimizer.step()
     before = copy.deepcopy(optimizer.state_dict())

@@ -47,7 +47,7 @@ def noted(options: dict[str, Any], bad: float | None) -> tuple[dict[str, Any], d
     def stepped() -> dict[str, Any]:
         model = fixed_gradients.FixedGradients()
         fully_shard(model)
-        optimizer = NovoGrad(model.named_parameters(), lr=0.05, **options)
+        optimizer = NovoGrad(model.named_parameters(), lr=0.05, **{"preset": "paper", **options})
         for step in range(4):
             optimizer.zero_grad()
             model(torch.tensor(step)).backward()
