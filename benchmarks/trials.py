@@ -114,11 +114,17 @@ def _novograd_muon(
         others: the preset of all else; None: the same.
         options: NovoGrad's.
     """
-    groups = param_groups(model, weight_decay=weight_decay, preset="muon", others=others)
+    exclude = None if any(isinstance(m, nn.Embedding) for m in model.modules()) else [_last_layer(model)]
+    groups = param_groups(model, weight_decay=weight_decay, preset="muon", others=others, exclude=exclude)
     for group in groups:
         if ratio is not None and group["orthogonalize"]:
             group["lr"] = ratio * lr
     return NovoGrad(groups, lr=lr, **{"preset": "paper", **options})
+
+
+def _last_layer(model: nn.Module) -> str:
+    """A pattern for the last matrix of a model, which is its head."""
+    return [name for name, p in model.named_parameters() if p.ndim > 1][-1]
 
 
 def rates(

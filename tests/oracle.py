@@ -204,12 +204,14 @@ class MuonOracle:
     maximize: bool = False
     layers: int = 1
     steps: int = 5
+    row_normalize: bool = False
 
     def __post_init__(self) -> None:
         self.weights = [np.array(w, dtype=np.float64) for w in self.weights]
         self.m = [np.zeros_like(w) for w in self.weights]
         self.v = [np.zeros(self.layers) for _ in self.weights]
         self.t = [np.zeros(self.layers) for _ in self.weights]
+        self.rows: dict[tuple[int, int], Array] = {}
 
     def step(self, grads: list[Array]) -> None:
         for i, grad in enumerate(grads):
@@ -231,6 +233,12 @@ class MuonOracle:
         n = beta1 * self.m[i][own] + (1 - beta1) * u if self.nesterov else self.m[i][own]
         rows = n.shape[1] if len(n) == 1 and n.ndim > 2 else len(n)
         direction = n.reshape(rows, -1)
-        direction = 0.2 * np.sqrt(max(direction.shape)) * orthogonal(direction, self.steps)
+        direction = orthogonal(direction, self.steps)
+        if self.row_normalize:
+            mean_square = (direction**2).mean(axis=1)
+            self.rows[i, layer] = 0.95 * self.rows.get((i, layer), 0) + 0.05 * mean_square
+            normalized = direction / np.sqrt(self.rows[i, layer] / (1 - 0.95**t))[:, None]
+            direction = normalized * np.linalg.norm(direction) / np.linalg.norm(normalized)
+        direction = 0.2 * np.sqrt(max(direction.shape)) * direction
         change = direction.reshape(n.shape) + self.weight_decay * self.weights[i][own]
         self.weights[i][own] = self.weights[i][own] - self.lr * change

@@ -54,20 +54,23 @@ class Method:
     robust: bool = True
 
 
-def _preset(momentum_dtype: str) -> Method:
-    options = {"preset": "adamw", "momentum_dtype": momentum_dtype}
-    return Method("NovoGrad", options=options, like="NovoGrad, adamw", robust=False)
+def _preset(preset: str, momentum_dtype: str) -> Method:
+    options = {"preset": preset, "momentum_dtype": momentum_dtype}
+    return Method("NovoGrad", options=options, like=f"NovoGrad, {preset}", robust=False)
 
 
 # What is asked for first comes first.
 METHODS = {
     "AdamW": Method("AdamW", options={"betas": BETAS}, seeds=5),
     "NovoGrad, adamw": Method("NovoGrad", options={"preset": "adamw"}),
-    "NovoGrad, adamw, int8": _preset("int8"),
-    "NovoGrad, adamw, int4": _preset("int4"),
+    "NovoGrad, adamw, int8": _preset("adamw", "int8"),
+    "NovoGrad, adamw, int4": _preset("adamw", "int4"),
     # Added when Adafactor, whose rate is relative to the weights too, had won on translation.
     "NovoGrad, adamw, scaled": Method("NovoGrad", 0.02, options={"preset": "adamw", "scale_parameter": True}),
     "NovoGrad, paper": Method("NovoGrad", 0.02, 0.001, {"preset": "paper"}),
+    "NovoGrad, muon": Method("NovoGrad", options={"preset": "muon"}),
+    "NovoGrad, muon, int8": _preset("muon", "int8"),
+    "NovoGrad, muon, int4": _preset("muon", "int4"),
     "SGD": Method("SGD", 0.1, 0.001, {"momentum": 0.9}),
     "NAdamW": Method("NAdam", options=NADAMW),
     # Its rate is relative to the root mean square of the weights.
@@ -78,6 +81,7 @@ METHODS = {
 }
 BASELINE = "AdamW"
 FORMS = ("NovoGrad, adamw", "NovoGrad, adamw, int8", "NovoGrad, adamw, int4")
+MUON = ("NovoGrad, muon", "NovoGrad, muon, int8", "NovoGrad, muon, int4")
 
 
 @dataclass(frozen=True)
@@ -98,9 +102,9 @@ class Scope:
 
 
 SCOPES = {
-    "long": Scope((BASELINE, *FORMS), like="language-bpe", seeds=1, papers=False),
-    "fine-tuning": Scope((BASELINE, "NovoGrad, paper", *FORMS), seeds=3, papers=False),
-    "lora": Scope((BASELINE, "NovoGrad, paper", *FORMS), seeds=3, papers=False),
+    "long": Scope((BASELINE, *FORMS, *MUON), like="language-bpe", seeds=1, papers=False),
+    "fine-tuning": Scope((BASELINE, "NovoGrad, paper", *FORMS, *MUON), seeds=3, papers=False),
+    "lora": Scope((BASELINE, "NovoGrad, paper", *FORMS, *MUON), seeds=3, papers=False),
 }
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from novoscale.sharding.layers import LayoutError, describe
 from novoscale.state.formats import format_of, kept_format
+from novoscale.state.second_moment import DIRECTION_AVG_SQ
 from novoscale.state.step_counts import counts_steps, rounds_weights
 
 Group = Mapping[str, Any]
@@ -109,7 +110,7 @@ def _layers(name: str, p: Tensor, granularity: str | int) -> str | int:
 
 def is_known(key: str) -> bool:
     """Whether a key of a state is NovoGrad's, and not a user's own."""
-    return key == "step" or key.startswith("exp_avg")
+    return key in ("step", DIRECTION_AVG_SQ) or key.startswith("exp_avg")
 
 
 def without_gaps(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from novoscale.checkpoint.kinds import SECOND_MOMENTS
 from novoscale.sharding.dtensors import local_tensor
 from novoscale.sharding.layout import Layout
 from novoscale.state import formats, momentum, second_moment, step_counts
+from novoscale.state.second_moment import DIRECTION_AVG_SQ
 
 # Options that say what the state is, and not what to do with it.
 STRUCTURE = ("momentum_dtype", "granularity", "allow_lossy_load", "orthogonalize")
@@ -99,6 +100,8 @@ def loaded_state(
         state["step"] = step_counts.allocate(p, layout)
         target = local_tensor(state["step"])
         target.copy_(_steps(name, saved["step"], target))
+    if DIRECTION_AVG_SQ in saved:
+        state[DIRECTION_AVG_SQ] = _direction(name, saved[DIRECTION_AVG_SQ], p, layout)
     if "exp_avg" in saved:
         state.update(_first_moment(name, saved, p, layout, group))
     return state
@@ -149,6 +152,16 @@ def _steps(name: str, saved: Any, target: Tensor) -> Tensor:
             "has to be the same)"
         )
     return value.reshape(target.shape)
+
+
+def _direction(name: str, saved: Any, p: Tensor, layout: Layout) -> Tensor:
+    made, given = second_moment.allocate_direction(p, layout), _local(saved)
+    if given.numel() != made.numel():
+        raise ValueError(
+            f"{DIRECTION_AVG_SQ} of {name} has {given.numel()} elements where NovoGrad keeps one for each "
+            f"row of its matrices, {made.numel()}: the option granularity has to be the same"
+        )
+    return made.copy_(given.reshape(-1))
 
 
 def _first_moment(

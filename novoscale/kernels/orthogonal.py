@@ -11,6 +11,10 @@ The first two lines are an update in which a buffer of zeros takes the place of 
 -1; the last is one of the weights in which O takes the place of the gradient, without a first moment. So
 every implementation of the update serves, and gives the same bits for the same O.
 
+With ``row_normalize`` each row of O is divided by the root of its own running mean square, and the matrix
+then scaled to the norm that O had (NorMuon, arXiv 2510.05491). A bias correction, the same for all rows,
+would cancel.
+
 The scale gives O the root mean square of an AdamW step (Moonlight, arXiv 2502.16982, section 2.2).
 """
 
@@ -19,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +45,12 @@ from novoscale.kernels.shards import (
 # Bytes of the directions that are there at a time, or one matrix if it is larger.
 BUFFER = 256 * 2**20
 SCALE = 0.2  # the root mean square of an AdamW step
+ROWS_BETA = 0.95  # of the running mean squares of rows
+LEAST = 1e-30  # of such a mean square, or of a norm: of rows that have been zero
 ALIGNMENT = 128  # elements: in the buffer, tensors begin at multiples of it
+
+# What a shard has not that is updated as any other.
+PLAIN: dict[str, Any] = {"matrices": None, "direction_avg_sq": None}
 
 MakeKernels = Callable[[Sequence[Shard], torch.device, VectorSizes], ElementKernels]
 
@@ -100,8 +110,8 @@ class Directions(ElementKernels):
         """Note of each layer its param group, and what its learning rate is multiplied by."""
         self._group = torch.zeros(layers, dtype=torch.int64, device=self._device)
         self._scale = torch.zeros(layers, dtype=torch.float64, device=self._device)
-        for shard, matrices in zip(shards, self._matrices, strict=True):
-            first = int(shard.pieces[0, LAYER]) if len(shard.pieces) else 0
+        self._first = [int(s.pieces[0, LAYER]) if len(s.pieces) else 0 for s in shards]
+        for shard, matrices, first in zip(shards, self._matrices, self._first, strict=True):
             own = slice(first, first + shard.param.numel() // (matrices.rows * matrices.columns))
             self._group[own] = shard.group
             self._scale[own] = SCALE * math.sqrt(max(matrices.rows, matrices.columns))
@@ -123,7 +133,7 @@ class Directions(ElementKernels):
     def hold(self, tensors: Callable[[int], ShardTensors]) -> None:
         """See :class:`ElementKernels`."""
         self._tensors = tensors
-        self._averages.hold(tensors)
+        self._averages.hold(lambda i: tensors(i)._replace(direction_avg_sq=None))
 
     def release(self) -> None:
         """See :class:`ElementKernels`."""
@@ -147,16 +157,34 @@ class Directions(ElementKernels):
             self._addresses = addresses
             self._averages.move_params(addresses)
             self._moves.move_gradients(addresses)
-        self._averages.hold(lambda i: tensors(i)._replace(param=directions[i]))
+        self._averages.hold(lambda i: tensors(i)._replace(param=directions[i], direction_avg_sq=None))
         self._averages.update(self._of_averages(coefficients))
-        for direction, matrices in zip(directions, self._matrices, strict=True):
-            each = direction.reshape(-1, matrices.rows, matrices.columns)
-            for matrix in each:
-                matrix.copy_(newton_schulz.orthogonal(matrix, matrices.steps))
-            if not direction.is_contiguous():  # `each` is a copy
-                direction.copy_(each.view(direction.shape))
+        for index, direction in enumerate(directions):
+            self._make_orthogonal(index, direction, tensors(index).direction_avg_sq, coefficients.active)
         self._moves.hold(lambda i: ShardTensors(tensors(i).param, directions[i]))
         self._moves.update(self._of_moves(coefficients))
+
+    def _make_orthogonal(
+        self, index: int, direction: Tensor, mean_squares: Tensor | None, active: Tensor
+    ) -> None:
+        """Make the matrices of a tensor orthogonal, in place, one after another.
+
+        Args:
+            index: of the tensor.
+            direction: of its shape.
+            mean_squares: see ``Shard.direction_avg_sq``; changed in place.
+            active: see ``Coefficients.active``.
+        """
+        rows, columns, steps = self._matrices[index]
+        each = direction.reshape(-1, rows, columns)
+        for number, matrix in enumerate(each):
+            made = newton_schulz.orthogonal(matrix, steps)
+            if mean_squares is not None:
+                own = mean_squares.view(-1)[number * rows : (number + 1) * rows]
+                made = _normalized(made, own, active[self._first[index] + number])
+            matrix.copy_(made)
+        if not direction.is_contiguous():  # `each` is a copy
+            direction.copy_(each.view(direction.shape))
 
     def _of_averages(self, c: Coefficients) -> Coefficients:
         """A step of -1 along the first moment, from zero."""
@@ -175,9 +203,25 @@ class Directions(ElementKernels):
         return replace(c, each=each, options=options)
 
 
+def _normalized(direction: Tensor, mean_square: Tensor, active: Tensor) -> Tensor:
+    """A direction with rows of about one size, of the norm that it had.
+
+    Args:
+        direction: ``[R, C]``.
+        mean_square: ``[R]``: of the rows so far; changed in place where ``active``, 0-dim, is true.
+        active: whether there is a step.
+    """
+    wide = direction.to(torch.promote_types(direction.dtype, torch.float32))
+    now = torch.lerp(wide.square().mean(dim=1).float(), mean_square, ROWS_BETA)
+    mean_square.copy_(torch.where(active, now, mean_square))
+    made = wide / now.clamp(min=LEAST).sqrt()[:, None]
+    before, after = (torch.linalg.vector_norm(t) for t in (wide, made))
+    return made * before.div(after.clamp(min=LEAST))
+
+
 def _averaged(shard: Shard, direction: Tensor) -> Shard:
     """The shard that the first moment is averaged by: of the direction in place of the weights."""
-    return replace(shard, param=direction, decays=False, stochastic_rounding=False, matrices=None)
+    return replace(shard, param=direction, decays=False, stochastic_rounding=False, **PLAIN)
 
 
 def _moved(shard: Shard, direction: Tensor) -> Shard:
@@ -189,7 +233,7 @@ def _moved(shard: Shard, direction: Tensor) -> Shard:
         exp_avg_scale=None,
         reg_inside_moment=False,
         nesterov=False,
-        matrices=None,
+        **PLAIN,
     )
 
 

@@ -50,6 +50,7 @@ class ShardTensors(NamedTuple):
     grad: Tensor
     exp_avg: Tensor | None = None
     exp_avg_scale: Tensor | None = None
+    direction_avg_sq: Tensor | None = None
 
 
 class Matrices(NamedTuple):
@@ -87,6 +88,8 @@ class Shard:
         fused: True: use a fused kernel; False: use the reference; None: use the fused kernel if it takes it.
         nesterov: whether the weight moves along the new term too: see ``Coefficients.each``.
         matrices: how its layers are made orthogonal; None: they are not.
+        direction_avg_sq: float32, one for each row of its matrices: the running mean of the squares of the
+            directions' rows, by which they are normalised; None: they are not.
     """
 
     param: Tensor
@@ -102,6 +105,7 @@ class Shard:
     fused: bool | None = None
     nesterov: bool = False
     matrices: Matrices | None = None
+    direction_avg_sq: Tensor | None = None
 
     @property
     def tensors(self) -> list[Tensor]:

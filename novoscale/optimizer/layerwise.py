@@ -277,6 +277,8 @@ class LayerwiseOptimizer(Optimizer):
             state.update(momentum.allocate(p, layout, group["momentum_dtype"]))
         if "step" not in state and counted:
             state["step"] = step_counts.allocate(p, layout)
+        if group["orthogonalize"] and group["row_normalize"] and second_moment.DIRECTION_AVG_SQ not in state:
+            state[second_moment.DIRECTION_AVG_SQ] = second_moment.allocate_direction(p, layout)
 
     def _numbered_tensors(self) -> Iterator[tuple[int, int, int, Tensor]]:
         """Every tensor of ``param_groups``: index of the group, position in it, number, tensor.

@@ -92,6 +92,9 @@ class NovoGrad(CheckpointedOptimizer):
             out of it. A matrix is a layer; of convolutions the first dimension by all others. A matrix must
             lie whole on the rank that steps it.
         ns_steps: how many steps of Newton and Schulz make a direction orthogonal.
+        row_normalize: divide each row of an orthogonal direction by the root of its own running mean square,
+            and scale it back to its norm (NorMuon, arXiv 2510.05491): ``direction_avg_sq`` in the state,
+            float32, one for each row.
         stochastic_rounding: of the weights where they are bfloat16 (and have no float32 master: a wrapper
             that keeps one gives it to the optimizer). Else a step of less than half a bfloat16 is lost; of
             float16 weights it always is, which is said once.
@@ -145,6 +148,7 @@ class NovoGrad(CheckpointedOptimizer):
         scale_parameter: bool = False,
         orthogonalize: bool | None = None,
         ns_steps: int = 5,
+        row_normalize: bool = False,
         stochastic_rounding: bool = True,
         seed: int = 0,
         allow_lossy_load: bool = False,
@@ -173,6 +177,7 @@ class NovoGrad(CheckpointedOptimizer):
             "scale_parameter": scale_parameter,
             "orthogonalize": orthogonalize,
             "ns_steps": ns_steps,
+            "row_normalize": row_normalize,
             "stochastic_rounding": stochastic_rounding,
             "seed": seed,
             "allow_lossy_load": allow_lossy_load,
@@ -187,6 +192,11 @@ class NovoGrad(CheckpointedOptimizer):
         if isinstance(listed, list):
             listed = hidden.split(listed, preset, orthogonalize)
         super().__init__(listed, defaults)
+        if row_normalize and not any(group["orthogonalize"] for group in self.param_groups):
+            raise ValueError(
+                "NovoGrad: row_normalize=True is for the rows of orthogonal directions, and no param group "
+                'has orthogonalize=True: set preset="muon", or leave it out'
+            )
 
     # ---- the step -----------------------------------------------------------------------------
 

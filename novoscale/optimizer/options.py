@@ -25,6 +25,7 @@ FLAGS = (
     "nesterov",
     "scale_parameter",
     "orthogonalize",
+    "row_normalize",
 )
 NUMBERS = ("lr", "eps", "weight_decay", "max_grad_norm", "clip_threshold")
 GRANULARITIES = ("tensor", "row", "factored", "element")

@@ -32,6 +32,7 @@ STRUCTURE = (
     "scale_parameter",
     "orthogonalize",
     "ns_steps",
+    "row_normalize",
 )
 
 OPS = {2: dist.ReduceOp.SUM, 0: dist.ReduceOp.MAX}  # by norm_type

@@ -26,6 +26,7 @@ from novoscale.sharding.layout import Layout
 from novoscale.sharding.placed import Packing, PlacedLayout
 from novoscale.sharding.plan import Plan
 from novoscale.state import momentum
+from novoscale.state.second_moment import DIRECTION_AVG_SQ
 
 
 @dataclass
@@ -200,7 +201,9 @@ class StepTensors:
         """What a shard is made of: a tensor, and its first moment of this name, if it has one."""
         own = self.own[tensor]
         exp_avg, scale = own.get(name), own.get("exp_avg_scale") if name == "exp_avg" else None
-        moments = (None if t is None else local_tensor(t) for t in (exp_avg, scale))
+        moments = (
+            None if t is None else local_tensor(t) for t in (exp_avg, scale, own.get(DIRECTION_AVG_SQ))
+        )
         return ShardTensors(self.params[tensor], self.gradients[tensor], *moments)
 
     def weights(self, tensor: int) -> ShardTensors:
@@ -304,7 +307,7 @@ def shards(
                 )
                 made.append(
                     kernels.Shard(
-                        *tensors.of(tensor, name),
+                        **tensors.of(tensor, name)._asdict(),
                         pieces=pieces,
                         norm_type=group["norm_type"],
                         group=index,
@@ -348,6 +351,7 @@ def of_weights(
                 exp_avg_scale=None,
                 nesterov=False,  # which needs a first moment
                 matrices=None,
+                direction_avg_sq=None,
                 pieces=momentum.pieces(one, momentum.stored(one, "float32")[0], at.first_parameter),
             )
     return shown

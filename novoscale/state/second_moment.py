@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from novoscale.sharding.dtensors import by_rows, from_local, shards_rows
-from novoscale.sharding.layers import counts_once, matrix_dimensions
+from novoscale.sharding.layers import counts_once, layer_matrix, matrix_dimensions
 from novoscale.sharding.layout import Layout
 
 # Of the optimizer's state: the second moments, and the counts of steps.
+# The running mean squares of the rows of orthogonal directions.
+DIRECTION_AVG_SQ = "direction_avg_sq"
 NAMES = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "step")
 
 
@@ -50,6 +52,13 @@ def allocate(p: Tensor, layout: Layout) -> dict[str, Tensor]:
             columns = columns.view(p.shape[split:])
         made |= {"exp_avg_sq_row": rows, "exp_avg_sq_col": columns}
     return made
+
+
+def allocate_direction(p: Tensor, layout: Layout) -> Tensor:
+    """The running mean squares of the rows of a full parameter's matrices, zero: float32, a vector."""
+    parameter = layout.local_shards[0].parameter
+    rows, _ = layer_matrix(parameter)
+    return torch.zeros(parameter.layers * rows, dtype=torch.float32, device=p.device)
 
 
 def as_sharded(local: Tensor, p: Tensor, layout: Layout, shape: torch.Size) -> Tensor:

@@ -47,7 +47,14 @@ def train(optimizer, params, grads):
     [((64, 96), 1), ((300, 8), 1), ((96, 64), 3), ((4, 32, 48), 4), ((6, 8, 10), 3), ((16, 8, 3, 3), 1)],
 )
 @pytest.mark.parametrize(
-    "options", [{}, {"nesterov": False, "maximize": True}, {"betas": (0.0, 0.9)}, {"ns_steps": 3}]
+    "options",
+    [
+        {},
+        {"nesterov": False, "maximize": True},
+        {"betas": (0.0, 0.9)},
+        {"ns_steps": 3},
+        {"row_normalize": True},
+    ],
 )
 def test_trajectory_is_that_of_the_oracle(shape, layers, options, fused):
     (p,) = parameters([shape])
@@ -62,6 +69,9 @@ def test_trajectory_is_that_of_the_oracle(shape, layers, options, fused):
         train(optimizer, [p], [grads])
     assert deviation(p.detach().numpy(), expected.weights[0]) < 2e-6
     assert optimizer.state[p]["exp_avg_sq"].shape == (layers,)
+    if "row_normalize" in options:
+        rows = shape[1] * layers if len(shape) == 3 and layers == shape[0] else shape[0]
+        assert optimizer.state[p]["direction_avg_sq"].shape == (rows,)
 
 
 def test_all_else_has_one_scalar_for_each_tensor():
@@ -91,15 +101,22 @@ def test_hidden_matrices_have_their_own_learning_rate_unless_one_is_given():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("row_normalize", [False, True])
 @pytest.mark.parametrize("momentum_dtype", ["float32", "bfloat16", "int8", "int4"])
-def test_fused_and_reference_give_the_same_bits(dtype, momentum_dtype):
+def test_fused_and_reference_give_the_same_bits(dtype, momentum_dtype, row_normalize):
     shapes = [(64, 96), (130, 40), (8, 64, 16)]
     trained = []
     for fused in (None, False):
         params = parameters(shapes, dtype)
         groups = [{"params": params[:2]}, {"params": params[2:], "granularity": 8}]
         optimizer = NovoGrad(
-            groups, lr=0.01, weight_decay=0.1, momentum_dtype=momentum_dtype, fused=fused, **HIDDEN
+            groups,
+            lr=0.01,
+            weight_decay=0.1,
+            momentum_dtype=momentum_dtype,
+            row_normalize=row_normalize,
+            fused=fused,
+            **HIDDEN,
         )
         train(optimizer, params, gradients(params, 4))
         trained.append([*params, *(s for p in params for s in optimizer.state[p].values())])
@@ -160,10 +177,12 @@ def test_a_matrix_without_a_gradient_yet_stays_and_one_with_nan_keeps_all():
     assert optimizer.skipped_steps == 1
 
 
+@pytest.mark.parametrize("row_normalize", [False, True])
 @pytest.mark.parametrize("momentum_dtype", ["float32", "int8"])
-def test_resuming_gives_the_same_bits(momentum_dtype):
+def test_resuming_gives_the_same_bits(momentum_dtype, row_normalize):
     model = nn.ModuleDict({"embed": nn.Embedding(64, 80), "up": nn.Linear(80, 70), "head": nn.Linear(70, 64)})
     options = {"lr": 0.01, "preset": "muon", "momentum_dtype": momentum_dtype}
+    options["row_normalize"] = row_normalize
     params, optimizer = [*model.parameters()], NovoGrad(model.named_parameters(), **options)
     grads = gradients(params, 4)
     train(optimizer, params, grads[:2])
@@ -296,6 +315,26 @@ def test_loading_leaves_it_to_the_optimizer_what_is_orthogonalised():
     optimizer.load_state_dict(saved)
     assert [(g["orthogonalize"], g["lr"]) for g in optimizer.param_groups] == [(True, 0.2), (False, 0.2)]
     train(optimizer, params, gradients(params, 1))
+
+
+def test_row_normalize_without_directions_is_refused_and_no_state_of_them_is_a_start():
+    with pytest.raises(ValueError, match="row_normalize=True is for the rows of orthogonal directions"):
+        NovoGrad(parameters([(4, 6)]), lr=0.1, row_normalize=True)
+    params, others = parameters([(4, 6)]), parameters([(4, 6)])
+    grads = gradients(params, 2)
+    optimizer, other = (
+        NovoGrad(p, lr=0.1, row_normalize=n, **HIDDEN) for p, n in ((params, False), (others, True))
+    )
+    train(optimizer, params, grads[:1])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["row_normalize"] = True
+    other.load_state_dict(saved)
+    train(other, others, grads[1:])
+    assert other.state[others[0]]["direction_avg_sq"].shape == (4,)
+    wrong = other.state_dict()
+    wrong["state"][0]["direction_avg_sq"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"direction_avg_sq of .* has 3 elements"):
+        other.load_state_dict(wrong)
 
 
 def test_a_vector_that_is_to_be_orthogonalised_is_refused_at_the_step():

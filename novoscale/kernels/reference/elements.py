@@ -56,9 +56,7 @@ class Kernels(ElementKernels):
     def release(self) -> None:
         """Free them."""
         none = torch.empty(0, device="cpu")
-        self._shards = [
-            replace(s, param=none, grad=none, exp_avg=None, exp_avg_scale=None) for s in self._shards
-        ]
+        self._shards = [replace(s, **ShardTensors(none, none)._asdict()) for s in self._shards]
 
     def sum_of_squares(self, more: int = 0) -> Tensor:
         """See :func:`sum_of_squares`; followed by ``more`` zeros."""
