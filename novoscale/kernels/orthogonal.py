@@ -216,7 +216,8 @@ def _normalized(direction: Tensor, mean_square: Tensor, active: Tensor) -> Tenso
     mean_square.copy_(torch.where(active, now, mean_square))
     made = wide / now.clamp(min=LEAST).sqrt()[:, None]
     before, after = (torch.linalg.vector_norm(t) for t in (wide, made))
-    return made * before.div(after.clamp(min=LEAST))
+    scaled: Tensor = made * (before / after.clamp(min=LEAST))
+    return scaled
 
 
 def _averaged(shard: Shard, direction: Tensor) -> Shard:

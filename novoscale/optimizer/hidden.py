@@ -27,6 +27,10 @@ ADVICE = (
     "param groups with orthogonalize=True (matrices of hidden layers) and orthogonalize=False (all else)"
 )
 
+INT4 = (
+    'momentum_dtype="int4" with orthogonal directions, which weigh rounding noise as much as the rest: int8 '
+    "ends nearer to float32 (docs/muon.md)"
+)
 CAPTURED = (
     "a CUDA graph cannot capture a step with orthogonalize=True: its directions lie in memory that is freed "
     "after each step. Capture the forward and backward pass, and call step() outside of the graph"

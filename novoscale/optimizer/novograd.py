@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -197,6 +198,8 @@ class NovoGrad(CheckpointedOptimizer):
                 "NovoGrad: row_normalize=True is for the rows of orthogonal directions, and no param group "
                 'has orthogonalize=True: set preset="muon", or leave it out'
             )
+        if any(g["orthogonalize"] and g["momentum_dtype"] == "int4" for g in self.param_groups):
+            warnings.warn(hidden.INT4, stacklevel=2)
 
     # ---- the step -----------------------------------------------------------------------------
 

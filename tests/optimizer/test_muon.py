@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -315,6 +316,16 @@ def test_loading_leaves_it_to_the_optimizer_what_is_orthogonalised():
     optimizer.load_state_dict(saved)
     assert [(g["orthogonalize"], g["lr"]) for g in optimizer.param_groups] == [(True, 0.2), (False, 0.2)]
     train(optimizer, params, gradients(params, 1))
+
+
+def test_int4_is_taken_with_one_line_and_int8_without():
+    with pytest.warns(UserWarning, match="int8 ends nearer to float32") as said:
+        NovoGrad(parameters([(4, 6)]), lr=0.1, momentum_dtype="int4", **HIDDEN)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NovoGrad(parameters([(4, 6)]), lr=0.1, momentum_dtype="int8", **HIDDEN)
+        NovoGrad(parameters([(4, 6)]), lr=0.1, momentum_dtype="int4")
 
 
 def test_row_normalize_without_directions_is_refused_and_no_state_of_them_is_a_start():
