@@ -19,6 +19,7 @@ from benchmarks.tasks.protocol import (
     LARGE_BATCH,
     METHODS,
     MOST_RATES,
+    MUON,
     ROBUSTNESS,
     Results,
     Run,
@@ -79,7 +80,7 @@ def test_every_optimizer_has_the_same_search_and_formats_have_the_rate_of_anothe
 def test_the_long_run_has_the_rate_of_the_language_task_and_no_search():
     rows = finished_protocol(["language-bpe", "long"], distance_from(0.004))
     long = [row for row in rows if row["task"] == "long"]
-    assert {row["method"] for row in long} == {"AdamW", *FORMS}
+    assert {row["method"] for row in long} == {"AdamW", *FORMS, *MUON}
     assert {(row["lr"], row["seed"]) for row in long} == {(0.004, 0)}
 
 

@@ -194,7 +194,7 @@ def collectives(kind: str) -> int:
         from torch.distributed.optim import ZeroRedundancyOptimizer
 
         model = nn.parallel.DistributedDataParallel(OddModel())
-        optimizer = ZeroRedundancyOptimizer(model.parameters(), NovoGrad, lr=LR)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), NovoGrad, lr=LR, preset="paper")
     elif kind == "fsdp2+tp":
         model, mesh = tensor_parallel_model(data_world=2)
         optimizer = NovoGrad(model.parameters(), lr=LR, preset="paper")
@@ -224,7 +224,7 @@ def data_parallel(kind: str) -> dict[str, Any]:
     if kind == "ddp":
         optimizer: Any = NovoGrad(model.parameters(), lr=LR, preset="paper")
     else:
-        optimizer = ZeroRedundancyOptimizer(model.parameters(), NovoGrad, lr=LR)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), NovoGrad, lr=LR, preset="paper")
     train(model, optimizer, dist.get_rank(), dist.get_world_size())
     return {n: full(p) for n, p in model.module.named_parameters()}
 
@@ -239,7 +239,7 @@ def data_parallel_bits(kind: str, options: dict[str, Any]) -> list[bytes]:
     if kind == "ddp":
         optimizer: Any = NovoGrad(groups, lr=LR, **{"preset": "paper", **options})
     else:
-        optimizer = ZeroRedundancyOptimizer(groups[:1], NovoGrad, lr=LR, **options)
+        optimizer = ZeroRedundancyOptimizer(groups[:1], NovoGrad, lr=LR, **{"preset": "paper", **options})
         if kind == "numbered":
             optimizer.optim.number_as(optimizer.param_groups)
         optimizer.add_param_group(groups[1])
