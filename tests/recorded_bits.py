@@ -77,7 +77,7 @@ def under_zero(form: str, stage: int) -> str:
     import zero_ranks
 
     ds = zero_ranks.config(stage, RANKS)
-    ds["optimizer"]["params"] = {**COMMON, **FORMS[form]}
+    ds["optimizer"]["params"] = {"preset": "paper", **COMMON, **FORMS[form]}
     engine = zero_ranks.engine(ds, model=model())
     for step in range(STEPS):
         engine.backward(engine(torch.tensor(step)))

@@ -14,7 +14,7 @@ BF16_MASTER = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_opt
 
 
 def with_options(ds, **options):
-    ds["optimizer"]["params"] = {"lr": 0.02, **options}
+    ds["optimizer"]["params"] = {"lr": 0.02, "preset": "paper", **options}
     return ds
 
 

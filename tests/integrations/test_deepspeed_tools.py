@@ -20,7 +20,7 @@ BF16_OPTIMIZER = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": 
 
 def ds(stage, world_size, options, more=None, **zero):
     made = {**config(stage, world_size, **zero), **(more or {})}
-    made["optimizer"]["params"] = {"lr": 0.05, "weight_decay": 0.1, **options}
+    made["optimizer"]["params"] = {"lr": 0.05, "weight_decay": 0.1, "preset": "paper", **options}
     return made
 
 

@@ -26,7 +26,7 @@ FORMS = [
 
 
 def with_options(ds, options, **more):
-    ds["optimizer"]["params"] = {"lr": 0.05, "weight_decay": 0.1, **options}
+    ds["optimizer"]["params"] = {"lr": 0.05, "weight_decay": 0.1, "preset": "paper", **options}
     return ds | more
 
 

@@ -224,7 +224,7 @@ def tensor_parallel_against_oracle(ds: dict[str, Any]) -> dict[str, float]:
     size = 3 if dist.get_world_size() == 3 else 2
     mpu = ModelParallel(size)
     part = mpu.get_model_parallel_rank()
-    model = Sharded(part, size, columns="preset" in ds["optimizer"]["params"])
+    model = Sharded(part, size, columns=ds["optimizer"]["params"]["preset"] == "adamw")
     e = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=ds, mpu=mpu)[0]
 
     def whole(p: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
