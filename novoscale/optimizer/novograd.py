@@ -20,7 +20,7 @@ from novoscale.sharding.plan import Plan
 class NovoGrad(CheckpointedOptimizer):
     r"""Stochastic gradients normalised by one second moment per layer.
 
-    For each layer (by default one parameter tensor), with gradient g and weight w:
+    In the paper's form (``preset="paper"``), for each layer, with gradient g and weight w:
 
         S = sum(g**2)
         v = S if v == 0 else beta2*v + (1 - beta2)*S
@@ -38,9 +38,10 @@ class NovoGrad(CheckpointedOptimizer):
     ``bias_correction``, and where anything is rounded stochastically, also ``step`` (float32, one element
     per layer, or per parameter where it is factored). They keep their dtype through ``load_state_dict``.
 
-    Option names are those of ``apex.optimizers.FusedNovoGrad`` and Adafactor; the defaults are the
-    paper's. The arguments that reproduce other implementations are in ``docs/coming-from.md``. ``print``
-    shows the options of each param group and where they come from.
+    The default, ``preset="adamw"``, has averages as Adam's and factored second moments; "muon" moves matrices
+    along orthogonal directions. Option names are those of ``apex.optimizers.FusedNovoGrad`` and Adafactor.
+    The arguments that reproduce other implementations are in ``docs/coming-from.md``. ``print`` shows the
+    options of each param group and where they come from.
 
     Args:
         params: parameters, named parameters or param groups; float32, bfloat16, float16 or float64.

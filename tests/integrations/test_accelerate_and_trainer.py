@@ -42,7 +42,7 @@ def test_trainer_with_a_deepspeed_json(betas, tmp_path):
     results = run_ranks(trainer_ranks.trainer, 2, str(tmp_path), ds, {})
     for result in results:
         assert result["optimizer"] == "novoscale.optimizer.novograd.NovoGrad"
-        assert result["betas"] == [(0.9, 0.98)]
+        assert result["betas"] == [(0.95, 0.98) if betas else (0.9, 0.98)]
         assert result["ranks"] == 2
     assert results[0]["losses"][-1] < results[0]["losses"][0]
 

@@ -42,6 +42,7 @@ def planned(job):
         Job("gpt2-1m", "NovoGrad, adamw, int8", "zero2", 3, "bf16-mixed"),
         Job("gpt2-1m", "NovoGrad, adamw, int4", "fsdp2", 2),
         Job("gpt2-1m", "NovoGrad, int8", "none", 1, "bfloat16"),
+        Job("gpt2-1m", "NovoGrad, muon, int8", "ddp", 2),
     ],
     ids=lambda job: f"{job.model}-{job.optimizer}-{job.sharding}-{job.ranks}-{job.precision}",
 )
