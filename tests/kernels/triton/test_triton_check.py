@@ -29,7 +29,7 @@ p = torch.nn.Parameter(torch.ones(3))
 p.grad = torch.ones(3)
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    optimizer = NovoGrad([p], lr=0.1)
+    optimizer = NovoGrad([p], lr=0.1, preset="paper")
     optimizer.step()
     optimizer.step()
 print(json.dumps([p.tolist(), [str(w.message) for w in said if "fused kernel" in str(w.message)]]))
