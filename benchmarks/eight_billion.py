@@ -157,7 +157,7 @@ def train(
         materialise(model, seed)
     yield {"weights": weights}
     sample = sample_of(model, tokens, seed)
-    optimizer = NovoGrad(param_groups(model, preset=options["preset"]), **{"preset": "paper", **options})
+    optimizer = NovoGrad(param_groups(model, preset=options["preset"]), **options)
     done: list[dict[str, Any]] = []
     with release_gradients(model, optimizer):
         for step in range(1, steps + 1):

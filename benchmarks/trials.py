@@ -53,12 +53,16 @@ def make_optimizer(
             return _novograd_muon(model, weight_decay, **options)
     if kind == "Muon":
         return MuonWithAdamW(model, weight_decay=weight_decay, **options)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+    return made(_decayed([p for p in model.parameters() if p.requires_grad], weight_decay), **options)
+
+
+def _decayed(params: Sequence[torch.Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Param groups with weight decay on matrices only."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return made([group for group in groups if group["params"]], **options)
+    return [group for group in groups if group["params"]]
 
 
 class MuonWithAdamW(torch.optim.Optimizer):
@@ -80,14 +84,10 @@ class MuonWithAdamW(torch.optim.Optimizer):
             [p for group in groups if group["orthogonalize"] == is_hidden for p in group["params"]]
             for is_hidden in (True, False)
         )
-        of_others = [
-            {"params": [p for p in others if p.ndim > 1], "weight_decay": weight_decay},
-            {"params": [p for p in others if p.ndim <= 1], "weight_decay": 0.0},
-        ]
         muon = torch.optim.Muon(
             hidden, lr=ratio * lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"
         )
-        self._parts = muon, torch.optim.AdamW(of_others, lr=lr, betas=betas)
+        self._parts = muon, torch.optim.AdamW(_decayed(others, weight_decay), lr=lr, betas=betas)
         super().__init__([group for part in self._parts for group in part.param_groups], {})
 
     def step(self, closure: Any = None) -> None:
@@ -119,7 +119,7 @@ def _novograd_muon(
     for group in groups:
         if ratio is not None and group["orthogonalize"]:
             group["lr"] = ratio * lr
-    return NovoGrad(groups, lr=lr, **{"preset": "paper", **options})
+    return NovoGrad(groups, lr=lr, **options)
 
 
 def _last_layer(model: nn.Module) -> str:

@@ -133,7 +133,7 @@ class Directions(ElementKernels):
     def hold(self, tensors: Callable[[int], ShardTensors]) -> None:
         """See :class:`ElementKernels`."""
         self._tensors = tensors
-        self._averages.hold(lambda i: tensors(i)._replace(direction_avg_sq=None))
+        self._averages.hold(tensors)
 
     def release(self) -> None:
         """See :class:`ElementKernels`."""
@@ -157,7 +157,7 @@ class Directions(ElementKernels):
             self._addresses = addresses
             self._averages.move_params(addresses)
             self._moves.move_gradients(addresses)
-        self._averages.hold(lambda i: tensors(i)._replace(param=directions[i], direction_avg_sq=None))
+        self._averages.hold(lambda i: tensors(i)._replace(param=directions[i]))
         self._averages.update(self._of_averages(coefficients))
         for index, direction in enumerate(directions):
             self._make_orthogonal(index, direction, tensors(index).direction_avg_sq, coefficients.active)

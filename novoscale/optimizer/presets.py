@@ -85,9 +85,9 @@ def of_group(group: dict[str, Any], defaults: Mapping[str, Any], where: str) -> 
         given = {o: v for o, v in defaults.items() if v != PRESETS[defaults["preset"]].get(o, v)}
         for option, value in {**PRESETS[group["preset"]], **given}.items():
             group.setdefault(option, value)
+    if "lr" not in group:
+        group["lr"] = _lr(group, defaults, where)
     for option, default in defaults.items():
-        if option == "lr" and "lr" not in group:
-            group["lr"] = _lr(group, defaults, where)
         group.setdefault(option, default)
 
 
