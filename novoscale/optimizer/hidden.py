@@ -282,8 +282,8 @@ def check_matrices(name: str, p: Tensor, parameter: Parameter) -> None:
             f"{name} has the shape {tuple(p.shape)}: orthogonalize=True is for matrices, and its layers are "
             f"{rows} x {columns}. Put it into a param group with orthogonalize=False"
         )
-    if isinstance(p, DTensor) and (cut := sharded_dims(p)):
-        ranks = math.prod(n for n, _ in cut)
+    ranks = math.prod(n for n, _ in sharded_dims(p)) if isinstance(p, DTensor) else 1
+    if ranks > 1:
         raise ValueError(sharded_matrix(name, f"it is sharded over {ranks} ranks"))
 
 

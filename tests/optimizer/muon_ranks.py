@@ -114,3 +114,12 @@ def under_deepspeed(stage: int) -> str:
     }
     groups = [dict(g) for g in param_groups(net, preset="muon")]
     return _error(lambda: deepspeed.initialize(model=net, optimizer=NovoGrad(groups, lr=0.01), config=config))
+
+
+def sharded_over_one_rank() -> bool:
+    """Whether FSDP2 on one rank, which has every matrix whole, ends with the bits of no wrapper."""
+    net = model()
+    fully_shard(net)
+    train(net, optimizer_of(net, momentum_dtype="int8"), slice(None))
+    expected = alone(momentum_dtype="int8")
+    return all(torch.equal(p.full_tensor(), e) for p, e in zip(net.parameters(), expected, strict=True))

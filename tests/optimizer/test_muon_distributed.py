@@ -29,6 +29,10 @@ def test_a_matrix_that_is_sharded_is_refused_by_name_on_every_rank():
     assert first["put in place of a parameter"].startswith("up:")
 
 
+def test_fsdp2_on_one_rank_has_whole_matrices_and_the_bits_of_no_wrapper():
+    assert run_ranks(muon_ranks.sharded_over_one_rank, 1) == [True]
+
+
 def test_a_dtensor_that_is_replicated_is_whole():
     assert run_ranks(muon_ranks.replicated, 2) == [True, True]
 
